@@ -1,0 +1,1 @@
+"""EGGROLL: train any model on any score, without gradients."""

@@ -1,0 +1,188 @@
+"""The settings of the algorithm: frozen, validated, all problems reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from eggroll.core.schedules import Schedule, ScheduleName
+from eggroll.errors import ConfigError
+
+Shaping = Literal["centered_rank", "normalized", "raw"]
+Sampling = Literal["antithetic", "one_sided"]
+OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
+Rounding = Literal["auto", "master", "stochastic", "nearest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESConfig:
+    """What EGGROLL itself needs to know; each kind of training adds its own settings to these.
+
+    Raises:
+        ConfigError: one or several settings cannot work; the message lists all of them.
+    """
+
+    population_size: int = 256
+    """Members per generation; both signs of an antithetic pair count."""
+    rank: int = 8
+    """Rank of a matrix's perturbation. 1 loses almost nothing in variance and is the fastest (FACTS 1.1)."""
+    sigma: float = 0.01
+    """Standard deviation of a perturbation's entries."""
+    lr: float = 0.001
+    """Learning rate; it absorbs 1/sigma: plain SGD is params + lr * es_gradient."""
+    generations: int = 100
+    """Number of updates."""
+    antithetic: bool = True
+    """Members 2k and 2k+1 share a draw with opposite signs. ``sampling`` overrides this when it is given."""
+    sampling: Sampling | None = None
+    """``antithetic``, or ``one_sided``: every member has a draw of its own, with a leave-one-out baseline."""
+    fitness_shaping: Shaping = "centered_rank"
+    """``centered_rank`` (in [-0.5, 0.5], ties share the mean rank), ``normalized`` (z-score) or ``raw``."""
+    group_size: int = 0
+    """Consecutive members that are centred together; 0 centres over the whole population."""
+    target_modules: tuple[str, ...] | None = None
+    """Name patterns of the parameters to evolve; ``None`` evolves all matrices."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns of parameters that are left alone."""
+    elite_k: int = 0
+    """Only the best k members contribute; 0 uses all."""
+    weight_decay: float = 0.0
+    """L2 regularisation in the optimizer (decoupled for adamw)."""
+    optimizer: OptimizerName = "sgd"
+    """Which rule turns the estimate into a step."""
+    momentum: float = 0.9
+    """Momentum of ``optimizer="momentum"``."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's two decay rates."""
+    lr_decay: float = 1.0
+    """Factor on lr per generation, with ``lr_schedule="exponential"``."""
+    sigma_decay: float = 1.0
+    """Factor on sigma per generation, with ``sigma_schedule="exponential"``."""
+    lr_schedule: ScheduleName = "exponential"
+    """``constant``, ``exponential`` (by ``lr_decay``), ``linear`` or ``cosine`` (both fall to 0 at the last generation)."""
+    sigma_schedule: ScheduleName = "exponential"
+    """The same for sigma; ``linear`` and ``cosine`` fall to a tenth."""
+    noise_reuse: int = 1
+    """Generations that share the same noise; 1 draws afresh each time."""
+    rounding: Rounding = "auto"
+    """How updates reach 16-bit weights: fp32 ``master`` copies, ``stochastic`` rounding, or plain ``nearest``
+    (loses most small steps). ``auto`` is ``master`` for 16-bit weights; 32-bit weights need none of it."""
+    seed: int = 42
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude", "betas"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if self.sampling is None:
+            object.__setattr__(self, "sampling", "antithetic" if self.antithetic else "one_sided")
+        else:
+            object.__setattr__(self, "antithetic", self.sampling == "antithetic")
+        problems = self.problems()
+        if problems:
+            raise ConfigError.from_problems(type(self).__name__, problems)
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each; empty if they can work."""
+        found = [
+            *_choices(self, fitness_shaping=Shaping, sampling=Sampling, optimizer=OptimizerName, rounding=Rounding),
+            *_choices(self, lr_schedule=ScheduleName, sigma_schedule=ScheduleName),
+            *_whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0, seed=0),
+            *_numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
+            *_numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False), momentum=(0.0, True)),
+        ]
+        if not _whole(self, population_size=1, group_size=0, elite_k=0, seed=0):
+            found += self._combinations()
+        return found
+
+    def _combinations(self) -> list[str]:
+        found = []
+        size = self.population_size
+        if self.antithetic and size % 2:
+            found.append(
+                f"population_size (={size}) must be even when antithetic=True; use {size + 1} or antithetic=False"
+            )
+        if not self.antithetic and size < 2:
+            found.append(f"population_size (={size}) must be at least 2: a single score has no baseline")
+        if self.group_size and size % self.group_size:
+            divisors = [d for d in range(2, size + 1) if size % d == 0]
+            near = sorted(sorted(divisors, key=lambda d: abs(d - self.group_size))[:3])
+            found.append(f"group_size (={self.group_size}) must divide population_size (={size}); for example {near}")
+        if self.group_size == 1:
+            found.append("group_size (=1) centres every member on itself; use 0 (the whole population) or at least 2")
+        if self.elite_k >= size:
+            found.append(f"elite_k (={self.elite_k}) must be below population_size (={size}); use 0 for all members")
+        if self.seed >= 2**64:
+            found.append(f"seed (={self.seed}) must be below 2**64")
+        if self.target_modules is not None and not self.target_modules:
+            found.append("target_modules is empty, so nothing would be evolved; use None for all matrices")
+        return found
+
+    @property
+    def lr_at(self) -> Schedule:
+        """The learning rate as a function of the generation."""
+        return Schedule(self.lr_schedule, self.lr, self.lr_decay, self.generations)
+
+    @property
+    def sigma_at(self) -> Schedule:
+        """Sigma as a function of the generation; it never falls to 0, where nothing could be learned."""
+        return Schedule(self.sigma_schedule, self.sigma, self.sigma_decay, self.generations, final_fraction=0.1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON values."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The settings of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: an unknown key (the message lists near matches), or a setting that cannot work.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        problems = []
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=2)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                problems.append(f"unknown setting {key!r}{hint}")
+        if problems:
+            raise ConfigError.from_problems(cls.__name__, problems)
+        return cls(**values)
+
+
+def _choices(config: Any, **fields: Any) -> list[str]:
+    found = []
+    for name, literal in fields.items():
+        value = getattr(config, name)
+        if value not in get_args(literal):
+            allowed = ", ".join(get_args(literal))
+            near = difflib.get_close_matches(str(value), get_args(literal), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            found.append(f"{name} (={value!r}) must be one of: {allowed}{hint}")
+    return found
+
+
+def _whole(config: Any, **minima: int) -> list[str]:
+    found = []
+    for name, minimum in minima.items():
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            found.append(f"{name} (={value!r}) must be a whole number of at least {minimum}")
+    return found
+
+
+def _numbers(config: Any, **bounds: tuple[float, bool]) -> list[str]:
+    found = []
+    for name, (bound, inclusive) in bounds.items():
+        value = getattr(config, name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or value < bound or (value == bound and not inclusive):
+            found.append(f"{name} (={value!r}) must be {'at least' if inclusive else 'above'} {bound:g}")
+    return found

@@ -1,0 +1,78 @@
+"""Update records: all that a replica needs to rebuild an update, besides the addresses of the noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eggroll.errors import RunError
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """One generation's update: ``sigma`` and ``lr`` in force and the ``(N,)`` shaped fitness."""
+
+    generation: int
+    sigma: float
+    lr: float
+    shaped_fitness: tuple[float, ...]
+
+    @classmethod
+    def make(cls, generation: int, sigma: float, lr: float, shaped_fitness: NDArray[np.float32]) -> UpdateRecord:
+        """A record from an array; float32 values survive JSON exactly."""
+        return cls(generation, float(sigma), float(lr), tuple(float(value) for value in shaped_fitness))
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """The shaped fitness as a ``(N,)`` float32 array."""
+        return np.asarray(self.shaped_fitness, dtype=np.float32)
+
+    def to_json(self) -> str:
+        """One line of ``updates.jsonl``."""
+        return json.dumps(
+            {
+                "generation": self.generation,
+                "sigma": self.sigma,
+                "lr": self.lr,
+                "shaped_fitness": list(self.shaped_fitness),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, line: str) -> UpdateRecord:
+        """The inverse of :meth:`to_json`. Raises ``ValueError`` or ``KeyError`` on a line that is not one."""
+        values = json.loads(line)
+        return cls(values["generation"], values["sigma"], values["lr"], tuple(values["shaped_fitness"]))
+
+
+def read_records(path: Path) -> Iterator[UpdateRecord]:
+    """The records of an ``updates.jsonl`` in order. A torn last line (a crash while writing) is left out.
+
+    Raises:
+        RunError: a line in the middle is not a record, or generations are missing.
+    """
+    lines = path.read_text().splitlines()
+    expected = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = UpdateRecord.from_json(line)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                return
+            raise RunError(f"{path}, line {number} is not an update record ({error}); the log cannot be used") from None
+        if record.generation != expected:
+            raise RunError(
+                f"{path}, line {number} is of generation {record.generation}, expected {expected}; a part is missing"
+            )
+        expected += 1
+        yield record
+
+
+def truncate(records: Iterable[UpdateRecord], generations: int) -> list[UpdateRecord]:
+    """The first ``generations`` records."""
+    return [record for record in records if record.generation < generations]
