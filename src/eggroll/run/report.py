@@ -1,0 +1,193 @@
+"""``report.html``: one self-contained page about a run, finished or not."""
+
+from __future__ import annotations
+
+import html
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from eggroll.run.console import duration, number, rate
+from eggroll.run.curves import curves
+from eggroll.run.metrics import series
+from eggroll.run.run_dir import RunDir
+
+REPORT = "report.html"
+MAX_ROWS = 30
+MAX_CHARACTERS = 4000
+CENTRE = -1
+"""``member`` of a sample that the centre made, not a member of the population."""
+
+Sample = Mapping[str, Any]
+
+
+def write_report(run: RunDir, *, load_line: str | None = None) -> Path:
+    """Write ``report.html`` into the run's directory: curves, samples before and after, how to load and to replay.
+
+    Args:
+        run: the run; it may be going on, or have no finished generation yet.
+        load_line: Python that loads the result, shown as it is.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        RunWriteError: the report cannot be written.
+    """
+    metrics = run.metrics()
+    finished = len(run.updates())
+    total = run.config.get("generations")
+    values = {
+        "title": _escape(f"eggroll run {run.path.resolve().name}"),
+        "subtitle": _escape(_subtitle(run)),
+        "note": _note(finished, total),
+        "cards": "".join(_cards(run, metrics, finished, total)),
+        "curves": _curves(metrics),
+        "samples": _samples(run.samples()),
+        "load": _load(run, load_line, finished),
+        "replay": _escape(f"eggroll replay {shlex.quote(str(run.path))} --to {finished}"),
+        "command": _escape(shlex.join(str(word) for word in run.environment.get("command", [])) or "not recorded"),
+        "config": _facts(run.config),
+        "environment": _facts({key: value for key, value in run.environment.items() if key != "command"}),
+    }
+    template = resources.files("eggroll.run").joinpath("templates", REPORT).read_text(encoding="utf-8")
+    page = Template(template).substitute(values)
+    return run.write_file(REPORT, page.encode("utf-8", "replace"))
+
+
+def _escape(value: Any) -> str:
+    return html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _subtitle(run: RunDir) -> str:
+    facts = [run.environment.get("model") or run.config.get("model"), run.environment.get("started_utc")]
+    hardware = run.environment.get("gpus") or [run.environment.get("cpu")]
+    return ", ".join(str(fact) for fact in [*facts, *hardware] if fact)
+
+
+def _note(finished: int, total: Any) -> str:
+    if not isinstance(total, int) or finished >= total:
+        return ""
+    text = f"The run is not finished: {finished} of {total} generations. Continue it with --resume."
+    return f'<div class="note">{_escape(text)}</div>'
+
+
+def _cards(run: RunDir, metrics: Sequence[Sample], finished: int, total: Any) -> list[str]:
+    def card(value: str, label: str, style: str = "") -> str:
+        return f'<div class="card"><b class="{style}">{_escape(value)}</b><span>{_escape(label)}</span></div>'
+
+    cards = [card(f"{finished} of {total}" if isinstance(total, int) else str(finished), "generations")]
+    where, heldout = series(metrics, "heldout_reward")
+    if heldout:
+        style = "up" if heldout[-1] > heldout[0] else "down" if heldout[-1] < heldout[0] else ""
+        cards.append(card(f"{number(heldout[0])} → {number(heldout[-1])}", "held-out reward, first → last", style))
+        best = max(range(len(heldout)), key=heldout.__getitem__)
+        cards.append(card(number(heldout[best]), f"best held-out reward, after generation {where[best]}"))
+    _, fitness = series(metrics, "fitness_mean")
+    if fitness:
+        cards.append(card(f"{number(fitness[0])} → {number(fitness[-1])}", "mean fitness, first → last"))
+    size = run.config.get("population_size")
+    if size is not None:
+        cards.append(card(str(size), f"members, rank {run.config.get('rank', '?')}"))
+    _, speed = series(metrics, "members_per_s")
+    if speed:
+        cards.append(card(rate(sum(speed) / len(speed)), "members per second, mean"))
+    _, elapsed = series(metrics, "elapsed_s")
+    if elapsed:
+        cards.append(card(duration(max(elapsed)), "time"))
+    return cards
+
+
+def _curves(metrics: Sequence[Sample]) -> str:
+    drawn = curves(metrics)
+    if not drawn:
+        return '<p class="dim">No generation is finished yet.</p>'
+    figures = (
+        f'<figure class="{"wide" if curve.wide else ""}" role="img" aria-label="{_escape(curve.title)}">'
+        f"{curve.svg}</figure>"
+        for curve in drawn
+    )
+    return f'<div class="curves">{"".join(figures)}</div>'
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the model made of one prompt in the first and in the last generation with samples of it."""
+
+    prompt: Any
+    before: Sample
+    after: Sample | None
+
+
+def before_and_after(samples: Sequence[Sample]) -> list[Comparison]:
+    """The first and the last sample of each prompt: the centre's on held-out prompts, else its others, else members'.
+
+    ``after`` is ``None`` where a prompt was sampled in one generation only.
+    """
+    groups = (
+        [s for s in samples if s.get("member") == CENTRE and s.get("split") == "heldout"],
+        [s for s in samples if s.get("member") == CENTRE],
+        list(samples),
+    )
+    chosen = next((group for group in groups if group), [])
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in chosen:
+        by_prompt.setdefault(json.dumps(sample.get("prompt")), []).append(sample)
+    found = []
+    for same in by_prompt.values():
+        first = min(same, key=lambda sample: sample["generation"])
+        last = max(same, key=lambda sample: sample["generation"])
+        later = last if last["generation"] > first["generation"] else None
+        found.append(Comparison(first.get("prompt"), first, later))
+    return sorted(found, key=lambda comparison: comparison.after is None)  # stable: compared prompts first
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    rows = before_and_after(samples)
+    if not rows:
+        return '<p class="dim">No samples were logged.</p>'
+    parts = []
+    for row in rows[:MAX_ROWS]:
+        after = _sample(row.after) if row.after else '<span class="dim">not sampled again yet</span>'
+        prompt = f'<div class="text">{_cut(_prompt(row.prompt))}</div>'
+        parts.append(f"<tr><td>{prompt}</td><td>{_sample(row.before)}</td><td>{after}</td></tr>")
+    more = f'<p class="dim">{MAX_ROWS} of {len(rows)} prompts; all are in samples.jsonl.</p>'
+    head = "<tr><th>prompt</th><th>before</th><th>after</th></tr>"
+    return f'<table class="samples">{head}{"".join(parts)}</table>{more if len(rows) > MAX_ROWS else ""}'
+
+
+def _prompt(prompt: Any) -> str:
+    """A prompt as text; of a conversation, each message with its role."""
+    if isinstance(prompt, list) and all(isinstance(message, Mapping) for message in prompt):
+        return "\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in prompt)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _sample(sample: Sample) -> str:
+    reward = sample.get("reward")
+    shown = number(reward) if isinstance(reward, int | float) else "none"
+    line = f"reward {shown}, generation {sample['generation']}"
+    return f'<div class="text">{_cut(_prompt(sample.get("completion")))}</div><div class="reward">{_escape(line)}</div>'
+
+
+def _cut(text: str) -> str:
+    return _escape(text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …")
+
+
+def _load(run: RunDir, load_line: str | None, finished: int) -> str:
+    if load_line is not None:
+        return f"<p>Load it:</p><pre>{_escape(load_line)}</pre>"
+    text = f"No model was saved. The weights after {finished} generations can be rebuilt as shown here"
+    if run.checkpoints.exists():
+        text += f", and the last checkpoints are in {run.checkpoints}"
+    return f"<p>{_escape(text)}.</p>"
+
+
+def _facts(values: Mapping[str, Any]) -> str:
+    return "".join(f"<tr><td>{_escape(str(key))}</td><td>{_escape(value)}</td></tr>" for key, value in values.items())
