@@ -1,0 +1,1 @@
+"""EGGROLL for PyTorch: noise, perturbed weights, populations and the update."""
