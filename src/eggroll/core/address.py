@@ -1,4 +1,4 @@
-"""Addresses of noise: which key a parameter's perturbation has in a generation and a pair (DESIGN: noise version 1).
+"""Addresses of noise: which key a parameter's perturbation has in a generation and a pair (noise version 1).
 
 Nothing random is stored or sent. A perturbation is a pure function of ``(seed, parameter name, generation, pair)``:
 
@@ -10,6 +10,7 @@ Nothing random is stored or sent. A perturbation is a pure function of ``(seed, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,7 +59,7 @@ def draw_key(seed: int, name: str, generation: int, pair: int, *, noise_reuse: i
 
 
 def draw_keys(
-    seed: int, name: str, generation: int, pairs: NDArray[np.int64] | range | list[int], *, noise_reuse: int = 1
+    seed: int, name: str, generation: int, pairs: Sequence[int] | NDArray[np.int64], *, noise_reuse: int = 1
 ) -> NDArray[np.uint32]:
     """The keys of many draws at once: ``(len(pairs), 2)`` unsigned 32-bit words, row for row as :func:`draw_key`."""
     data = np.asarray(pairs, dtype=np.int64)

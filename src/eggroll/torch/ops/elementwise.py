@@ -1,0 +1,97 @@
+"""Elementwise use of vectors: norm scales, biases, gates, position embeddings that meet activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eggroll.torch.ops.registry import RULES, Rule, flatten_rows, has_rows, rule
+from eggroll.torch.values import MemberTensor, Value
+
+
+def spread(value: MemberTensor, x: Tensor) -> Tensor:
+    """The value's data shaped to broadcast against rows ``x`` viewed as ``(P, batch, ...)``."""
+    missing = x.ndim - value.ndim
+    assert missing >= 0, (value, x.shape)
+    return value.data_P.reshape(value.data_P.shape[0], *([1] * missing), *value.shape)
+
+
+def with_rows(func: Callable[..., Tensor], x: Tensor, value: MemberTensor, *, reverse: bool = False) -> Tensor:
+    """``func(x, value)`` (or reversed) for rows ``x``, without copies."""
+    members = value.data_P.shape[0]
+    x_PB = x.view(members, -1, *x.shape[1:]) if x.is_contiguous() else x.reshape(members, -1, *x.shape[1:])
+    data = spread(value, x)
+    return flatten_rows(func(data, x_PB) if reverse else func(x_PB, data))
+
+
+def _binary(func: Callable[..., Any]) -> Rule:
+    def apply(left: Any, right: Any, **kwargs: Any) -> Any:
+        if kwargs or isinstance(left, Value) == isinstance(right, Value):
+            return NotImplemented
+        value, other = (left, right) if isinstance(left, Value) else (right, left)
+        if not isinstance(value, MemberTensor):
+            return NotImplemented
+        if not isinstance(other, Tensor) or other.ndim == 0:
+            result = func(value.data_P, other) if value is left else func(other, value.data_P)
+            return value.like(result)
+        if not has_rows(other, value.context, [tuple(value.shape)]):
+            return NotImplemented
+        return with_rows(func, other, value, reverse=value is left)
+
+    return apply
+
+
+for _name in ("mul", "add", "sub", "div", "true_divide", "maximum", "minimum", "pow"):
+    RULES[getattr(torch, _name)] = _binary(getattr(torch, _name))
+    RULES[getattr(Tensor, _name)] = _binary(getattr(Tensor, _name))
+for _name in ("__mul__", "__rmul__", "__add__", "__radd__", "__sub__", "__rsub__", "__truediv__", "__rtruediv__"):
+    RULES[getattr(Tensor, _name)] = _binary(getattr(Tensor, _name))
+
+
+def _unary(func: Callable[..., Any]) -> Rule:
+    def apply(value: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(value, MemberTensor) or any(isinstance(arg, Tensor) for arg in args):
+            return NotImplemented
+        return value.like(func(value.data_P, *args, **kwargs))
+
+    return apply
+
+
+for _name in ("neg", "exp", "log", "sigmoid", "tanh", "relu", "sqrt", "rsqrt", "square", "abs", "softplus", "silu"):
+    for _owner in (torch, Tensor, torch.nn.functional):
+        if hasattr(_owner, _name):
+            RULES[getattr(_owner, _name)] = _unary(getattr(_owner, _name))
+RULES[Tensor.__neg__] = _unary(Tensor.__neg__)
+
+
+def _sizes(args: tuple[Any, ...]) -> list[int]:
+    return list(args[0]) if len(args) == 1 and not isinstance(args[0], int) else list(args)
+
+
+@rule(Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to)
+def expand(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """A parameter spread over the batch (a class token ``(1, 1, d)`` to ``(R, 1, d)``): every row gets its member's."""
+    if not isinstance(value, MemberTensor) or kwargs:
+        return NotImplemented
+    sizes, context = _sizes(args), value.context
+    new_dims = len(sizes) - value.ndim
+    leading_is_one = new_dims > 0 or (value.ndim > 0 and value.shape[0] == 1)
+    if not leading_is_one or not isinstance(sizes[0], int) or sizes[0] <= 1 or not context.is_rows(sizes[0]):
+        return NotImplemented
+    members = value.data_P.shape[0]
+    data = value.data_P.reshape(members, *([1] * new_dims), *value.shape)
+    own = [sizes[0] // members, *sizes[1:]]
+    # repeat() multiplies sizes and expand() states them; they agree where a size was 1.
+    spread_out = [own[0], *(size if size != 1 else -1 for size in own[1:])]
+    if any(size not in (-1, 1) and have != 1 and size != have for size, have in zip(own, data.shape[1:], strict=True)):
+        return NotImplemented
+    return flatten_rows(data.expand(members, *spread_out))
+
+
+@rule(Tensor.expand_as)
+def expand_as(value: Any, other: Any) -> Any:
+    """As :func:`expand`, with the sizes of another tensor."""
+    return expand(value, tuple(other.shape)) if isinstance(value, MemberTensor) else NotImplemented

@@ -1,0 +1,231 @@
+"""Rules for matrix products and embeddings.
+
+Which dimension of an activation holds the population is decided per product (:func:`layout_of`): the leading one
+(rows), the second one (time-major recurrent layouts), or none (an input that is the same for all members). Where sizes
+alone are ambiguous, the layout that the parameter met before decides; ``Population.verify`` checks the outcome.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eggroll.errors import UnsupportedOperationError
+from eggroll.torch import low_rank
+from eggroll.torch.ops.elementwise import with_rows
+from eggroll.torch.ops.registry import context_of, rule
+from eggroll.torch.values import WAYS_OUT, Layout, MemberContext, MemberTensor, PerturbedWeight, Value
+
+
+def layout_of(context: MemberContext, name: str, x: Tensor) -> Layout:
+    """Where the population sits in an activation ``(..., n)``."""
+    if x.ndim < 2:
+        return "shared"
+    known = context.layouts.get(name)
+    rows = context.is_rows(x.shape[0])
+    time_major = x.ndim >= 3 and context.rows is not None and x.shape[1] % context.rows == 0
+    if rows and time_major:
+        return known if known in ("rows", "time_major") else "rows"
+    if rows:
+        if x.ndim == 2 and known == "shared":
+            return "shared"
+        if x.shape[0] == context.rows and x.ndim >= 3:
+            context.layouts.setdefault(name, "rows")
+        return "rows"
+    found: Layout = "time_major" if time_major else "shared"
+    context.layouts.setdefault(name, found)
+    return found
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` for rows ``x (R, ..., n)``; weight and bias may be values or plain."""
+    plain_bias = None if isinstance(bias, Value) else bias
+    if isinstance(weight, PerturbedWeight):
+        if weight.context.single:
+            out = low_rank.matmul_single(x, weight.base.transpose(-1, -2), weight.b, weight.a)
+            out = out if plain_bias is None else out + plain_bias
+        else:
+            out = low_rank.linear(x, weight.base, weight.a, weight.b, plain_bias)
+    elif isinstance(weight, MemberTensor):
+        members = weight.data_P.shape[0]
+        x_PRn = x.reshape(members, -1, x.shape[-1])
+        out = torch.bmm(x_PRn, weight.data_P.transpose(1, 2)).reshape(*x.shape[:-1], -1)
+        out = out if plain_bias is None else out + plain_bias
+    else:
+        out = F.linear(x, weight, plain_bias)
+    if isinstance(bias, MemberTensor):
+        return with_rows(torch.add, out, bias)
+    return out
+
+
+@rule(F.linear)
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """``x W^T + bias``."""
+    context = context_of(weight, bias, x)
+    if isinstance(bias, PerturbedWeight) or not isinstance(weight, PerturbedWeight | MemberTensor | Tensor):
+        return NotImplemented
+    if isinstance(x, Value):
+        return _linear_of_value(x, weight, bias)
+    if context.single:
+        return linear_rows(x, weight, bias)
+    if isinstance(weight, MemberTensor) and weight.ndim != 2:
+        return NotImplemented
+    name = next(value.parameter for value in (weight, bias) if isinstance(value, Value))
+    layout = layout_of(context, name, x)
+    if layout == "rows":
+        return linear_rows(x, weight, bias)
+    if layout == "time_major":
+        return linear_rows(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    if not isinstance(weight, PerturbedWeight):
+        return NotImplemented
+    plain_bias = None if isinstance(bias, Value) else bias
+    out = low_rank.linear_shared(x, weight.base, weight.a, weight.b, plain_bias)
+    if isinstance(bias, MemberTensor):
+        out = out + bias.data_P.reshape(bias.data_P.shape[0], *([1] * (x.ndim - 1)), -1)
+    return MemberTensor(out, name=weight.parameter, context=context)
+
+
+def _linear_of_value(x: Value, weight: Any, bias: Any) -> Any:
+    """The input is a value itself; its member axis serves as the rows."""
+    if not isinstance(x, MemberTensor):
+        return NotImplemented
+    if isinstance(bias, MemberTensor):
+        bias = MemberTensor(bias.data_P, name=bias.parameter, context=bias.context)
+    return x.like(linear_rows(x.data_P, weight, bias))
+
+
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def matmul(left: Any, right: Any) -> Any:
+    """``left @ right`` with a perturbed matrix on either side."""
+    if isinstance(right, PerturbedWeight):
+        if right.kind == "experts" or right.base.ndim > 2:
+            return bmm(left, right)
+        return linear(left, right.transposed())
+    if isinstance(left, PerturbedWeight) and isinstance(right, Tensor) and right.ndim >= 2:
+        if left.base.ndim > 2:
+            return bmm(left, right)
+        out = linear(right.transpose(-1, -2), left)
+        return NotImplemented if out is NotImplemented else out.transpose(-1, -2)
+    return NotImplemented
+
+
+@rule(Tensor.__rmatmul__)
+def rmatmul(right: Any, left: Any) -> Any:
+    """``left @ right``, called on ``right``."""
+    return matmul(left, right)
+
+
+@rule(torch.addmm, Tensor.addmm)
+def addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``bias + x @ W``: the ``Conv1D`` of Hugging Face."""
+    if not isinstance(weight, PerturbedWeight) or beta != 1 or alpha != 1:
+        return NotImplemented
+    return linear(x, weight.transposed(), bias)
+
+
+@rule(torch.bmm, Tensor.bmm)
+def bmm(left: Any, right: Any) -> Any:
+    """Batched products with expert weights ``(E, n, m)``: tokens ``(E, rows, n)``, or one selected matrix per row."""
+    value = left if isinstance(left, PerturbedWeight) else right
+    if not isinstance(value, PerturbedWeight) or isinstance(left, Value) == isinstance(right, Value):
+        return NotImplemented
+    if value.context.single:
+        if value is right:
+            return low_rank.matmul_single(left, value.base, value.a, value.b)
+        return value.base @ right + value.a @ (value.b.transpose(-1, -2) @ right)
+    if value is left or left.ndim != 3 or left.shape[0] != value.shape[0]:
+        return NotImplemented
+    if not value.context.is_rows(left.shape[1]):
+        return NotImplemented
+    experts, tokens, _ = left.shape
+    members = value.a.shape[0]
+    out = torch.bmm(left, value.base)
+    x_EPRn = left.reshape(experts, members, tokens // members, -1)
+    low = torch.einsum("eprn,penk->eprk", x_EPRn, value.a)
+    return out + torch.einsum("eprk,pemk->eprm", low, value.b).reshape(out.shape)
+
+
+@rule(F.embedding)
+def embedding(
+    ids: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Gathered rows of a perturbed embedding."""
+    if not isinstance(weight, PerturbedWeight) or isinstance(ids, Value) or max_norm is not None:
+        return NotImplemented
+    context = weight.context
+    if context.single:
+        return F.embedding(ids, weight.base) + F.embedding(ids, weight.a) @ weight.b.transpose(-1, -2)
+    if _ids_have_rows(context, weight.parameter, ids):
+        return low_rank.embedding(ids, weight.base, weight.a, weight.b)
+    shared = low_rank.embedding_shared(ids, weight.base, weight.a, weight.b)
+    return MemberTensor(shared, name=weight.parameter, context=context)
+
+
+def _ids_have_rows(context: MemberContext, name: str, ids: Tensor) -> bool:
+    """Ids are rows if their leading dimension is exactly R (or R flattened with time in one dimension)."""
+    if ids.ndim == 0:
+        return False
+    divides = context.is_rows(ids.shape[0])
+    rows = divides and (ids.shape[0] == context.rows or ids.ndim == 1)
+    ambiguous = rows and ids.ndim >= 2 and ids.shape[0] == ids.shape[1]
+    if ambiguous and name in context.layouts:
+        return context.layouts[name] == "rows"
+    if not ambiguous and ids.ndim >= 2:
+        context.layouts.setdefault(name, "rows" if rows else "shared")
+    return rows
+
+
+@rule(Tensor.__getitem__)
+def getitem(value: Any, index: Any) -> Any:
+    """Slices of a matrix's rows, and the experts that a router chose."""
+    if not isinstance(value, PerturbedWeight):
+        return NotImplemented
+    context, single = value.context, value.context.single
+    if isinstance(index, slice) and value.kind != "conv" and value.base.ndim == 2:
+        return value.like(value.base[index], value.a[..., index, :], value.b)
+    if value.kind != "experts" or isinstance(index, tuple | slice) or index is None:
+        return NotImplemented
+    is_list = isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.long
+    if single:
+        if is_list or isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+            return value.like(value.base[index], value.a[index], value.b[index], kind="matrix")
+        return NotImplemented
+    if not is_list or not context.is_rows(index.shape[0]):
+        raise UnsupportedOperationError(
+            f"parameter {value.parameter!r} holds experts and is indexed by {index!r}: with tokens regrouped by expert, a "
+            "row's member is no longer known. Use the batched implementation of the experts "
+            '(model.set_experts_implementation("batched_mm")). ' + WAYS_OUT.format(name=value.parameter)
+        )
+    per_member = index.shape[0] // value.a.shape[0]
+    member = torch.arange(index.shape[0], device=index.device) // per_member
+    routed = MemberContext(members=None)
+    selected = (value.base[index], value.a[member, index], value.b[member, index])
+    return PerturbedWeight(*selected, name=value.parameter, kind="matrix", context=routed)
+
+
+@rule(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+def t(value: Any) -> Any:
+    """The transpose of a matrix."""
+    if not isinstance(value, PerturbedWeight) or value.kind == "conv":
+        return NotImplemented
+    return value.transposed()
+
+
+@rule(Tensor.transpose, torch.transpose, Tensor.swapaxes, Tensor.swapdims)
+def transpose(value: Any, dim0: int, dim1: int) -> Any:
+    """Swap of a matrix's two dimensions."""
+    if not isinstance(value, PerturbedWeight) or value.kind == "conv":
+        return NotImplemented
+    ndim = value.base.ndim
+    if {dim0 % ndim, dim1 % ndim} != {ndim - 1, ndim - 2}:
+        return NotImplemented
+    return value.transposed()
