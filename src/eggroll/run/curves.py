@@ -12,8 +12,8 @@ from eggroll.run.metrics import METRICS, series
 
 COLOUR = "#2f6db5"
 OTHER = "#c8692b"
-LARGE = (7.2, 3.0)
-SMALL = (3.6, 2.4)
+LARGE = (6.0, 3.0)
+SMALL = (3.6, 2.2)
 """Inches; the page scales the drawing to its column."""
 MAX_OWN = 12
 """Curves of keys that eggroll does not know (a reward's parts, say) that are drawn at most."""
@@ -21,15 +21,15 @@ MAX_OWN = 12
 
 @dataclass(frozen=True)
 class Curve:
-    """One drawing: its title, the ``<svg>`` element, and whether it deserves two columns."""
+    """One drawing: its title, the ``<svg>`` element, and whether it is one to look at first."""
 
     title: str
     svg: str
-    wide: bool = False
+    main: bool = False
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """Drawings of everything that was measured: fitness and held-out reward large, the others small.
+    """Drawings of everything that was measured: held-out reward and fitness first and larger.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -61,7 +61,7 @@ def _heldout(metrics: Sequence[Mapping[str, Any]]) -> Curve:
     axes.axhline(values[0], color="#9aa3b0", linewidth=0.9, linestyle="--", label="at the start")
     axes.plot(generations, values, color=OTHER, linewidth=1.6, marker="o", markersize=3, label="held-out reward")
     axes.legend(frameon=False, fontsize=8)
-    return _finish(figure, axes, METRICS["heldout_reward"].label, wide=True)
+    return _finish(figure, axes, METRICS["heldout_reward"].label, main=True)
 
 
 def _fitness(metrics: Sequence[Mapping[str, Any]]) -> Curve:
@@ -80,7 +80,7 @@ def _fitness(metrics: Sequence[Mapping[str, Any]]) -> Curve:
             axes.fill_between(*zip(*band, strict=True), color=COLOUR, alpha=shade, linewidth=0, label=label)
     axes.plot(generations, mean, color=COLOUR, linewidth=1.6, label="mean", marker="o" if len(mean) == 1 else None)
     axes.legend(frameon=False, fontsize=8)
-    return _finish(figure, axes, "fitness of the population", wide=True)
+    return _finish(figure, axes, "fitness of the population", main=True)
 
 
 def _edges(line: Mapping[str, Any], low: str, high: str) -> tuple[float, float] | None:
@@ -109,7 +109,7 @@ def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _finish(figure: Any, axes: Any, title: str, *, wide: bool = False) -> Curve:
+def _finish(figure: Any, axes: Any, title: str, *, main: bool = False) -> Curve:
     matplotlib = require("matplotlib", extra="llm")
     axes.set_title(title, fontsize=9.5, loc="left", parse_math=False)
     axes.set_xlabel("generation", fontsize=8)
@@ -118,4 +118,4 @@ def _finish(figure: Any, axes: Any, title: str, *, wide: bool = False) -> Curve:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    return Curve(title, svg[svg.index("<svg") :], wide)
+    return Curve(title, svg[svg.index("<svg") :], main)

@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from eggroll.run.console import duration, number, rate
-from eggroll.run.curves import curves
+from eggroll.run.curves import Curve, curves
 from eggroll.run.metrics import series
 from eggroll.run.run_dir import RunDir
 
@@ -41,6 +41,7 @@ def write_report(run: RunDir, *, load_line: str | None = None) -> Path:
         RunWriteError: the report cannot be written.
     """
     metrics = run.metrics()
+    drawn = curves(metrics)
     finished = len(run.updates())
     total = run.config.get("generations")
     values = {
@@ -48,7 +49,9 @@ def write_report(run: RunDir, *, load_line: str | None = None) -> Path:
         "subtitle": _escape(_subtitle(run)),
         "note": _note(finished, total),
         "cards": "".join(_cards(run, metrics, finished, total)),
-        "curves": _curves(metrics),
+        "main_curves": _grid([curve for curve in drawn if curve.main], "main")
+        or '<p class="dim">No generation is finished yet.</p>',
+        "other_curves": _grid([curve for curve in drawn if not curve.main], ""),
         "samples": _samples(run.samples()),
         "load": _load(run, load_line, finished),
         "replay": _escape(f"eggroll replay {shlex.quote(str(run.path))} --to {finished}"),
@@ -104,16 +107,9 @@ def _cards(run: RunDir, metrics: Sequence[Sample], finished: int, total: Any) ->
     return cards
 
 
-def _curves(metrics: Sequence[Sample]) -> str:
-    drawn = curves(metrics)
-    if not drawn:
-        return '<p class="dim">No generation is finished yet.</p>'
-    figures = (
-        f'<figure class="{"wide" if curve.wide else ""}" role="img" aria-label="{_escape(curve.title)}">'
-        f"{curve.svg}</figure>"
-        for curve in drawn
-    )
-    return f'<div class="curves">{"".join(figures)}</div>'
+def _grid(drawn: Sequence[Curve], kind: str) -> str:
+    figures = (f'<figure role="img" aria-label="{_escape(curve.title)}">{curve.svg}</figure>' for curve in drawn)
+    return f'<div class="curves {kind}">{"".join(figures)}</div>' if drawn else ""
 
 
 @dataclass(frozen=True)
