@@ -1,0 +1,1 @@
+"""The algorithm in NumPy and the standard library: noise, fitness, selection, records, and the oracle."""

@@ -28,7 +28,7 @@ class ESConfig:
     population_size: int = 256
     """Members per generation; both signs of an antithetic pair count."""
     rank: int = 8
-    """Rank of a matrix's perturbation. 1 loses almost nothing in variance and is the fastest (FACTS 1.1)."""
+    """Rank of a matrix's perturbation. 1 loses almost nothing in variance and is the fastest."""
     sigma: float = 0.01
     """Standard deviation of a perturbation's entries."""
     lr: float = 0.001
@@ -62,7 +62,7 @@ class ESConfig:
     sigma_decay: float = 1.0
     """Factor on sigma per generation, with ``sigma_schedule="exponential"``."""
     lr_schedule: ScheduleName = "exponential"
-    """``constant``, ``exponential`` (by ``lr_decay``), ``linear`` or ``cosine`` (both fall to 0 at the last generation)."""
+    """``constant``, ``exponential`` (by ``lr_decay``), ``linear`` or ``cosine`` (towards 0 after the last)."""
     sigma_schedule: ScheduleName = "exponential"
     """The same for sigma; ``linear`` and ``cosine`` fall to a tenth."""
     noise_reuse: int = 1
@@ -93,7 +93,9 @@ class ESConfig:
             *_choices(self, lr_schedule=ScheduleName, sigma_schedule=ScheduleName),
             *_whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0, seed=0),
             *_numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
-            *_numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False), momentum=(0.0, True)),
+            *_numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False)),
+            *_decay_rates(momentum=(self.momentum,), betas=self.betas),
+            *_patterns(target_modules=self.target_modules, exclude=self.exclude),
         ]
         if not _whole(self, population_size=1, group_size=0, elite_k=0, seed=0):
             found += self._combinations()
@@ -157,6 +159,36 @@ class ESConfig:
         return cls(**values)
 
 
+def _decay_rates(**fields: Any) -> list[str]:
+    expected = {"momentum": 1, "betas": 2}
+    found = []
+    for name, rates in fields.items():
+        valid = isinstance(rates, tuple) and len(rates) == expected[name]
+        if not valid or not all(_is_number(rate) and 0 <= rate < 1 for rate in rates):
+            what = "two numbers" if expected[name] == 2 else "a number"
+            value = rates[0] if expected[name] == 1 else rates
+            found.append(f"{name} (={value!r}) must be {what} of at least 0 and below 1")
+    return found
+
+
+def _patterns(**fields: Any) -> list[str]:
+    found = []
+    for name, patterns in fields.items():
+        if isinstance(patterns, str):
+            found.append(f"{name} (={patterns!r}) must be a list of name patterns; use [{patterns!r}]")
+        elif patterns is not None and not (isinstance(patterns, tuple) and all(_is_pattern(p) for p in patterns)):
+            found.append(f"{name} (={patterns!r}) must be a list of name patterns, none of them empty")
+    return found
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip(". "))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _choices(config: Any, **fields: Any) -> list[str]:
     found = []
     for name, literal in fields.items():
@@ -182,7 +214,6 @@ def _numbers(config: Any, **bounds: tuple[float, bool]) -> list[str]:
     found = []
     for name, (bound, inclusive) in bounds.items():
         value = getattr(config, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value < bound or (value == bound and not inclusive):
+        if not _is_number(value) or value < bound or (value == bound and not inclusive):
             found.append(f"{name} (={value!r}) must be {'at least' if inclusive else 'above'} {bound:g}")
     return found

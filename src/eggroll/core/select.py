@@ -117,8 +117,12 @@ def select(
 
 def _suggest(pattern: str, parameters: Sequence[ParameterSpec]) -> str:
     parts = {part for spec in parameters for part in spec.name.split(".") if not part.isdigit()}
-    near = difflib.get_close_matches(pattern, sorted(parts), n=4, cutoff=0.5)
-    near += sorted(part for part in parts if pattern.strip("*.").lower() in part.lower() and part not in near)[:4]
+    # The parts of the pattern that no name has are the ones to correct; "*.q_poj.*" and "self_attn.q_poj" alike.
+    words = [word for word in pattern.replace("*", "").split(".") if word and word not in parts and not word.isdigit()]
+    near: list[str] = []
+    for word in words:
+        near += difflib.get_close_matches(word, sorted(parts), n=4, cutoff=0.5)
+        near += sorted(part for part in parts if word.lower() in part.lower() and part not in near)[:4]
     if near:
-        return f"Near matches: {', '.join(near)}"
+        return f"Near matches: {', '.join(dict.fromkeys(near))}"
     return f"Parts of names in this model: {', '.join(sorted(parts)[:12])}"
