@@ -1,0 +1,287 @@
+"""The one generation loop: ask, evaluate, shape, tell, log, checkpoint, stop.
+
+Whatever is trained (a language model, a policy, any module), a run is its first weights plus a small log: each
+generation's record goes to the log before it is applied, so a run that is killed continues from the last checkpoint
+and the records after it, bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eggroll.core.config import ESConfig
+from eggroll.core.fitness import shape_fitness
+from eggroll.core.records import UpdateRecord
+
+if TYPE_CHECKING:
+    from eggroll.run.run_dir import RunDir
+
+
+class Learner(Protocol):
+    """What the loop updates: :class:`eggroll.torch.es.Replica`, or anything like it."""
+
+    def apply(self, record: UpdateRecord) -> float:
+        """Take one update; returns the norm of the change."""
+        ...
+
+    def state_tensors(self) -> Mapping[str, Any]:
+        """Everything that a checkpoint holds."""
+        ...
+
+    def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_tensors`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A generation's scores and what they cost.
+
+    Attributes:
+        fitness: ``(N,)`` or ``(N, prompts)`` raw scores, higher is better.
+        metrics: further numbers for the log, units in their names.
+        tokens: tokens processed or generated, 0 if the word has no meaning.
+        samples: rows for ``samples.jsonl``.
+    """
+
+    fitness: NDArray[np.floating[Any]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The centre's score on held-out data.
+
+    Attributes:
+        reward: mean score, higher is better.
+        samples: rows for ``samples.jsonl``.
+        metrics: further numbers for the log.
+    """
+
+    reward: float
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Listener(Protocol):
+    """Who is told about a run while it goes on: the live display, trackers, a user's callback."""
+
+    def generation(self, metrics: dict[str, Any]) -> None:
+        """One generation is done."""
+        ...
+
+
+@dataclass
+class Loop:
+    """Everything that a run of generations needs.
+
+    Args:
+        config: the algorithm's settings.
+        learner: applies updates.
+        evaluate: scores all members of a generation, given its number and sigma.
+        heldout: scores the centre, or ``None``.
+        eval_every: generations between held-out evaluations (the start and the end are always evaluated).
+        run: where logs and checkpoints go, or ``None`` for none.
+        checkpoint_every: generations between checkpoints; with a run directory there is always one at the end.
+        listeners: told of each generation's metrics.
+        stop: asked after each generation; true ends the run early.
+    """
+
+    config: ESConfig
+    learner: Learner
+    evaluate: Callable[[int, float], Evaluation]
+    heldout: Callable[[], Heldout] | None = None
+    eval_every: int = 10
+    run: RunDir | None = None
+    checkpoint_every: int = 10
+    listeners: list[Listener] = field(default_factory=list)
+    stop: Callable[[dict[str, Any]], bool] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+    applied: int = 0
+
+    def resume(self) -> int:
+        """Bring the learner to the state after the last logged generation; returns how many are done."""
+        if self.run is None:
+            return 0
+        checkpoint = self.run.latest_checkpoint()
+        start = 0
+        if checkpoint is not None:
+            self.learner.load_state_tensors(checkpoint.load())
+            start = checkpoint.generation
+        records = self.run.updates()
+        for record in records[start:]:
+            self.learner.apply(record)
+        done = max(start, len(records))
+        self.run.rewind(done)
+        self.history = [line for line in self.run.metrics() if "event" not in line]
+        self.applied = done
+        return done
+
+    def go(self, start: int = 0) -> list[dict[str, Any]]:
+        """Run generations ``start`` to ``config.generations``; returns the history of metrics.
+
+        Ctrl-C (or SIGTERM) ends the run after the generation in progress has been given up: the state is that after
+        the last complete one, and a checkpoint of it is written. ``interrupted`` is true then.
+        """
+        began = time.perf_counter()
+        self.applied = start
+        with _terminate_as_interrupt():
+            try:
+                if start == 0:
+                    self._log_start()
+                for generation in range(start, self.config.generations):
+                    metrics = self._generation(generation, began)
+                    self.history.append(metrics)
+                    self._log(metrics)
+                    if self._due(generation + 1, self.checkpoint_every):
+                        self._checkpoint(generation + 1)
+                    if self.stop is not None and self.stop(metrics):
+                        break
+            except KeyboardInterrupt:
+                self.interrupted = True
+        if self.applied > 0:
+            self._checkpoint(self.applied)
+        return self.history
+
+    def _generation(self, generation: int, began: float) -> dict[str, Any]:
+        config = self.config
+        sigma, lr = config.sigma_at(generation), config.lr_at(generation)
+        evaluate_start = time.perf_counter()
+        evaluation = self.evaluate(generation, sigma)
+        update_start = time.perf_counter()
+        shaped = shape_fitness(
+            evaluation.fitness,
+            method=config.fitness_shaping,
+            sampling=config.sampling or "antithetic",
+            group_size=config.group_size,
+            elite_k=config.elite_k,
+        )
+        record = UpdateRecord.make(generation, sigma, lr, shaped)
+        with _uninterrupted():
+            # From the log entry to the new weights there is no way out half-way.
+            if self.run is not None:
+                self.run.append_update(record)
+            norm = self.learner.apply(record)
+            self.applied = generation + 1
+        end = time.perf_counter()
+        seconds = update_start - evaluate_start
+        metrics: dict[str, Any] = {
+            "generation": generation + 1,
+            **fitness_metrics(evaluation.fitness),
+            "sigma": sigma,
+            "lr": lr,
+            "update_norm": norm,
+            "members_per_s": config.population_size / max(seconds, 1e-9),
+            **({"tokens_per_s": evaluation.tokens / max(seconds, 1e-9)} if evaluation.tokens else {}),
+            "evaluate_s": seconds,
+            "update_s": end - update_start,
+            **evaluation.metrics,
+        }
+        if self.run is not None and evaluation.samples:
+            self.run.append_samples([{"generation": generation + 1, **row} for row in evaluation.samples])
+        last = generation + 1 == config.generations
+        if self.heldout is not None and (last or self._due(generation + 1, self.eval_every)):
+            self._evaluate_heldout(metrics, generation + 1)
+        metrics["elapsed_s"] = time.perf_counter() - began
+        return metrics
+
+    def _evaluate_heldout(self, metrics: dict[str, Any], generation: int) -> None:
+        assert self.heldout is not None
+        result = self.heldout()
+        metrics["heldout_reward"] = result.reward
+        metrics.update(result.metrics)
+        if self.run is not None and result.samples:
+            self.run.append_samples([{"generation": generation, **row} for row in result.samples])
+
+    def _log_start(self) -> None:
+        if self.heldout is None:
+            return
+        metrics: dict[str, Any] = {"generation": 0, "event": "start"}
+        self._evaluate_heldout(metrics, 0)
+        self._log(metrics)
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.run.append_metrics(metrics)
+        for listener in self.listeners:
+            listener.generation(metrics)
+
+    def _checkpoint(self, generation: int) -> None:
+        if self.run is None:
+            return
+        latest = self.run.latest_checkpoint()
+        if latest is not None and latest.generation == generation:
+            return
+        with _uninterrupted():
+            self.run.save_checkpoint(generation, self.learner.state_tensors(), {"config": self.config.to_dict()})
+
+    @staticmethod
+    def _due(generation: int, every: int) -> bool:
+        return every > 0 and generation % every == 0
+
+
+def fitness_metrics(fitness: NDArray[np.floating[Any]]) -> dict[str, float]:
+    """Mean, extremes and spread of the members' scores; NaN and infinities are counted, not averaged."""
+    values = np.asarray(fitness, dtype=np.float64)
+    per_member = values.reshape(values.shape[0], -1).mean(axis=1)
+    finite = per_member[np.isfinite(per_member)]
+    if finite.size == 0:
+        finite = np.zeros(1)
+    return {
+        "fitness_mean": float(finite.mean()),
+        "fitness_max": float(finite.max()),
+        "fitness_min": float(finite.min()),
+        "fitness_std": float(finite.std()),
+        "invalid_scores": float((~np.isfinite(values)).sum()),
+    }
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Handle signals in the block; outside the main thread, where none arrives, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block is done."""
+    pending: list[int] = []
+    with _handling(lambda number, frame: pending.append(number), signal.SIGINT, signal.SIGTERM):
+        yield
+    if pending:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a scheduler's notice) ends a run as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handling(interrupt, signal.SIGTERM):
+        yield
+
+
+__all__ = ["Evaluation", "Heldout", "Learner", "Listener", "Loop", "fitness_metrics"]

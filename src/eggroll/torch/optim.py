@@ -1,0 +1,167 @@
+"""From the estimate to new weights: any ``torch.optim`` optimizer, float32 masters, stochastic rounding.
+
+A step in 16 bit would be lost: at |w| = 0.02 half the distance between two bfloat16 values is 6e-5, and typical steps
+are smaller. So 16-bit parameters have float32 masters, or are rounded up or down at random with the right mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eggroll.core.address import parameter_key
+from eggroll.core.config import ESConfig, Rounding
+from eggroll.core.threefry import fold_in
+from eggroll.errors import CheckpointError, ConfigError
+from eggroll.torch.threefry import random_bits
+
+ROUNDING_STREAM = 0xE66
+"""Keeps the bits of stochastic rounding apart from those of the perturbations."""
+
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+def optimizer_factory(config: ESConfig) -> OptimizerFactory:
+    """The ``torch.optim`` optimizer that a configuration names, set to ascend."""
+    decay, lr = config.weight_decay, config.lr
+    if config.optimizer == "sgd":
+        return lambda params: torch.optim.SGD(params, lr=lr, weight_decay=decay, maximize=True)
+    if config.optimizer == "momentum":
+        momentum = config.momentum
+        return lambda params: torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=decay, maximize=True)
+    rule = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    betas = config.betas
+    return lambda params: rule(params, lr=lr, betas=betas, weight_decay=decay, maximize=True)
+
+
+class Updater:
+    """Applies estimates to parameters, one parameter at a time, so that only one gradient exists at once.
+
+    Args:
+        parameters: name to parameter, all that are evolved.
+        factory: makes an optimizer (set to maximise) for a list of tensors; each parameter gets its own.
+        rounding: how steps reach 16-bit parameters (see :class:`eggroll.core.config.ESConfig`).
+        seed: seed of stochastic rounding.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], factory: OptimizerFactory, *, rounding: Rounding, seed: int
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.seed = seed
+        self.rounding: Rounding = "master" if rounding == "auto" else rounding
+        self.masters: dict[str, Tensor] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._targets: dict[str, Tensor] = {}
+        # With stochastic rounding a parameter's float32 form lives for one step only, its optimizer state for all.
+        self._kept_states: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.parameters.items():
+            target = parameter.detach()
+            if self.rounding == "stochastic" and parameter.dtype == torch.float16:
+                raise ConfigError(
+                    f'rounding="stochastic" is for bfloat16, and {name!r} is float16; use rounding="master"'
+                )
+            if self.rounding == "master" and _is_half(parameter):
+                target = self.masters[name] = parameter.detach().float()
+            self._targets[name] = target
+            if not (self.rounding == "stochastic" and _is_half(parameter)):
+                self._optimizers[name] = factory([target])
+        self._factory = factory
+
+    @torch.no_grad()
+    def step(self, name: str, gradient: Tensor, *, lr: float, generation: int) -> float:
+        """One optimizer step of one parameter. ``gradient`` is float32. Returns the squared norm of the change."""
+        parameter, target = self.parameters[name], self._targets[name]
+        if name not in self._optimizers:
+            return self._step_stochastic(name, gradient, lr=lr, generation=generation)
+        before = target.clone()
+        self._step(self._optimizers[name], target, gradient.to(target.dtype), lr)
+        if name in self.masters:
+            parameter.copy_(target)
+        return float((target - before).float().square().sum())
+
+    def _step(self, optimizer: torch.optim.Optimizer, target: Tensor, gradient: Tensor, lr: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        target.grad = gradient
+        optimizer.step()
+        target.grad = None
+
+    def _step_stochastic(self, name: str, gradient: Tensor, *, lr: float, generation: int) -> float:
+        parameter = self.parameters[name]
+        wide = parameter.detach().float()
+        optimizer = self._factory([wide])
+        if name in self._kept_states:
+            optimizer.state[wide] = self._kept_states[name]
+        before = wide.clone()
+        self._step(optimizer, wide, gradient, lr)
+        self._kept_states[name] = optimizer.state[wide]
+        key = fold_in(fold_in(parameter_key(self.seed, name), ROUNDING_STREAM), generation)
+        bits = random_bits(torch.tensor([key], dtype=torch.int64), wide.numel(), device=wide.device)
+        parameter.copy_(round_stochastically(wide, bits.view(wide.shape)))
+        return float((wide - before).square().sum())
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything besides the parameters that the next step depends on, flat, for a checkpoint."""
+        tensors = {f"master/{name}": master for name, master in self.masters.items()}
+        for name, state in self._states().items():
+            for key, value in state.items():
+                tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        return tensors
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state_tensors` gave.
+
+        Raises:
+            CheckpointError: masters are missing (the checkpoint was written with another ``rounding``).
+        """
+        missing = [name for name in self.masters if f"master/{name}" not in tensors]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint has no float32 master for {len(missing)} parameters ({missing[0]}, ...): it was "
+                "written with another setting of rounding or dtype; use the same as then"
+            )
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master/{name}"])
+        states: dict[str, dict[str, Any]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                name, _, entry = key.removeprefix("optimizer/").rpartition("/")
+                states.setdefault(name, {})[entry] = value
+        for name, state in states.items():
+            device = self.parameters[name].device
+            # Adam keeps its step counter on the CPU whatever the parameter's device.
+            moved = {k: v.clone() if v.ndim == 0 else v.to(device).clone() for k, v in state.items()}
+            if name in self._optimizers:
+                self._optimizers[name].state[self._targets[name]] = moved
+            else:
+                self._kept_states[name] = moved
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        states = {
+            name: dict(optimizer.state.get(self._targets[name], {})) for name, optimizer in self._optimizers.items()
+        }
+        states.update(self._kept_states)
+        return {
+            name: {key: value for key, value in state.items() if value is not None} for name, state in states.items()
+        }
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def round_stochastically(wide: Tensor, bits: Tensor) -> Tensor:
+    """Float32 to bfloat16, up or down at random so that the mean is right.
+
+    Args:
+        wide: float32 values.
+        bits: int32 random bits of the same shape; the lower 16 of each are used.
+    """
+    # bfloat16 is the upper half of a float32: add 16 random bits to the lower half and cut it off.
+    raw = wide.view(torch.int32).to(torch.int64) + (bits.to(torch.int64) & 0xFFFF)
+    cut = (raw & ~0xFFFF).to(torch.int32).view(torch.float32)
+    return torch.where(torch.isfinite(wide), cut, wide).to(torch.bfloat16)
