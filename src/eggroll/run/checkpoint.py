@@ -107,7 +107,6 @@ def save(
         raise ValueError(f"keep (={keep}) must be at least 1: a run without a checkpoint cannot be continued")
     path = directory / f"generation-{generation:06d}"
     with explained(path):
-        created = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         try:
             saved = _write_tensors(path, tensors)
@@ -122,8 +121,7 @@ def save(
             }
             write_atomic(path / MANIFEST, json.dumps(json.loads(to_json(header)), indent=1).encode())
         except BaseException:
-            if created:
-                shutil.rmtree(path, ignore_errors=True)
+            _undo(path)
             raise
         fsync_directory(directory)
         fsync_directory(directory.parent)
@@ -280,6 +278,15 @@ def _prune(directory: Path, generation: int, keep: int) -> None:
 def _remove(path: Path) -> None:
     (path / MANIFEST).unlink()  # first, so that a crash in the middle leaves no checkpoint that looks whole
     shutil.rmtree(path)
+
+
+def _undo(path: Path) -> None:
+    """After a failed save: leave what the manifest of an earlier save of the same generation names, or nothing."""
+    with suppress(OSError, CheckpointError):
+        if (path / MANIFEST).exists():
+            _remove_others(path, read(path).tensors["file"])
+        else:
+            shutil.rmtree(path)
 
 
 def _remove_others(path: Path, tensor_file: str) -> None:
