@@ -1,0 +1,1 @@
+"""Language models: data, chat templates, rewards, models, and the trainer that ties them together."""

@@ -1,0 +1,76 @@
+"""Settings of a language-model run: the algorithm's, and what is specific to text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from eggroll.core.config import ESConfig
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EggrollConfig(ESConfig):
+    """How a language model is evolved.
+
+    ``target_modules=None`` evolves all matrices but the embedding and the output head; ``embeddings``, ``head`` and
+    ``vectors`` add those.
+
+    Raises:
+        ConfigError: one or several settings cannot work; the message lists all of them.
+    """
+
+    max_tokens: int = 128
+    """Longest completion, in tokens."""
+    temperature: float = 0.0
+    """0 is greedy; above it, tokens are sampled by address, the same for any split of the members."""
+    prompts_per_generation: int = 8
+    """Prompts (or texts) that every member is scored on in a generation."""
+    max_length: int = 512
+    """Longest prompt or text, in tokens; longer prompts lose their beginning, longer texts their end."""
+    batch_members: int | None = None
+    """Members evaluated together; ``None`` takes as many as fit comfortably. Results do not depend on it."""
+    chat: bool | None = None
+    """Whether string prompts go through the chat template; ``None``: if the tokenizer has one."""
+    system: str | None = None
+    """A system prompt."""
+    embeddings: bool = False
+    """Evolve the token embedding too (with a tied head, both)."""
+    head: bool = False
+    """Evolve an output head of its own too."""
+    vectors: bool = False
+    """Evolve norm scales and biases too."""
+    eval_every: int = 10
+    """Generations between evaluations of the centre on held-out data."""
+    checkpoint_every: int = 50
+    """Generations between checkpoints. A resumed run rebuilds what came after one from the update log."""
+    samples_per_generation: int = 2
+    """Members' completions per generation that go to ``samples.jsonl``."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        found = super().problems()
+        minima = {
+            "max_tokens": 1,
+            "prompts_per_generation": 1,
+            "max_length": 2,
+            "eval_every": 0,
+            "checkpoint_every": 0,
+            "samples_per_generation": 0,
+        }
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                found.append(f"{name} (={value!r}) must be a whole number of at least {minimum}")
+        if self.batch_members is not None and self.batch_members < 1:
+            found.append(f"batch_members (={self.batch_members}) must be at least 1, or None to choose by memory")
+        if not self.temperature >= 0.0:
+            found.append(f"temperature (={self.temperature!r}) must be 0 (greedy) or above")
+        return found
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of parameters that are evolved when ``target_modules`` is ``None``."""
+        extra = ("embedding",) if self.embeddings else ()
+        return ("matrix", "conv", "experts", *extra, *(("vector", "other") if self.vectors else ()))
