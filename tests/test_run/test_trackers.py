@@ -1,0 +1,117 @@
+"""Trackers: metrics arrive, wrong names are explained, and a tracker that fails never ends a run."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from eggroll.errors import ConfigError, MissingExtraError
+from eggroll.run.trackers import TrackerWarning, make_trackers
+
+
+def events(run):
+    accumulator = EventAccumulator(str(run.events))
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for wandb that notes what it is told."""
+    seen = SimpleNamespace(logged=[], options=None, finished=False)
+
+    def init(**options):
+        seen.options = options
+        return SimpleNamespace(
+            log=lambda values, step: seen.logged.append((step, values)),
+            finish=lambda: setattr(seen, "finished", True),
+        )
+
+    module = SimpleNamespace(init=init, Table=lambda columns, data: data)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return seen
+
+
+def test_tensorboard_gets_numbers_and_texts(run):
+    tracker = make_trackers("tensorboard", run)
+    tracker.log(1, {"generation": 1, "fitness_mean": 0.5, "members_per_s": 3, "own": 2.0, "event": "start", "x": None})
+    tracker.text(1, "sample", "a *b*\n<c>")
+    tracker.close()
+    found = events(run)
+    assert set(found.Tags()["scalars"]) == {"fitness/mean", "speed/members_per_s", "own"}
+    assert [(event.step, event.value) for event in found.Scalars("fitness/mean")] == [(1, 0.5)]
+    text = found.Tensors("sample/text_summary")[0].tensor_proto.string_val[0]
+    assert text == b"    a *b*\n    <c>"
+
+
+def test_a_killed_run_has_its_events_up_to_the_last_generation(run):
+    tracker = make_trackers("tensorboard", run)
+    tracker.log(1, {"fitness_mean": 0.5})  # never closed
+    assert [event.step for event in events(run).Scalars("fitness/mean")] == [1]
+    tracker.close()
+
+
+def test_a_resumed_run_hides_the_events_that_it_repeats(five):
+    first = make_trackers("tensorboard", five)
+    for step in range(1, 6):
+        first.log(step, {"fitness_mean": 1.0})
+    first.close()
+    five.rewind(3)
+    second = make_trackers("tensorboard", five)
+    second.log(4, {"fitness_mean": 2.0})
+    second.close()
+    values = [(event.step, event.value) for event in events(five).Scalars("fitness/mean")]
+    assert values == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+@pytest.mark.parametrize("report_to", ["none", "", [], ["none"]])
+def test_nothing_is_reported_nowhere(run, report_to):
+    tracker = make_trackers(report_to, run)
+    tracker.log(1, {"fitness_mean": 0.5})
+    tracker.close()
+    assert not run.events.exists()
+
+
+def test_a_wrong_name_is_explained(run):
+    with pytest.raises(ConfigError) as caught:
+        make_trackers("none,tensorbord", run)
+    assert str(caught.value) == (
+        "report_to (='tensorbord') must be one or several of: tensorboard, wandb, none; did you mean 'tensorboard'?"
+    )
+    assert not run.events.exists()
+
+
+def test_wandb_missing_says_how_to_install_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtraError, match=r"'wandb' is needed here.*pip install 'eggroll-es\[wandb\]'"):
+        make_trackers("wandb", run)
+
+
+def test_wandb_and_tensorboard_together(run, wandb):
+    tracker = make_trackers("tensorboard, wandb", run)
+    tracker.log(2, {"generation": 2, "heldout_reward": 0.5})
+    tracker.text(2, "sample", "hi")
+    tracker.close()
+    assert wandb.options["config"] == run.config
+    assert wandb.options["id"] == run.environment["run_id"]
+    assert wandb.logged == [(2, {"reward/heldout": 0.5}), (2, {"sample": [[2, "hi"]]})]
+    assert wandb.finished
+    assert events(run).Tags()["scalars"] == ["reward/heldout"]
+
+
+def test_one_that_fails_is_dropped_with_a_warning_and_the_others_go_on(run, wandb, monkeypatch):
+    tracker = make_trackers(["wandb", "tensorboard"], run)
+
+    class Broken(list):
+        def append(self, item):
+            raise ConnectionError("no route")
+
+    wandb.logged = Broken()
+    with pytest.warns(TrackerWarning, match=r"wandb failed \(ConnectionError: no route\) and gets no more metrics"):
+        tracker.log(1, {"fitness_mean": 1.0})
+    tracker.log(2, {"fitness_mean": 2.0})
+    tracker.close()
+    assert [event.step for event in events(run).Scalars("fitness/mean")] == [1, 2]
