@@ -1,0 +1,1 @@
+"""Evaluators: who computes the members' scores. ``hf`` runs the Hugging Face model itself as a population."""
