@@ -13,7 +13,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 2
-DEMO_ARGS ?= tune smollm2-135m --task concise
+DEMO_ARGS ?= tune smollm2-135m --task one_sentence
 SOURCES := src tests benchmarks examples recipes
 
 MAKEFLAGS += --no-print-directory

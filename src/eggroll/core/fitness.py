@@ -1,4 +1,4 @@
-"""From raw fitness to the weights of the estimate (EGGROLL section 4; Wierstra et al. 2014 for ranks)."""
+"""From raw fitness to the weights of the estimate (EGGROLL section 4; Salimans et al. 2017 for centred ranks)."""
 
 from __future__ import annotations
 

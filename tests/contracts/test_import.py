@@ -1,0 +1,97 @@
+"""What `import eggroll` costs, what it offers, and what no file may do."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "eggroll"
+FILES = sorted(SOURCE.rglob("*.py"))
+HEAVY = ("torch", "jax", "transformers", "datasets", "vllm", "ray", "matplotlib", "tensorboard", "pandas")
+
+PUBLIC = [
+    "CodeExecutionReward",
+    "CustomReward",
+    "EggrollConfig",
+    "EggrollTrainer",
+    "MultiReward",
+    "PerplexityReward",
+    "TextReward",
+]
+
+
+def modules_after(statement):
+    code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def imports_of(package):
+    root = SOURCE.joinpath(*package.split(".")[1:])
+    paths = [path for path in sorted(root.rglob("*.py")) if path.name != "__init__.py"]
+    names = [".".join(("eggroll", *path.relative_to(SOURCE).with_suffix("").parts)) for path in paths]
+    assert names, package
+    return "\n".join(f"import {name}" for name in names)
+
+
+def test_import_loads_nothing_heavy():
+    assert not modules_after("import eggroll") & {*HEAVY, "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [("eggroll.core", HEAVY), ("eggroll.run", HEAVY), ("eggroll.torch", ("jax", "transformers", "datasets", "vllm"))],
+)
+def test_layers_load_only_their_own_libraries(package, forbidden):
+    """Every module of the package, imported: a library is loaded when it is used, not before."""
+    assert not modules_after(imports_of(package)) & set(forbidden)
+
+
+def test_help_of_the_command_line_loads_no_torch():
+    statement = "import contextlib, io\nfrom eggroll.cli.main import main\n"
+    statement += "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main(['--help'])"
+    assert not modules_after(statement) & set(HEAVY)
+
+
+def test_public_names():
+    eggroll = importlib.import_module("eggroll")
+    assert set(PUBLIC) <= set(eggroll.__all__)
+    assert set(eggroll.__all__) <= set(dir(eggroll))
+    for name in eggroll.__all__:
+        assert getattr(eggroll, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    eggroll = importlib.import_module("eggroll")
+    with pytest.raises(AttributeError, match=r"module 'eggroll' has no attribute 'EggrolTrainer'"):
+        _ = eggroll.EggrolTrainer
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_only_the_command_line_prints(path):
+    if "cli" in path.relative_to(SOURCE).parts:
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    prints = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    assert not prints, f"{path.name} prints in the lines {prints}"
+
+
+def test_no_file_is_longer_than_500_lines():
+    files = [*FILES, *(path for name in ("tests", "benchmarks", "examples") for path in (ROOT / name).rglob("*.py"))]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def test_nothing_is_pickled():
+    """No checkpoint of ours can run code when it is opened."""
+    words = ("import pickle", "pickle.load", "torch.load(", "torch.save(")
+    offenders = [path.name for path in FILES if any(word in path.read_text(encoding="utf-8") for word in words)]
+    assert offenders == []
