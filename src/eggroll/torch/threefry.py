@@ -1,78 +1,119 @@
-"""Noise on any device: Threefry-2x32 bits and standard normals for many keys at once (docs/noise-spec.md, version 1).
+"""Noise on any device: Threefry-2x32 bits and standard normals, for many keys in one call (docs/noise-spec.md).
 
-The same draw as ``eggroll.core.threefry``: element ``i`` of the draw of a key has the 64-bit counter ``i``, so results
-depend only on (key, element): not on chunking, threads, or which keys are drawn together.
+Element ``i`` of the draw of a key is a function of (key, i) alone: of neither the device, nor the number of threads,
+nor the keys and elements drawn with it. Three versions compute it, and their results are equal, bit for bit:
+
+- on a CPU with a C compiler, a small C library that is compiled on first use in a fraction of a second;
+- on CUDA with Triton, one kernel;
+- anywhere else, plain PyTorch operations.
+
+The environment variable ``EGGROLL_COMPILE_NOISE`` decides about the C library: ``0`` never, ``1`` always (an error if
+it cannot be made), unset: if it can be made.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+from types import ModuleType
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from eggroll.core.threefry import PARITY, ROTATIONS
+from eggroll.errors import ConfigError
+from eggroll.torch.kernels import threefry_c, threefry_eager
 
-Keys = NDArray[np.uint32] | torch.Tensor
+Keys = NDArray[np.uint32] | Tensor
+"""``(K, 2)``: two unsigned 32-bit words per key, as a NumPy array or as an int64 or uint32 tensor."""
 
-_CHUNK = 1 << 17
+COMPILE_VARIABLE = "EGGROLL_COMPILE_NOISE"
 
 
 def normals(
     keys: Keys, count: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, start: int = 0
-) -> torch.Tensor:
-    """Standard normals ``(K, count)``: row ``k`` holds elements ``start`` to ``start + count`` of the draw of ``keys[k]``."""
-    bits = random_bits(keys, count, device=device, start=start)
-    out = torch.empty(bits.shape, dtype=dtype, device=bits.device)
-    flat, result = bits.view(-1), out.view(-1)
-    for begin in range(0, flat.numel(), _CHUNK):
-        result[begin : begin + _CHUNK] = _bits_to_normals(flat[begin : begin + _CHUNK])
+) -> Tensor:
+    """Standard normals ``(K, count)``: elements ``start`` to ``start + count`` of the draw of each key.
+
+    They are computed in float32 and then cast to ``dtype``. They equal ``eggroll.core.threefry.normal`` and
+    ``jax.random.normal`` to 3 units in the last place (which is also how far those two are apart).
+
+        >>> normals(np.array([[0, 42]], np.uint32), 3)
+        tensor([[-0.0283,  0.4671,  0.2957]])
+
+    Args:
+        keys: ``(K, 2)`` keys, each two unsigned 32-bit words.
+        count: elements per key.
+        device: where the result is made.
+        dtype: a floating dtype of the result.
+        start: index of the first element; elements are numbered to ``2**64 - 1``.
+
+    Raises:
+        ValueError: the keys are no ``(K, 2)`` words, or count, start or dtype are out of range.
+        ConfigError: ``EGGROLL_COMPILE_NOISE`` is ``1`` and the C library cannot be made, or it is none of 0 and 1.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype (={dtype}) must be a floating dtype; random_bits draws integers")
+    words = _words(keys, count, start)
+    out = torch.empty((len(words), count), dtype=dtype, device=device)
+    if out.numel():
+        _kernels(out.device).fill_normals(out, words, start)
     return out
 
 
-def random_bits(keys: Keys, count: int, *, device: torch.device | str = "cpu", start: int = 0) -> torch.Tensor:
-    """The 32 random bits of each element as int32 ``(K, count)``; see :func:`normals`."""
-    words = np.asarray(keys.cpu() if isinstance(keys, torch.Tensor) else keys).astype(np.int64).reshape(-1, 2)
+def random_bits(keys: Keys, count: int, *, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
+    """The 32 bits behind each element, as int32 ``(K, count)``: exactly those of ``jax.random.bits``.
+
+    Arguments and errors as for :func:`normals`.
+    """
+    words = _words(keys, count, start)
     out = torch.empty((len(words), count), dtype=torch.int32, device=device)
-    for row, (first, second) in enumerate(words.tolist()):
-        for begin in range(0, count, _CHUNK):
-            stop = min(begin + _CHUNK, count)
-            index = torch.arange(start + begin, start + stop, dtype=torch.int64, device=device)
-            _cipher(first, second, index, out[row, begin:stop])
+    if out.numel():
+        _kernels(out.device).fill_bits(out, words, start)
     return out
 
 
-def _cipher(first: int, second: int, index: torch.Tensor, out: torch.Tensor) -> None:
-    schedule = (first, second, first ^ second ^ PARITY)
-    x0 = _wrap(index >> 32).add_(_signed(schedule[0]))
-    x1 = _wrap(index).add_(_signed(schedule[1]))
-    for group in range(5):
-        for rotation in ROTATIONS[group % 2]:
-            x0 += x1
-            x1 = ((x1 << rotation) | ((x1 >> (32 - rotation)) & ((1 << rotation) - 1))) ^ x0
-        x0 += _signed(schedule[(group + 1) % 3])
-        x1 += _signed(schedule[(group + 2) % 3] + group + 1)
-    torch.bitwise_xor(x0, x1, out=out)
+def _words(keys: Keys, count: int, start: int) -> NDArray[np.uint32]:
+    """The checked keys as ``(K, 2)`` words."""
+    words = keys.cpu().numpy() if isinstance(keys, Tensor) else np.asarray(keys)
+    if words.ndim != 2 or words.shape[1] != 2 or words.dtype.kind not in "iu":
+        raise ValueError(
+            f"keys must be whole numbers of shape (K, 2), two 32-bit words per key; got {words.dtype} {words.shape}"
+        )
+    if count < 0 or start < 0 or start + count > 1 << 64:
+        raise ValueError(f"count (={count}) and start (={start}) must not be negative, and start + count at most 2**64")
+    # A negative int32 is the same 32 bits as the unsigned word, so no dtype needs a special case.
+    return words.astype(np.uint32)
 
 
-def _wrap(index: torch.Tensor) -> torch.Tensor:
-    return index.view(torch.int32)[::2].clone()
+def _kernels(device: torch.device) -> ModuleType:
+    """The fastest version for a device."""
+    if device.type == "cpu":
+        return threefry_c if _use_compiled(os.environ.get(COMPILE_VARIABLE, "")) else threefry_eager
+    if device.type == "cuda":
+        return _triton_kernels() or threefry_eager
+    return threefry_eager
 
 
-def _signed(word: int) -> int:
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word
+def _use_compiled(setting: str) -> bool:
+    if setting not in ("", "0", "1"):
+        raise ConfigError(
+            f"{COMPILE_VARIABLE} (={setting!r}) must be 0 (never compile), 1 (always) or unset (if possible)"
+        )
+    if setting == "0":
+        return False
+    reason = threefry_c.why_not()
+    if reason and setting == "1":
+        raise ConfigError(f"{COMPILE_VARIABLE}=1, but {reason}. Install a C compiler, or unset the variable.")
+    return reason is None
 
 
-def _bits_to_normals(bits: torch.Tensor) -> torch.Tensor:
-    small = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503,
-             -0.00417768164, 0.246640727, 1.50140941)  # fmt: skip
-    large = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773, -0.0076224613,
-             0.00943887047, 1.00167406, 2.83297682)  # fmt: skip
-    uniform = ((bits ^ -(2**31)) >> 9).float().mul_(2.0**-22).add_(2.0**-24)
-    w = -torch.log1p(-(uniform * uniform))
-    is_small = w < 5.0
-    z = torch.where(is_small, w - 2.5, w.sqrt() - 3.0)
-    result = torch.where(is_small, small[0], large[0])
-    for low, high in zip(small[1:], large[1:], strict=True):
-        result = (result * z).add_(torch.where(is_small, low, high))
-    return (result * uniform).mul_(float(np.float32(np.sqrt(2.0))))
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from eggroll.torch.kernels import threefry_triton
+
+    return threefry_triton
