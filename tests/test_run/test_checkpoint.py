@@ -174,7 +174,10 @@ def test_if_all_are_damaged_the_error_says_why_for_each_and_names_the_way_out(ru
     assert lines[0] == f"none of the checkpoints in {run.checkpoints} can be used:"
     assert lines[1].startswith("  - generation-000002: tensors-")
     assert lines[2].startswith("  - generation-000001: tensors-")
-    assert lines[3].endswith(f"from the first ones and updates.jsonl: eggroll replay {run.path}")
+    assert lines[3] == (
+        f"Nothing is lost: move {run.checkpoints} away, and --resume rebuilds the weights from the base model and "
+        "updates.jsonl"
+    )
 
 
 def test_a_damaged_one_does_not_count_among_those_that_are_kept(run):
@@ -227,3 +230,16 @@ def test_a_failed_save_leaves_the_one_before_and_no_rest(run, monkeypatch, faili
 def test_the_tensor_file_is_as_readable_as_the_manifest(run):
     path = run.save_checkpoint(1, {"w": torch.ones(3)}, {})
     assert tensor_file(path).stat().st_mode == (path / "manifest.json").stat().st_mode
+
+
+def test_whether_a_checkpoint_is_there(run, tmp_path):
+    assert not run.has_checkpoint(1)
+    path = run.save_checkpoint(1, {"w": torch.ones(3)}, {})
+    assert run.has_checkpoint(1)
+    assert not run.has_checkpoint(2)
+    other = RunDir.create(tmp_path / "other", {})
+    path.rename(other.save_checkpoint(2, {}, {}).parent / path.name)
+    assert not other.has_checkpoint(1)
+    path = run.save_checkpoint(1, {"w": torch.ones(3)}, {})
+    truncate(path)
+    assert not run.has_checkpoint(1)

@@ -191,3 +191,9 @@ def test_without_matplotlib_it_says_how_to_install_it(sampled, monkeypatch):
     monkeypatch.setattr(curves, "require", missing)
     with pytest.raises(MissingExtraError, match="matplotlib llm"):
         write_report(sampled)
+
+
+def test_the_time_is_that_of_all_sessions(run):
+    for generation, seconds in enumerate([30.0, 60.0, 20.0, 40.0, 15.0], start=1):
+        run.append_metrics({"generation": generation, "elapsed_s": seconds})
+    assert "1m 55s" in page_of(run).texts  # 60 + 40 + 15 seconds

@@ -105,7 +105,7 @@ def save(
     """
     if keep < 1:
         raise ValueError(f"keep (={keep}) must be at least 1: a run without a checkpoint cannot be continued")
-    path = directory / f"generation-{generation:06d}"
+    path = directory / _name(generation)
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
         try:
@@ -128,6 +128,10 @@ def save(
         _remove_others(path, saved["file"])
         _prune(directory, generation, keep)
     return path
+
+
+def _name(generation: int) -> str:
+    return f"generation-{generation:06d}"
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -242,10 +246,18 @@ def latest(directory: Path, *, run_id: str | None = None) -> Checkpoint | None:
         text = "\n".join(f"  - {problem}" for problem in problems)
         raise CheckpointError(
             f"none of the checkpoints in {directory} can be used:\n{text}\n"
-            "The weights can still be rebuilt from the first ones and updates.jsonl: eggroll replay "
-            f"{directory.parent}"
+            f"Nothing is lost: move {directory} away, and --resume rebuilds the weights from the base model and "
+            "updates.jsonl"
         )
     return None
+
+
+def exists(directory: Path, generation: int, *, run_id: str | None = None) -> bool:
+    """Whether the checkpoint of ``generation`` is there and has its full size; its tensors are not read."""
+    try:
+        return read(directory / _name(generation), run_id=run_id)._wrong_size() is None
+    except CheckpointError:
+        return False
 
 
 def remove_after(directory: Path, generation: int) -> None:

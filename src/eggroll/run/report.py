@@ -103,8 +103,14 @@ def _cards(run: RunDir, metrics: Sequence[Sample], finished: int, total: Any) ->
         cards.append(card(rate(sum(speed) / len(speed)), "members per second, mean"))
     _, elapsed = series(metrics, "elapsed_s")
     if elapsed:
-        cards.append(card(duration(max(elapsed)), "time"))
+        cards.append(card(duration(_total(elapsed)), "time"))
     return cards
+
+
+def _total(elapsed: Sequence[float]) -> float:
+    """Seconds over all sessions: ``elapsed_s`` starts at 0 again when a run is resumed."""
+    ends = [now for now, after in zip(elapsed, elapsed[1:], strict=False) if after < now]
+    return sum(ends) + elapsed[-1]
 
 
 def _grid(drawn: Sequence[Curve], kind: str) -> str:

@@ -7,8 +7,8 @@
 
 ``generation`` in ``updates.jsonl`` counts from 0, as in the address of its noise; in ``metrics.jsonl``,
 ``samples.jsonl`` and checkpoints it is the number of finished updates: record 0 makes generation 1, and generation 0 is
-the model as it came. A caller appends samples and metrics first and the record last: once the record is on disk, the
-generation is finished, and :meth:`RunDir.rewind` drops what a killed generation has left.
+the model as it came. Once its record is on disk, a generation is finished, and :meth:`RunDir.rewind` drops what one that
+was killed before has left. Metrics and samples that are appended before the record are there for every finished one.
 """
 
 from __future__ import annotations
@@ -234,6 +234,10 @@ class RunDir:
             CheckpointError: there are checkpoints, but none can be used.
         """
         return checkpoint.latest(self.checkpoints, run_id=str(self.environment.get("run_id", "")))
+
+    def has_checkpoint(self, generation: int) -> bool:
+        """Whether a checkpoint of ``generation`` is there, of this run and not truncated; its tensors are not read."""
+        return checkpoint.exists(self.checkpoints, generation, run_id=str(self.environment.get("run_id", "")))
 
     def write_file(self, name: str, data: bytes) -> Path:
         """Write a file of the run atomically, for example its report. Returns its path."""
