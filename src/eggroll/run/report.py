@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,7 @@ def _cards(run: RunDir, metrics: Sequence[Sample], finished: int, total: Any) ->
 
 def _total(elapsed: Sequence[float]) -> float:
     """Seconds over all sessions: ``elapsed_s`` starts at 0 again when a run is resumed."""
-    ends = [now for now, after in zip(elapsed, elapsed[1:], strict=False) if after < now]
+    ends = [now for now, after in itertools.pairwise(elapsed) if after < now]
     return sum(ends) + elapsed[-1]
 
 

@@ -7,8 +7,8 @@
 
 ``generation`` in ``updates.jsonl`` counts from 0, as in the address of its noise; in ``metrics.jsonl``,
 ``samples.jsonl`` and checkpoints it is the number of finished updates: record 0 makes generation 1, and generation 0 is
-the model as it came. Once its record is on disk, a generation is finished, and :meth:`RunDir.rewind` drops what one that
-was killed before has left. Metrics and samples that are appended before the record are there for every finished one.
+the model as it came. Once its record is on disk, a generation is finished, and :meth:`RunDir.rewind` drops what one
+that was killed before has left. Metrics and samples appended before the record are there for every finished one.
 """
 
 from __future__ import annotations
