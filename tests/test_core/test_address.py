@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eggroll.core import address, threefry
@@ -46,7 +46,13 @@ def test_the_keys_are_the_documented_chain_of_jax_fold_ins():
     assert draw_key(seed, name, generation, pair) == tuple(np.asarray(jax.random.key_data(key)).tolist())
 
 
-@given(st.integers(0, 2**64 - 1), st.text(max_size=8), st.integers(0, 2**20), st.lists(st.integers(0, 2**32 - 1)))
+@settings(max_examples=30)
+@given(
+    st.integers(0, 2**64 - 1),
+    st.text(max_size=8),
+    st.integers(0, 2**20),
+    st.lists(st.integers(0, 2**32 - 1), max_size=8),
+)
 def test_many_keys_equal_single_keys(seed, name, generation, pairs):
     keys = draw_keys(seed, name, generation, pairs)
     assert keys.dtype == np.uint32

@@ -69,7 +69,7 @@ def test_the_estimate_is_the_weighted_mean_of_the_perturbations(spec):
     np.testing.assert_allclose(oracle.es_gradient(spec, shaped, **DRAW), expected, rtol=1e-12)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(m=st.integers(1, 9), n=st.integers(1, 9), rank=st.integers(1, 3), population=st.integers(1, 5))
 def test_rank_of_the_update(m, n, rank, population):
     """min(N r, m, n): low-rank perturbations add up to an update of full rank."""
