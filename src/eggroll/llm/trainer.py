@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -48,12 +49,7 @@ class EggrollTrainer:
         self.reward: Reward = as_reward(reward, tokenizer)
         if getattr(tokenizer, "pad_token_id", None) is None:
             tokenizer.pad_token = tokenizer.eos_token
-        exclude = config.exclude
-        if config.target_modules is None and not config.head:
-            exclude = (*exclude, *_separate_head(model))
-        self.replica = Replica(
-            model, EggrollConfig.from_dict({**config.to_dict(), "exclude": list(exclude)}), kinds=config.kinds
-        )
+        self.replica = replica_for(model, config)
         self.evaluator = HFEvaluator(self.replica.population, tokenizer, self.reward, config)
         self.history: list[dict[str, Any]] = []
         self.interrupted = False
@@ -138,6 +134,14 @@ class EggrollTrainer:
         self.replica.load_state_tensors(checkpoint.load())
         self.done = checkpoint.generation
         return self.done
+
+
+def replica_for(model: Any, config: EggrollConfig) -> Replica:
+    """The replica that a run with these settings has: which parameters it evolves, and how they are updated."""
+    exclude = config.exclude
+    if config.target_modules is None and not config.head:
+        exclude = (*exclude, *_separate_head(model))
+    return Replica(model.eval(), dataclasses.replace(config, exclude=exclude), kinds=config.kinds)
 
 
 class _BatchSource:

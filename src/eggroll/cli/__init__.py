@@ -1,0 +1,1 @@
+"""The command line: ``eggroll tune``, ``info``, ``replay``, ``report``."""

@@ -1,0 +1,77 @@
+"""Entry point of ``eggroll``: picks the command, shows errors as people want to read them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from eggroll.cli.info import InfoOptions, info
+from eggroll.cli.replay import ReplayOptions, replay
+from eggroll.cli.report import ReportOptions, report
+from eggroll.cli.tune import TuneOptions, resumed_options, tune
+from eggroll.errors import EggrollError
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "tune": (TuneOptions, tune),
+    "info": (InfoOptions, info),
+    "replay": (ReplayOptions, replay),
+    "report": (ReportOptions, report),
+}
+USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
+
+  tune MODEL     evolve a language model on a reward
+  info MODEL     show a model's parameters and what a population of it needs
+  replay RUN     rebuild the weights of any generation of a run
+  report RUN     write a run's report.html again
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        from eggroll import __version__
+
+        print(f"eggroll {__version__}")
+        return 0
+    if given[0] not in COMMANDS:
+        print(f"eggroll: there is no command {given[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    # tokenizers warns about forks otherwise; completions are decoded in one process anyway.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    kind, run = COMMANDS[given[0]]
+    try:
+        default: Any = resumed_options(given[1:]) if given[0] == "tune" else None
+        absent: Any = tyro.MISSING_NONPROP
+        options = tyro.cli(
+            kind,
+            args=given[1:],
+            prog=f"eggroll {given[0]}",
+            description=run.__doc__,
+            default=absent if default is None else default,
+        )
+        return run(options)
+    except EggrollError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

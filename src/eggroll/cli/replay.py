@@ -1,0 +1,57 @@
+"""``eggroll replay``: the weights of any generation, from the base model and the run's log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What ``eggroll replay`` can be told."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run directory."""
+    to: int | None = None
+    """The generation to rebuild (default: the last one in the log; 0 is the base model)."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Where the model goes (default: RUN/replay-<generation>)."""
+
+
+def replay(options: ReplayOptions) -> int:
+    """Rebuild the weights of a generation from the base model and the run's log."""
+    from rich.progress import track
+
+    from eggroll.cli.tune import _options_of_run
+    from eggroll.core.records import UpdateRecord
+    from eggroll.llm import models
+    from eggroll.llm.export import load_line, save_pretrained
+    from eggroll.llm.trainer import replica_for
+    from eggroll.run.replay import replay_run
+    from eggroll.run.run_dir import RunDir
+
+    console = Console(soft_wrap=True, highlight=False)
+    run = RunDir.open(options.run)
+    settings = _options_of_run(options.run)
+    with console.status(f"loading {settings.model} ..."):
+        loaded = models.load(settings.model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+    replica = replica_for(loaded.model, settings.config())
+    records: list[UpdateRecord] = []
+    done = replay_run(run, records.append, to=options.to)
+    for record in track(records, description="replaying", console=console, disable=not console.is_terminal):
+        replica.apply(record)
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is not None and checkpoint.generation == done:
+        stored = checkpoint.load()
+        same = all(stored[name].equal(tensor.cpu()) for name, tensor in replica.state_tensors().items())
+        differs = "[red]differs from the checkpoint[/] (another kind of machine, or another number of threads?)"
+        console.print(f"generation {done}: {'equal to the checkpoint, bit for bit' if same else differs}")
+    directory = Path(options.output) if options.output else run.path / f"replay-{done}"
+    save_pretrained(loaded.model, loaded.tokenizer, directory, metadata={"replayed_generations": done})
+    console.print(f"model    {escape(str(directory))}\nload it  [bold]{escape(load_line(directory))}[/]")
+    return 0

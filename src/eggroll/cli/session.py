@@ -1,0 +1,211 @@
+"""One ``eggroll tune`` from the first line on the terminal to the last."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from eggroll.cli.tune import DEFAULT_DATASET, RESUME_FREE, TuneOptions, command_line, option_dict, run_path
+from eggroll.errors import ConfigError, DataError
+from eggroll.llm import models
+from eggroll.llm.data import load_examples
+from eggroll.llm.export import load_line
+from eggroll.llm.rewards import Reward
+from eggroll.llm.rewards.load import as_reward, load_reward
+from eggroll.llm.tasks import get_task
+from eggroll.llm.trainer import EggrollTrainer
+from eggroll.run.console import Display
+from eggroll.run.report import before_and_after, write_report
+from eggroll.run.run_dir import RunDir
+from eggroll.run.trackers import Tracker, make_trackers
+
+
+class Session:
+    """Loads everything, runs the generations with a live display, and shows what came of it."""
+
+    def __init__(self, options: TuneOptions) -> None:
+        self.options = options
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.tracker: Tracker | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def run(self) -> int:
+        """The whole command. Returns the exit status: 0, or 130 if it was interrupted."""
+        options = self.options
+        train, heldout = self._data()
+        if options.resume is None and (run_path(options) / "config.json").exists():
+            RunDir.create(run_path(options), {})  # raises: the directory holds a run
+        with self.console.status(f"loading {options.model} ..."):
+            loaded = models.load(
+                options.model,
+                dtype=options.dtype,
+                device=options.device,
+                trust_remote_code=options.trust_remote_code,
+            )
+        # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
+        self.options = options = dataclasses.replace(options, dtype=str(loaded.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+        reward = self._reward(loaded.tokenizer)
+        config = options.config()
+        trainer = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
+        run = self._run_dir(trainer)
+        self.tracker = make_trackers(options.report_to, run)
+        self._header(trainer, loaded, run, len(train))
+        display = Display(config.generations, start=self._finished(run), title=_title(options), history=run.metrics())
+        with display:
+            trainer.evolve(
+                train,
+                eval_data=heldout,
+                run=run,
+                resume=options.resume is not None,
+                listeners=[display, _TrackerListener(self.tracker)],
+            )
+            if trainer.evaluator.mode_note:
+                display.message(trainer.evaluator.mode_note)
+        return self._finish(trainer, run)
+
+    def _finished(self, run: RunDir) -> int:
+        return len(run.updates()) if self.options.resume is not None else 0
+
+    def _data(self) -> tuple[list[Any], list[Any] | None]:
+        options = self.options
+        if options.task is not None:
+            task = get_task(options.task)
+            train = task.train if options.prompts is None else _load(options.prompts, options)
+            heldout = task.heldout if options.eval_prompts is None else _load(options.eval_prompts, options)
+            return load_examples(train), load_examples(heldout)
+        if options.dataset is not None and options.prompts is not None:
+            raise ConfigError("--dataset and --prompts mean the same; give one of them")
+        source = options.dataset or options.prompts
+        if source is None:
+            if options.reward not in (None, "perplexity"):
+                raise DataError(
+                    f"--reward {options.reward} needs prompts to answer: give --prompts with a .jsonl or .txt file, a "
+                    "folder or a hub id"
+                )
+            source = DEFAULT_DATASET
+        heldout_source = options.eval_prompts
+        return _load(source, options), None if heldout_source is None else _load(heldout_source, options)
+
+    def _reward(self, tokenizer: Any) -> Reward:
+        options = self.options
+        if options.reward is not None:
+            return load_reward(options.reward, tokenizer)
+        if options.task is not None:
+            return as_reward(get_task(options.task).reward, tokenizer)
+        return load_reward("perplexity", tokenizer)
+
+    def _run_dir(self, trainer: EggrollTrainer) -> RunDir:
+        options = self.options
+        settings = {"options": option_dict(options), "config": trainer.config.to_dict()}
+        if options.resume is None:
+            extra = {"model": options.model, "device": str(trainer.evaluator.device)}
+            return RunDir.create(run_path(options), settings, command=command_line(), extra=extra)
+        run = RunDir.open(options.resume)
+        _check_resumed(run, settings)
+        run.update_config(settings)
+        run.note_resume(len(run.updates()), command_line())
+        return run
+
+    def _header(self, trainer: EggrollTrainer, loaded: models.LoadedModel, run: RunDir, prompts: int) -> None:
+        config, out = trainer.config, self.console.print
+        evolved = sum(spec.size for spec in trainer.evolved)
+        total = sum(parameter.numel() for parameter in loaded.model.parameters())
+        out(f"[bold]{escape(loaded.name)}[/]  {total / 1e6:.1f} M parameters, {evolved / 1e6:.1f} M evolved in "
+            f"{len(trainer.evolved)} tensors, {self.options.dtype} on {loaded.device}")  # fmt: skip
+        out(f"reward {escape(trainer.reward.name)}, {prompts} prompts, {config.prompts_per_generation} a generation")
+        out(f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
+            f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}")  # fmt: skip
+        for note in loaded.notes:
+            out(f"[dim]{escape(note)}[/]")
+        out(f"[dim]run directory: {escape(str(run.path))}[/]\n")
+
+    def _finish(self, trainer: EggrollTrainer, run: RunDir) -> int:
+        directory = run.path / "model"
+        if trainer.done == 0 and trainer.interrupted:
+            self.console.print("interrupted before the first generation was complete; nothing was saved")
+            return 130
+        with self.console.status("saving the model ..."):
+            trainer.save(directory, metadata={"base_model": self.options.model})
+        line = load_line(directory)
+        report = write_report(run, load_line=line)
+        self._outcome(run)
+        self.console.print(f"\nmodel    {escape(str(directory))}\nreport   {escape(str(report))}")
+        self.console.print(f"load it  [bold]{escape(line)}[/]")
+        if trainer.interrupted:
+            self.console.print(
+                f"\ninterrupted after generation {trainer.done}; continue with\n"
+                f"         eggroll tune {shlex.quote(self.options.model)} --resume {shlex.quote(str(run.path))}"
+            )
+            return 130
+        return 0
+
+    def _outcome(self, run: RunDir) -> None:
+        scores = [line["heldout_reward"] for line in run.metrics() if "heldout_reward" in line]
+        if len(scores) >= 2:
+            self.console.print(f"\nheld-out reward  [bold]{scores[0]:.3f} before, {scores[-1]:.3f} after[/]")
+        rows = [row for row in before_and_after(run.samples()) if row.before is not None and row.after is not None]
+        if not rows:
+            return
+        table = Table(title="the same held-out prompts, before and after", title_justify="left", expand=True)
+        table.add_column("prompt", ratio=2)
+        table.add_column("before", ratio=3)
+        table.add_column("after", ratio=3)
+        for row in rows[:3]:
+            table.add_row(_cell(row.prompt, None), _cell(*_text(row.before)), _cell(*_text(row.after)))
+        Console(highlight=False).print(table)
+
+
+class _TrackerListener:
+    """Hands a run's metrics to TensorBoard and its relatives."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def generation(self, metrics: dict[str, Any]) -> None:
+        """Log one generation."""
+        self.tracker.log(int(metrics["generation"]), metrics)
+
+
+def _load(source: str, options: TuneOptions) -> list[Any]:
+    is_text = options.reward in (None, "perplexity") and options.task is None
+    return load_examples(source, purpose="text" if is_text else "prompts")
+
+
+def _check_resumed(run: RunDir, settings: dict[str, Any]) -> None:
+    """Refuse changed settings, one line for each, under the names of the command line."""
+    stored = RunDir(run.path, run.config["options"], run.environment)
+    stored.check_config(settings["options"], may_change=RESUME_FREE)
+
+
+def _title(options: TuneOptions) -> str:
+    return f"{Path(options.model).name} on {options.task or options.reward or 'perplexity'}"
+
+
+def _text(sample: Any) -> tuple[str, float | None]:
+    if isinstance(sample, dict):
+        return str(sample.get("completion", "")), sample.get("reward")
+    return str(sample), None
+
+
+def _cell(text: Any, reward: float | None) -> str:
+    shown = escape(" ".join(str(text).split()))
+    return shown if reward is None else f"{shown}  [dim]({reward:.2f})[/]"
+
+
+__all__: Sequence[str] = ["Session"]
