@@ -143,9 +143,14 @@ class Loop:
                 if start == 0:
                     self._log_start()
                 for generation in range(start, self.config.generations):
-                    metrics = self._generation(generation, began)
-                    self.history.append(metrics)
-                    self._log(metrics)
+                    metrics = self._generation(generation)
+                    try:
+                        self._evaluate_when_due(metrics, generation + 1)
+                    finally:
+                        # Also when Ctrl-C came during the held-out evaluation: the update has been taken by then.
+                        metrics["elapsed_s"] = time.perf_counter() - began
+                        self.history.append(metrics)
+                        self._log(metrics)
                     if self._due(generation + 1, self.checkpoint_every):
                         self._checkpoint(generation + 1)
                     if self.stop is not None and self.stop(metrics):
@@ -156,7 +161,7 @@ class Loop:
             self._checkpoint(self.applied)
         return self.history
 
-    def _generation(self, generation: int, began: float) -> dict[str, Any]:
+    def _generation(self, generation: int) -> dict[str, Any]:
         config = self.config
         sigma, lr = config.sigma_at(generation), config.lr_at(generation)
         evaluate_start = time.perf_counter()
@@ -192,11 +197,12 @@ class Loop:
         }
         if self.run is not None and evaluation.samples:
             self.run.append_samples([{"generation": generation + 1, **row} for row in evaluation.samples])
-        last = generation + 1 == config.generations
-        if self.heldout is not None and (last or self._due(generation + 1, self.eval_every)):
-            self._evaluate_heldout(metrics, generation + 1)
-        metrics["elapsed_s"] = time.perf_counter() - began
         return metrics
+
+    def _evaluate_when_due(self, metrics: dict[str, Any], generation: int) -> None:
+        last = generation == self.config.generations
+        if self.heldout is not None and (last or self._due(generation, self.eval_every)):
+            self._evaluate_heldout(metrics, generation)
 
     def _evaluate_heldout(self, metrics: dict[str, Any], generation: int) -> None:
         assert self.heldout is not None
@@ -222,8 +228,7 @@ class Loop:
     def _checkpoint(self, generation: int) -> None:
         if self.run is None:
             return
-        latest = self.run.latest_checkpoint()
-        if latest is not None and latest.generation == generation:
+        if self.run.has_checkpoint(generation):
             return
         with _uninterrupted():
             self.run.save_checkpoint(generation, self.learner.state_tensors(), {"config": self.config.to_dict()})
