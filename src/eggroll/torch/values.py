@@ -25,7 +25,8 @@ from torch import Tensor
 from eggroll.core.select import Kind
 from eggroll.errors import UnsupportedOperationError
 
-Layout = Literal["rows", "time_major", "shared"]
+Layout = Literal["rows", "time_major", "shared", "mixed"]
+"""Where the population is in an activation: the leading dimension, the second one, nowhere; ``mixed``: it varies."""
 
 WAYS_OUT = (
     "Ways out: leave the parameter alone (exclude={name!r}), or evaluate one member at a time "
@@ -40,13 +41,23 @@ class MemberContext:
     Attributes:
         members: P, or ``None`` for a single member, whose values have no member axis.
         rows: R, the leading dimension of activations; ``None`` until it is known.
-        layouts: per parameter, the layout of the activations that it met where that was beyond doubt.
+        layouts: per use of a parameter, the layout of the activations that it met where that was beyond doubt.
+            Kept from call to call; :mod:`eggroll.torch.ops.layout` reads and writes it.
+        stated: whether R was stated by the caller and not read off an input (time-major inputs).
+        trusting: learn layouts, and take the likely one where sizes are ambiguous, instead of raising: for
+            evaluations whose result is checked against single members.
+        inputs: addresses of the memory of the running call's inputs; ``None`` while no call is running.
+        constants: addresses of the memory of the model's parameters and buffers, which are the same for all members.
         max_dense_bytes: how much one materialised parameter may take (P copies) before an error is raised instead.
     """
 
     members: int | None
     rows: int | None = None
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    layouts: dict[tuple[str, str], Layout] = field(default_factory=dict)
+    stated: bool = False
+    trusting: bool = False
+    inputs: frozenset[int] | None = None
+    constants: frozenset[int] = frozenset()
     max_dense_bytes: int = 2**30
 
     @property
@@ -58,7 +69,7 @@ class MemberContext:
         """Whether a dimension of ``size`` can be the rows; the first size seen fixes R if nothing did before."""
         assert self.members is not None
         if self.rows is None:
-            if size % self.members:
+            if size % self.members or size == 0:
                 return False
             self.rows = size
         return size % self.rows == 0

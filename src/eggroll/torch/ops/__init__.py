@@ -1,7 +1,9 @@
 """What torch functions do with population values: one module per family of functions."""
 
 from eggroll.torch.ops import attention, convolution, elementwise, norms, products, recurrent
-from eggroll.torch.ops.registry import RULES, dispatch, per_member, rule
+from eggroll.torch.ops.dispatch import dispatch
+from eggroll.torch.ops.per_member import per_member
+from eggroll.torch.ops.registry import RULES, rule
 
 __all__ = [
     "RULES",

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eggroll.torch.ops.layout import layout_of
+from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.registry import RULES, Rule
 from eggroll.torch.values import MemberTensor, PerturbedWeight, Value
 
@@ -35,8 +37,11 @@ def _convolution(func: Callable[..., Tensor], dims: int) -> Rule:
     ) -> Any:
         if isinstance(x, Value) or not isinstance(weight, PerturbedWeight) or weight.context.single:
             return NotImplemented
-        if x.ndim != dims + 2 or not weight.context.is_rows(x.shape[0]):
-            return NotImplemented
+        args = (x, weight, bias, stride, padding, dilation, groups)
+        if x.ndim != dims + 2:
+            return per_member(func, args, {}, layout="shared")
+        if layout_of(weight.context, weight.parameter, "conv", x, dims + 1) != "rows":
+            return per_member(func, args, {}, layout="shared")
         members = weight.a.shape[0]
         plain_bias = None if isinstance(bias, Value) else bias
         x_B = _by_batch(x, members)

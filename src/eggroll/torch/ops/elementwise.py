@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eggroll.torch.ops.registry import RULES, Rule, flatten_rows, has_rows, rule
+from eggroll.torch.ops.layout import ambiguous, layout_in_broadcast, learn
+from eggroll.torch.ops.registry import RULES, Rule, flatten_rows, rule
 from eggroll.torch.values import MemberTensor, Value
 
 
@@ -19,12 +20,27 @@ def spread(value: MemberTensor, x: Tensor) -> Tensor:
     return value.data_P.reshape(value.data_P.shape[0], *([1] * missing), *value.shape)
 
 
-def with_rows(func: Callable[..., Tensor], x: Tensor, value: MemberTensor, *, reverse: bool = False) -> Tensor:
-    """``func(x, value)`` (or reversed) for rows ``x``, without copies."""
+def with_rows(
+    func: Callable[..., Tensor], x: Tensor, value: MemberTensor, *, reverse: bool = False, time_major: bool = False
+) -> Tensor:
+    """``func(x, value)`` (or reversed) for rows ``x``, or time-major ``x``, without copies."""
     members = value.data_P.shape[0]
-    x_PB = x.view(members, -1, *x.shape[1:]) if x.is_contiguous() else x.reshape(members, -1, *x.shape[1:])
     data = spread(value, x)
-    return flatten_rows(func(data, x_PB) if reverse else func(x_PB, data))
+    if time_major:
+        x, data = x.transpose(0, 1), data.transpose(1, 2)
+    x_PB = x.view(members, -1, *x.shape[1:]) if x.is_contiguous() else x.reshape(members, -1, *x.shape[1:])
+    out = flatten_rows(func(data, x_PB) if reverse else func(x_PB, data))
+    if value.ndim == 0 and out.is_floating_point() and x.is_floating_point():
+        out = out.to(x.dtype)  # a scalar parameter does not promote what it meets
+    return out.transpose(0, 1) if time_major else out
+
+
+def combine(func: Callable[..., Tensor], x: Tensor, value: MemberTensor, *, reverse: bool = False) -> Any:
+    """``func(x, value)`` (or reversed) for a plain tensor in whichever layout it has."""
+    layout = layout_in_broadcast(value.context, value.parameter, x, tuple(value.shape))
+    if layout == "shared":
+        return NotImplemented
+    return with_rows(func, x, value, reverse=reverse, time_major=layout == "time_major")
 
 
 def _binary(func: Callable[..., Any]) -> Rule:
@@ -37,9 +53,7 @@ def _binary(func: Callable[..., Any]) -> Rule:
         if not isinstance(other, Tensor) or other.ndim == 0:
             result = func(value.data_P, other) if value is left else func(other, value.data_P)
             return value.like(result)
-        if not has_rows(other, value.context, [tuple(value.shape)]):
-            return NotImplemented
-        return with_rows(func, other, value, reverse=value is left)
+        return combine(func, other, value, reverse=value is left)
 
     return apply
 
@@ -79,8 +93,17 @@ def expand(value: Any, *args: Any, **kwargs: Any) -> Any:
     sizes, context = _sizes(args), value.context
     new_dims = len(sizes) - value.ndim
     leading_is_one = new_dims > 0 or (value.ndim > 0 and value.shape[0] == 1)
-    if not leading_is_one or not isinstance(sizes[0], int) or sizes[0] <= 1 or not context.is_rows(sizes[0]):
+    if not leading_is_one or not isinstance(sizes[0], int) or sizes[0] <= 1:
         return NotImplemented
+    known = context.layouts.get((value.parameter, "expand"))
+    if not context.is_rows(sizes[0]):
+        learn(context, value.parameter, "expand", "shared")
+        return NotImplemented
+    if known == "shared":
+        return NotImplemented
+    if sizes[0] != context.rows and known != "rows" and not context.trusting:
+        raise ambiguous(context, value.parameter, "expand", torch.empty(sizes, device="meta"))
+    learn(context, value.parameter, "expand", "rows")
     members = value.data_P.shape[0]
     data = value.data_P.reshape(members, *([1] * new_dims), *value.shape)
     own = [sizes[0] // members, *sizes[1:]]

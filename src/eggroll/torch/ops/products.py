@@ -1,8 +1,7 @@
 """Rules for matrix products and embeddings.
 
-Which dimension of an activation holds the population is decided per product (:func:`layout_of`): the leading one
-(rows), the second one (time-major recurrent layouts), or none (an input that is the same for all members). Where sizes
-alone are ambiguous, the layout that the parameter met before decides; ``Population.verify`` checks the outcome.
+Which dimension of an activation holds the population is decided per product (:mod:`eggroll.torch.ops.layout`): the
+leading one (rows), the second one (time-major recurrent layouts), or none (an input that is the same for all members).
 """
 
 from __future__ import annotations
@@ -16,28 +15,10 @@ from torch.nn import functional as F
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch import low_rank
 from eggroll.torch.ops.elementwise import with_rows
+from eggroll.torch.ops.layout import layout_of, layout_of_ids
+from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.registry import context_of, rule
-from eggroll.torch.values import WAYS_OUT, Layout, MemberContext, MemberTensor, PerturbedWeight, Value
-
-
-def layout_of(context: MemberContext, name: str, x: Tensor) -> Layout:
-    """Where the population sits in an activation ``(..., n)``."""
-    if x.ndim < 2:
-        return "shared"
-    known = context.layouts.get(name)
-    rows = context.is_rows(x.shape[0])
-    time_major = x.ndim >= 3 and context.rows is not None and x.shape[1] % context.rows == 0
-    if rows and time_major:
-        return known if known in ("rows", "time_major") else "rows"
-    if rows:
-        if x.ndim == 2 and known == "shared":
-            return "shared"
-        if x.shape[0] == context.rows and x.ndim >= 3:
-            context.layouts.setdefault(name, "rows")
-        return "rows"
-    found: Layout = "time_major" if time_major else "shared"
-    context.layouts.setdefault(name, found)
-    return found
+from eggroll.torch.values import WAYS_OUT, MemberContext, MemberTensor, PerturbedWeight, Value
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,13 +55,13 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(weight, MemberTensor) and weight.ndim != 2:
         return NotImplemented
     name = next(value.parameter for value in (weight, bias) if isinstance(value, Value))
-    layout = layout_of(context, name, x)
+    layout = layout_of(context, name, "product", x)
     if layout == "rows":
         return linear_rows(x, weight, bias)
     if layout == "time_major":
         return linear_rows(x.transpose(0, 1), weight, bias).transpose(0, 1)
     if not isinstance(weight, PerturbedWeight):
-        return NotImplemented
+        return per_member(F.linear, (x, weight, bias), {}, layout="shared")
     plain_bias = None if isinstance(bias, Value) else bias
     out = low_rank.linear_shared(x, weight.base, weight.a, weight.b, plain_bias)
     if isinstance(bias, MemberTensor):
@@ -92,8 +73,6 @@ def _linear_of_value(x: Value, weight: Any, bias: Any) -> Any:
     """The input is a value itself; its member axis serves as the rows."""
     if not isinstance(x, MemberTensor):
         return NotImplemented
-    if isinstance(bias, MemberTensor):
-        bias = MemberTensor(bias.data_P, name=bias.parameter, context=bias.context)
     return x.like(linear_rows(x.data_P, weight, bias))
 
 
@@ -164,24 +143,13 @@ def embedding(
     context = weight.context
     if context.single:
         return F.embedding(ids, weight.base) + F.embedding(ids, weight.a) @ weight.b.transpose(-1, -2)
-    if _ids_have_rows(context, weight.parameter, ids):
+    layout = layout_of_ids(context, weight.parameter, ids)
+    if layout == "rows":
         return low_rank.embedding(ids, weight.base, weight.a, weight.b)
+    if layout == "time_major":
+        return low_rank.embedding(ids.transpose(0, 1), weight.base, weight.a, weight.b).transpose(0, 1)
     shared = low_rank.embedding_shared(ids, weight.base, weight.a, weight.b)
     return MemberTensor(shared, name=weight.parameter, context=context)
-
-
-def _ids_have_rows(context: MemberContext, name: str, ids: Tensor) -> bool:
-    """Ids are rows if their leading dimension is exactly R (or R flattened with time in one dimension)."""
-    if ids.ndim == 0:
-        return False
-    divides = context.is_rows(ids.shape[0])
-    rows = divides and (ids.shape[0] == context.rows or ids.ndim == 1)
-    ambiguous = rows and ids.ndim >= 2 and ids.shape[0] == ids.shape[1]
-    if ambiguous and name in context.layouts:
-        return context.layouts[name] == "rows"
-    if not ambiguous and ids.ndim >= 2:
-        context.layouts.setdefault(name, "rows" if rows else "shared")
-    return rows
 
 
 @rule(Tensor.__getitem__)
@@ -201,8 +169,8 @@ def getitem(value: Any, index: Any) -> Any:
         return NotImplemented
     if not is_list or not context.is_rows(index.shape[0]):
         raise UnsupportedOperationError(
-            f"parameter {value.parameter!r} holds experts and is indexed by {index!r}: with tokens regrouped by expert, a "
-            "row's member is no longer known. Use the batched implementation of the experts "
+            f"parameter {value.parameter!r} holds experts and is indexed by {index!r}: with tokens regrouped by "
+            "expert, a row's member is no longer known. Use the batched implementation of the experts "
             '(model.set_experts_implementation("batched_mm")). ' + WAYS_OUT.format(name=value.parameter)
         )
     per_member = index.shape[0] // value.a.shape[0]

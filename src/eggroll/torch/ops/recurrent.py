@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.products import linear_rows
 from eggroll.torch.ops.registry import context_of, rule
-from eggroll.torch.values import Value
+from eggroll.torch.values import WAYS_OUT, Value
 
 Step = Callable[[Tensor, Tensor, "tuple[Tensor, ...]"], "tuple[Tensor, ...]"]
 
@@ -50,6 +52,7 @@ _CELLS: dict[Any, Step] = {
 def _layer(
     x_RT: Tensor, state: tuple[Tensor, ...], weights: list[Any], step: Step, *, reverse: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    projection = weights.pop() if len(weights) in (3, 5) else None
     w_ih, w_hh, *biases = weights
     b_ih, b_hh = biases or (None, None)
     gates_x = linear_rows(x_RT, w_ih, b_ih)
@@ -57,6 +60,8 @@ def _layer(
     times = range(x_RT.shape[1])
     for time in reversed(times) if reverse else times:
         state = step(gates_x[:, time], linear_rows(state[0], w_hh, b_hh), state)
+        if projection is not None:
+            state = (linear_rows(state[0], projection), *state[1:])
         outputs.append(state[0])
     if reverse:
         outputs.reverse()
@@ -78,16 +83,18 @@ def _recurrent(func: Callable[..., Any]) -> Callable[..., Any]:
         batch_first: bool,
     ) -> Any:
         if not isinstance(has_biases, bool):
-            return NotImplemented  # the form for packed sequences, whose rows are regrouped by length
+            return _packed(
+                func, (x, hx, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first)
+            )
         context = context_of(*weights)
-        per_layer = 4 if has_biases else 2
         directions = 2 if bidirectional else 1
-        projected = len(weights) != per_layer * num_layers * directions
-        if context.single or isinstance(x, Value) or projected or (training and dropout > 0.0):
+        per_layer = len(weights) // (num_layers * directions)
+        if context.single or isinstance(x, Value) or (training and dropout > 0.0):
             return NotImplemented
         x_RT = x if batch_first else x.transpose(0, 1)
-        if x.ndim != 3 or not context.is_rows(x_RT.shape[0]):
-            return NotImplemented
+        if not context.is_rows(x_RT.shape[0]):
+            arguments = (x, hx, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first)
+            return per_member(func, arguments, {}, layout="shared")
         states = hx if isinstance(hx, tuple | list) else (hx,)
         finals: list[tuple[Tensor, ...]] = []
         for layer in range(num_layers):
@@ -106,13 +113,27 @@ def _recurrent(func: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
+def _packed(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The form for packed sequences, ``(data, batch_sizes, hx, weights, ...)``: rows are regrouped by length."""
+    values = [weight for weight in args[3] if isinstance(weight, Value)]
+    if values[0].context.single:
+        return NotImplemented
+    name = values[0].parameter
+    raise UnsupportedOperationError(
+        f"parameter {name!r} is perturbed and its recurrent layer is given a packed sequence, whose rows are regrouped "
+        "by length, so that a row's member is not known. Pad instead of packing, or: " + WAYS_OUT.format(name=name)
+    )
+
+
 def _cell(func: Callable[..., Any]) -> Callable[..., Any]:
     step = _CELLS[func]
 
     def apply(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
         context = context_of(w_ih, w_hh, b_ih, b_hh)
-        if context.single or isinstance(x, Value) or x.ndim != 2 or not context.is_rows(x.shape[0]):
+        if context.single or isinstance(x, Value):
             return NotImplemented
+        if x.ndim != 2 or not context.is_rows(x.shape[0]):
+            return per_member(func, (x, hx, w_ih, w_hh, b_ih, b_hh), {}, layout="shared")
         states = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
         state = step(linear_rows(x, w_ih, b_ih), linear_rows(states[0], w_hh, b_hh), states)
         return state if len(state) > 1 else state[0]

@@ -1,0 +1,28 @@
+"""What happens to a torch function some of whose arguments are values: its rule, its metadata, or once per member."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from eggroll.torch.ops.per_member import per_member
+from eggroll.torch.ops.registry import METADATA, RULES
+from eggroll.torch.values import set_handler
+
+
+def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a torch function some of whose arguments are values."""
+    implementation = RULES.get(func)
+    if implementation is not None:
+        result = implementation(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    if func in METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    return per_member(func, args, kwargs)
+
+
+set_handler(dispatch)

@@ -1,0 +1,134 @@
+"""Where the population sits in a plain tensor that meets a value.
+
+A plain tensor is an activation that holds the members in its leading dimension (``rows``, R = P * batch, or a multiple
+of R where other dimensions were flattened in), in its second one (``time_major``), or something that is the same for
+all members (``shared``: a buffer, positions, a learned query). Sizes mostly tell these apart. Where they do not (a
+sequence exactly as long as there are rows), the following decide, in this order:
+
+1. what the same use of the same parameter met before, when sizes were beyond doubt (``context.layouts``);
+2. where the tensor's memory comes from: an input of the model holds rows, a parameter or buffer does not;
+3. the promise that inputs carry the members in front, for activations of R rows.
+
+What is left raises: a guess could be silently wrong. ``Population.verify`` resolves such cases for good: it evaluates
+with a number of rows that no other dimension shares, which teaches (1), and compares with members evaluated alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.values import Layout, MemberContext
+
+
+def layout_of(context: MemberContext, name: str, use: str, x: Tensor, feature_dims: int = 1) -> Layout:
+    """Where the population sits in an activation whose last ``feature_dims`` dimensions cannot hold it."""
+    free = x.ndim - feature_dims
+    if free < 1:
+        return "shared"
+    size = x.shape[0]
+    known = context.layouts.get((name, use))
+    if known == "rows" and size == context.rows:
+        return "rows"
+    leading = context.is_rows(size)
+    second = free >= 2 and context.rows is not None and x.shape[1] == context.rows and context.rows > 1
+    if leading and second:
+        if known == "rows" or known == "time_major":
+            return known
+        if (size == context.rows and not context.stated) or context.trusting:
+            return "rows"
+        raise ambiguous(context, name, use, x)
+    if leading:
+        if known == "shared" or is_constant(context, x):
+            return "shared"
+        if known == "mixed" and not context.trusting and size != context.rows:
+            raise ambiguous(context, name, use, x)
+        return learn(context, name, use, "rows")
+    return learn(context, name, use, "time_major" if second else "shared")
+
+
+def layout_of_ids(context: MemberContext, name: str, ids: Tensor) -> Layout:
+    """Where the population sits in integers that index a parameter, ``(R, ...)``, ``(T, R)`` or without it."""
+    if ids.ndim == 0:
+        return "shared"
+    size = ids.shape[0]
+    known = context.layouts.get((name, "ids"))
+    leading = context.is_rows(size)
+    second = ids.ndim >= 2 and context.rows is not None and ids.shape[1] == context.rows
+    if not leading and not second:
+        return learn(context, name, "ids", "shared")
+    if is_input(context, ids):
+        if leading and second and context.stated and known not in ("rows", "time_major") and not context.trusting:
+            raise ambiguous(context, name, "ids", ids)
+        if leading and second:
+            return "time_major" if known == "time_major" else "rows"
+        return learn(context, name, "ids", "rows" if leading else "time_major")
+    if known == "shared" or is_constant(context, ids):
+        # One row of a buffer that was expanded over the batch has rows; other buffers do not.
+        return "rows" if leading and known != "shared" and ids.stride(0) == 0 else "shared"
+    if known == "rows" and leading:
+        return "rows"
+    if known == "time_major" and second:
+        return "time_major"
+    if not leading:
+        return "shared"
+    square = ids.ndim >= 2 and ids.shape[1] == size
+    if (ids.ndim == 1 or square or known == "mixed") and not context.trusting:
+        raise ambiguous(context, name, "ids", ids)
+    return learn(context, name, "ids", "rows")
+
+
+def layout_in_broadcast(context: MemberContext, name: str, x: Tensor, value_shape: tuple[int, ...]) -> Layout:
+    """Where the population sits in a tensor that is broadcast with a value of a shape (as the model sees it)."""
+    missing = x.ndim - len(value_shape)
+    if x.ndim == 0 or missing < 0:
+        return "shared"
+    free = missing
+    while free < x.ndim and value_shape[free - missing] == 1:
+        free += 1
+    if free >= 1:
+        return layout_of(context, name, "elementwise", x, x.ndim - free)
+    # The leading dimensions meet: a member's part of the rows has to broadcast with the value, or they are not rows.
+    if context.layouts.get((name, "elementwise")) == "shared" or is_constant(context, x):
+        return "shared"
+    leading = context.is_rows(x.shape[0])
+    assert context.members is not None
+    if x.shape[0] != value_shape[0]:
+        return "rows" if leading and x.shape[0] // context.members in (1, value_shape[0]) else "shared"
+    return "time_major" if x.ndim >= 3 and value_shape[1] == 1 and x.shape[1] == context.rows else "shared"
+
+
+def is_constant(context: MemberContext, x: Tensor) -> bool:
+    """Whether a tensor is (a view of) a parameter or buffer of the model, and so the same for all members."""
+    return bool(context.constants) and _address(x) in context.constants
+
+
+def is_input(context: MemberContext, x: Tensor) -> bool:
+    """Whether a tensor is (a view of) an input of the running call; outside of calls, everything is."""
+    return context.inputs is None or _address(x) in context.inputs
+
+
+def _address(x: Tensor) -> int:
+    try:
+        return x.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0  # no storage of its own (inside torch.vmap, for example)
+
+
+def learn(context: MemberContext, name: str, use: str, layout: Layout) -> Layout:
+    """Remember the layout of a use; uses that differ are remembered as mixed."""
+    before = context.layouts.setdefault((name, use), layout)
+    if before != layout:
+        context.layouts[(name, use)] = "mixed"
+    return layout
+
+
+def ambiguous(context: MemberContext, name: str, use: str, x: Tensor) -> UnsupportedOperationError:
+    """The error for a tensor in which the members cannot be found."""
+    what = "indexed by integers" if use == "ids" else "used with a tensor"
+    return UnsupportedOperationError(
+        f"parameter {name!r} is {what} of shape {tuple(x.shape)}, made inside the model, and with {context.rows} rows "
+        "its sizes do not tell whether it holds the members. Ways out: call population.verify(...) once with such "
+        "inputs, which finds out and remembers; another batch size or sequence length; leave the parameter alone "
+        f'(exclude={name!r}); or mode="loop"'
+    )
