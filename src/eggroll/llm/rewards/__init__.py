@@ -1,6 +1,7 @@
 """Rewards: what is made better. See :class:`eggroll.llm.rewards.base.Reward` for what each kind needs."""
 
 from eggroll.llm.rewards.base import Reward
+from eggroll.llm.rewards.code import CodeExecutionReward
 from eggroll.llm.rewards.custom import CustomReward
 from eggroll.llm.rewards.functions import FunctionReward
 from eggroll.llm.rewards.load import as_reward, load_reward
@@ -9,6 +10,7 @@ from eggroll.llm.rewards.perplexity import PerplexityReward
 from eggroll.llm.rewards.text import TextReward
 
 __all__ = [
+    "CodeExecutionReward",
     "CustomReward",
     "FunctionReward",
     "MultiReward",

@@ -77,7 +77,7 @@ def as_score(value: Any, what: str) -> float:
     if isinstance(value, str | bytes):
         raise RewardError(f"{what} returned the text {value!r}; a score must be a number")
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(f"{what} returned {describe(value)}; a score must be a number") from error
 

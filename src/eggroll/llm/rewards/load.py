@@ -17,7 +17,6 @@ import importlib.util
 import inspect
 import json
 import math
-import pkgutil
 import re
 import sys
 import traceback
@@ -28,14 +27,13 @@ from types import ModuleType
 from typing import Any
 
 from eggroll.errors import RewardError
+from eggroll.llm import tasks
 from eggroll.llm.rewards.base import Reward, function_name
 from eggroll.llm.rewards.custom import CustomReward
 from eggroll.llm.rewards.functions import FunctionReward
 from eggroll.llm.rewards.multi import MultiReward
 from eggroll.llm.rewards.perplexity import PerplexityReward
 from eggroll.llm.rewards.text import TextReward
-
-TASKS = "eggroll.llm.tasks"
 
 CONVENTIONS = (
     "score(text) -> float, reward(prompts, completions, **columns) -> list[float], "
@@ -93,15 +91,6 @@ def as_reward(value: Any, tokenizer: Any) -> Reward:
     raise RewardError(f"a reward cannot be {value!r}; allowed are a Reward, a function or a list of them. {_known()}")
 
 
-def task_names() -> list[str]:
-    """The tasks that ship with eggroll."""
-    try:
-        package = importlib.import_module(TASKS)
-    except ImportError:
-        return []
-    return sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
-
-
 def _from_lambda(spec: str, tokenizer: Any) -> Reward:
     try:
         function = eval(spec, {"re": re, "math": math, "json": json})
@@ -150,13 +139,12 @@ def _from_module(path: str, function: str, tokenizer: Any) -> Reward:
 
 
 def _from_task(name: str, tokenizer: Any) -> Reward:
-    tasks = task_names()
-    module_name = name.replace("-", "_")
-    if module_name not in tasks:
-        near = difflib.get_close_matches(name, [*tasks, "perplexity"], n=3)
+    if name.replace("-", "_") not in tasks.names():
+        near = difflib.get_close_matches(name, [*tasks.names(), "perplexity"], n=3)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise RewardError(f"unknown reward {name!r}. {hint}{_known()}")
-    return _from_namespace(importlib.import_module(f"{TASKS}.{module_name}"), f"task {name}", None, tokenizer)
+    task = tasks.get_task(name)
+    return FunctionReward(task.reward, tokenizer=tokenizer, name=task.name)
 
 
 def _from_namespace(module: ModuleType, what: str, function: str | None, tokenizer: Any) -> Reward:
@@ -182,6 +170,8 @@ def _from_namespace(module: ModuleType, what: str, function: str | None, tokeniz
             f"starts or ends with 'reward' counts too, and '{what.split()[-1]}:name' takes any function"
         )
     exact = [name for name in ("reward", "reward_fn", "reward_func", "score") if name in found]
+    if "reward" in exact:
+        exact = ["reward"]  # a score beside it is what it is made of
     if len(exact) == 1 or len(found) == 1:
         name = exact[0] if exact else next(iter(found))
         return _from_value(found[name], tokenizer, name, what)
@@ -264,6 +254,8 @@ def _raised(error: BaseException, path: Path) -> str:
 
 
 def _known() -> str:
-    tasks = task_names()
-    listed = f", a task of eggroll ({', '.join(tasks)})" if tasks else ""
-    return f"A reward is 'perplexity'{listed}, a Python file, 'lambda text: ...' or 'package.module:function'"
+    shipped = ", ".join(tasks.names())
+    return (
+        f"A reward is 'perplexity', a task of eggroll ({shipped}), a Python file, 'lambda text: ...' or "
+        "'package.module:function'"
+    )

@@ -1,0 +1,100 @@
+"""Chat templates: what a model gets to read, and what a reward gets to see."""
+
+import re
+
+import pytest
+
+from eggroll.errors import DataError
+from eggroll.llm.chat import as_conversational, format_prompts, plain_text
+
+USER = {"role": "user", "content": "hi"}
+GEMMA_LIKE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
+)
+
+
+def test_conversation_opens_the_assistants_turn(tiny_tokenizer):
+    assert format_prompts(tiny_tokenizer, [[USER]]) == ["<|user|>hi<|end|><|assistant|>"]
+
+
+def test_strings_become_a_turn_if_there_is_a_template(tiny_tokenizer, plain_tokenizer):
+    assert format_prompts(tiny_tokenizer, ["hi"]) == ["<|user|>hi<|end|><|assistant|>"]
+    assert format_prompts(tiny_tokenizer, ["hi"], chat=False) == ["hi"]
+    assert format_prompts(plain_tokenizer, ["hi"]) == ["hi"]
+
+
+def test_system_message(tiny_tokenizer, plain_tokenizer):
+    opening = "<|system|>be brief<|end|><|user|>hi<|end|><|assistant|>"
+    assert format_prompts(tiny_tokenizer, ["hi", [USER]], system="be brief") == [opening, opening]
+    own = [{"role": "system", "content": "own"}, USER]
+    assert format_prompts(tiny_tokenizer, [own], system="be brief")[0].startswith("<|system|>own<|end|>")
+    assert format_prompts(plain_tokenizer, ["hi"], system="be brief") == ["be brief\n\nhi"]
+
+
+def test_system_message_without_a_system_role_goes_into_the_first_user_turn(tiny_tokenizer):
+    tiny_tokenizer.chat_template = GEMMA_LIKE
+    conversation = [dict(USER)]
+    assert format_prompts(tiny_tokenizer, [conversation], system="be brief") == ["<|start|>[user]be brief\n\nhi"]
+    assert conversation == [USER]
+
+
+def test_begun_assistant_turn_is_continued(tiny_tokenizer):
+    begun = [USER, {"role": "assistant", "content": "Well,"}]
+    assert format_prompts(tiny_tokenizer, [begun]) == ["<|user|>hi<|end|><|assistant|>Well,"]
+
+
+class AddsStart:
+    """A tokenizer that puts its start token in front, as Llama's does."""
+
+    def __init__(self, tokenizer):
+        self.inner = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, text):
+        return self.inner(self.inner.bos_token + text)
+
+
+def test_start_token_is_not_doubled(tiny_tokenizer):
+    tiny_tokenizer.chat_template = GEMMA_LIKE
+    assert format_prompts(tiny_tokenizer, [[USER]]) == ["<|start|>[user]hi"]
+    adding = AddsStart(tiny_tokenizer)
+    (text,) = format_prompts(adding, [[USER]])
+    assert text == "[user]hi"
+    assert adding(text).input_ids == tiny_tokenizer.apply_chat_template([USER]).input_ids
+
+
+def test_conversation_without_a_template(plain_tokenizer):
+    plain_tokenizer.name_or_path = "tiny"
+    message = "the prompts are conversations, but the tokenizer 'tiny' has no chat template."
+    with pytest.raises(DataError, match=re.escape(message)):
+        format_prompts(plain_tokenizer, [[USER]])
+    with pytest.raises(DataError, match="has no chat template"):
+        format_prompts(plain_tokenizer, ["hi"], chat=True)
+
+
+def test_conversation_that_the_template_refuses(tiny_tokenizer):
+    tiny_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    message = "the chat template refuses a conversation with the roles ['user', 'user']: roles must alternate"
+    with pytest.raises(DataError, match=re.escape(message)):
+        format_prompts(tiny_tokenizer, [[USER, USER]])
+
+
+def test_as_conversational_is_what_trl_passes():
+    begun = [USER, {"role": "assistant", "content": "Well,"}]
+    prompts, completions = as_conversational(["a", [USER], begun], ["x", "y", " z"])
+    assert prompts == ["a", [USER], [USER]]
+    assert completions == [
+        "x",
+        [{"role": "assistant", "content": "y"}],
+        [{"role": "assistant", "content": "Well, z"}],
+    ]
+    assert len(begun) == 2
+
+
+def test_plain_text():
+    assert plain_text("a") == "a"
+    assert plain_text([USER]) == "hi"
+    assert plain_text([]) == ""

