@@ -10,6 +10,7 @@ from eggroll.errors import ConfigError, DataError, RewardError
 from eggroll.llm.data import Example
 from eggroll.llm.rewards import PerplexityReward
 from eggroll.llm.rewards.logits import chunked_logits
+from eggroll.torch.population import Population
 
 CAUSAL = ["llama", "gpt2", "gemma2", "cohere", "granite", "mixtral", "mamba"]
 ENCODER_DECODER = ["t5", "bart"]
@@ -224,3 +225,22 @@ def test_examples_that_cannot_be_scored(tiny_tokenizer, build_model):
         reward.log_likelihood(build_model("t5"), torch.ones(1, 3, dtype=torch.int64))
     with pytest.raises(ConfigError, match=re.escape("max_length (=1) must be at least 2")):
         PerplexityReward(tiny_tokenizer, max_length=1)
+
+
+@pytest.mark.parametrize("budget", [ONE_STEP, 2**28])
+@pytest.mark.parametrize("name", CAUSAL + ENCODER_DECODER)
+@torch.no_grad()
+def test_whole_population_equals_its_members(build_model, tiny_tokenizer, name, budget):
+    model = build_model(name)
+    population = Population(model, population_size=4, rank=2, sigma=0.02, seed=3)
+    reward = PerplexityReward(tiny_tokenizer, logits_budget=budget)
+    ids, mask = random_batch()
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    alone = []
+    for member in range(4):
+        with population.member(0, member):
+            alone.append(reward.log_likelihood(model, inputs))
+    with population.perturbed(0) as active:
+        together = reward.log_likelihood(model, {key: active.expand(x) for key, x in inputs.items()})
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    assert torch.stack(alone).std(0).min() > 1e-4  # the members do differ
