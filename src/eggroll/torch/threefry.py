@@ -14,8 +14,8 @@ it cannot be made), unset: if it can be made.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import numpy as np
@@ -112,8 +112,15 @@ def _use_compiled(setting: str) -> bool:
 
 @functools.cache
 def _triton_kernels() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from eggroll.torch.kernels import threefry_triton
+    """The Triton version, or None where Triton is missing or cannot compile (it too needs a C compiler)."""
+    try:
+        from eggroll.torch.kernels import threefry_triton
 
+        threefry_triton.fill_bits(torch.empty((1, 1), dtype=torch.int32, device="cuda"), np.zeros((1, 2), np.uint32), 0)
+    except ImportError:
+        return None
+    except Exception as error:
+        # Triton raises errors of many kinds. Speed is lost, but no result changes, so this is no reason to stop.
+        warnings.warn(f"noise is drawn without Triton, several times slower: {error!r}", RuntimeWarning, stacklevel=4)
+        return None
     return threefry_triton

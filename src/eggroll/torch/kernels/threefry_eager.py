@@ -1,12 +1,12 @@
 """Threefry and normals from plain PyTorch operations: the version that runs everywhere.
 
-Every eager operation is a pass over memory, about 150 of them per number, so the work goes block by block through four
-buffers that stay in the cache; on a CPU PyTorch splits each pass over its threads.
+Every eager operation is a pass over memory, about 160 of them per number, so the work goes block by block through a few
+buffers that stay in the cache, in place where possible; on a CPU PyTorch splits each pass over its threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ SHORT_DRAW = 48
 
 _LOW = 0xFFFFFFFF
 _SIGN = 1 << 31
+_INTS = (9, 23, SQRT_HALF_BITS, 0x40400000, 0x4B400000)
+_FLOATS = (3.0, 2.0**-24, 1.0, 12582912.0, MINUS_LN_2, 2.5, SQRT_2, *LOG, *CENTRE, *TAIL)
 
 
 def fill_bits(out: Tensor, keys: NDArray[np.uint32], start: int) -> None:
@@ -40,8 +42,14 @@ def fill_normals(out: Tensor, keys: NDArray[np.uint32], start: int) -> None:
     for rows, columns in _blocks(out, work.block, start):
         target = out[rows, columns]
         work.cipher(keys[rows], start + columns.start, target.shape[1], flip=_SIGN)
-        work.normals(target.numel())
-        target.copy_(work.as_rows(work.a.view(torch.float32), target))
+        target.copy_(work.as_rows(work.normals(target.numel()), target))
+
+
+def bits_to_normals(bits: Tensor) -> Tensor:
+    """The normals (float32) of the given 32-bit words (int32): a copy, in one block, of any shape."""
+    work = _Workspace(torch.empty(1, bits.numel(), device=bits.device), block=bits.numel())
+    torch.bitwise_xor(bits.reshape(-1), -_SIGN, out=work.a)
+    return work.normals(bits.numel()).view(bits.shape)
 
 
 def _blocks(out: Tensor, size: int, start: int) -> Iterator[tuple[slice, slice]]:
@@ -57,34 +65,39 @@ def _blocks(out: Tensor, size: int, start: int) -> Iterator[tuple[slice, slice]]
 
 
 class _Workspace:
-    """Four int32 buffers of one block, and the small constants as 0-dim tensors.
+    """The int32 buffers of one block, and the constants as 0-dim tensors.
 
     0-dim tensors, because at this size PyTorch needs up to a third less time for ``x + tensor`` than for ``x + 1.5``.
     """
 
-    def __init__(self, out: Tensor) -> None:
+    def __init__(self, out: Tensor, block: int | None = None) -> None:
         self.device = out.device
         on_cpu = self.device.type == "cpu"
-        self.block = BLOCK_PER_THREAD * torch.get_num_threads() if on_cpu else BLOCK_ON_DEVICE
+        self.block = block or (BLOCK_PER_THREAD * torch.get_num_threads() if on_cpu else BLOCK_ON_DEVICE)
         size = min(self.block, out.numel())
-        self.a, self.b, self.c, self.d = (torch.empty(size, dtype=torch.int32, device=self.device) for _ in range(4))
+        num_buffers = 5 if out.dtype.is_floating_point else 3
+        self.buffers = [torch.empty(size, dtype=torch.int32, device=self.device) for _ in range(num_buffers)]
         self.index = torch.arange(min(size, out.shape[1]), dtype=torch.int32, device=self.device)
         self.keys_inside = out.shape[1] < min(SHORT_DRAW, out.shape[0])
-        self.shifts = {r: _int(32 - r) for group in ROTATIONS for r in group}
-        self.masks = {r: _int((1 << r) - 1) for group in ROTATIONS for r in group}
+        rotations = [r for group in ROTATIONS for r in group]
+        self.shifts = dict(zip(rotations, _constants([32 - r for r in rotations], torch.int32), strict=True))
+        self.masks = dict(zip(rotations, _constants([(1 << r) - 1 for r in rotations], torch.int32), strict=True))
+        self.ints = dict(zip(_INTS, _constants(_INTS, torch.int32), strict=True))
+        self.floats = dict(zip(_FLOATS, _constants(_FLOATS, torch.float32), strict=True))
+
+    @property
+    def a(self) -> Tensor:
+        """The buffer that holds the bits."""
+        return self.buffers[0]
 
     def as_rows(self, flat: Tensor, like: Tensor) -> Tensor:
         """The first elements of a buffer in the shape of ``like``, ``(rows, columns)``."""
-        rows, columns = like.shape
-        return (
-            flat[: rows * columns].view(columns, rows).t()
-            if self.keys_inside
-            else flat[: rows * columns].view(like.shape)
-        )
+        shaped = self._shaped(flat, *like.shape)
+        return shaped.t() if self.keys_inside else shaped
 
     def cipher(self, keys: NDArray[np.uint32], first: int, columns: int, *, flip: int) -> None:
         """Bits of elements ``first`` to ``first + columns`` for each of ``keys``, XOR ``flip``, into buffer ``a``."""
-        x0, x1, x2 = (self._shaped(buffer, len(keys), columns) for buffer in (self.a, self.b, self.c))
+        x0, x1, x2 = (self._shaped(buffer, len(keys), columns) for buffer in self.buffers[:3])
         index = self.index[:columns].view((-1, 1) if self.keys_inside else (1, -1))
         begin0, begin1, *injections = self._schedule(keys, first, flip)
         torch.add(index, begin1, out=x1)
@@ -120,63 +133,62 @@ class _Workspace:
             return words.view(-1).unbind()
         return words.to(self.device).view((12, 1, -1) if self.keys_inside else (12, -1, 1)).unbind()
 
-    def normals(self, size: int) -> None:
-        """Normals from bits whose sign is flipped, both in buffer ``a``, in the order of operations of the spec."""
-        a, b, c, d = (buffer[:size] for buffer in (self.a, self.b, self.c, self.d))
-        s, x, f, h = (buffer.view(torch.float32) for buffer in (a, b, c, d))
-        a.bitwise_right_shift_(_int(9))
-        x.copy_(a).mul_(_float(2.0**-22)).add_(_float(2.0**-24))
+    def normals(self, size: int) -> Tensor:
+        """Normals from the bits, sign flipped, in buffer ``a``, in the order of operations of the specification.
+
+        An integer ``n`` of up to 23 bits becomes a float without a pass to another buffer: ``n`` added to the bits of
+        3.0, whose last bit counts ``2**-22``, are the bits of ``3 + n 2**-22``; likewise with ``1.5 * 2**23``.
+        """
+        a, b, c = (buffer[:size] for buffer in self.buffers[:3])
+        x, s, e, h, r = (buffer[:size].view(torch.float32) for buffer in self.buffers)
+        ints, floats = self.ints, self.floats
+        a.bitwise_right_shift_(ints[9]).add_(ints[0x40400000])
+        x.sub_(floats[3.0]).add_(floats[2.0**-24])
         torch.mul(x, x, out=s)
-        torch.sub(_float(1.0), s, out=s)
-        # s = m 2^e; a holds the bits of s, then of m.
-        torch.sub(a, _int(SQRT_HALF_BITS), out=c).bitwise_right_shift_(_int(23))
-        torch.sub(a, c, alpha=1 << 23, out=a)
-        torch.add(s, _float(1.0), out=h)
-        g = s.sub_(_float(1.0)).div_(h)
+        torch.sub(floats[1.0], s, out=s)
+        torch.sub(b, ints[SQRT_HALF_BITS], out=c).bitwise_right_shift_(ints[23])
+        torch.sub(b, c, alpha=1 << 23, out=b)  # s = m 2^e: from here on b holds m, c holds e
+        torch.add(s, floats[1.0], out=h)
+        g = s.sub_(floats[1.0]).div_(h)
         torch.mul(g, g, out=h)
-        g.mul_(_horner(LOG, h, out=torch.empty_like(h)))
-        h.copy_(c).mul_(_float(MINUS_LN_2))
-        w = g.add_(h)
-        if self.device.type == "cpu":
-            _finish_sparsely(w, x, f)
-        else:
-            _finish_densely(w, x, f)
+        g.mul_(self._horner(LOG, h, out=r))
+        c.add_(ints[0x4B400000])
+        w = g.add_(e.sub_(floats[12582912.0]).mul_(floats[MINUS_LN_2]))
+        finish = self._finish_sparsely if self.device.type == "cpu" else self._finish_densely
+        return finish(w, x, h, r)
+
+    def _finish_sparsely(self, w: Tensor, x: Tensor, h: Tensor, r: Tensor) -> Tensor:
+        """Normals from ``w`` and ``x``. Only one number in 300 is in the tail: those go through NumPy, by index."""
+        w_np = w.numpy()
+        index = np.flatnonzero(w_np >= np.float32(TAIL_FROM))
+        z, x_tail = np.sqrt(w_np[index]) - np.float32(3.0), x.numpy()[index]
+        tail = np.full_like(z, TAIL[0])
+        for coefficient in TAIL[1:]:
+            tail *= z
+            tail += np.float32(coefficient)
+        self._horner(CENTRE, w.sub_(self.floats[2.5]), out=r).mul_(x).mul_(self.floats[SQRT_2])
+        r.numpy()[index] = tail * x_tail * np.float32(SQRT_2)
+        return r
+
+    def _finish_densely(self, w: Tensor, x: Tensor, h: Tensor, r: Tensor) -> Tensor:
+        """The same without leaving the device: both polynomials for every number.
+
+        The square root goes through float64, because that of float32 is not rounded correctly everywhere (not by MKL).
+        """
+        in_tail = w >= TAIL_FROM
+        root = w.sqrt() if self.device.type == "mps" else w.double().sqrt_().float()  # MPS has no float64
+        self._horner(TAIL, root.sub_(3.0), out=h)
+        self._horner(CENTRE, w.sub_(2.5), out=r)
+        return torch.where(in_tail, h, r).mul_(x).mul_(self.floats[SQRT_2])
+
+    def _horner(self, coefficients: tuple[float, ...], z: Tensor, *, out: Tensor) -> Tensor:
+        """The polynomial, highest power first. Products and sums apart: fused ones would round differently."""
+        first, second, *rest = (self.floats[coefficient] for coefficient in coefficients)
+        torch.mul(z, first, out=out).add_(second)
+        for coefficient in rest:
+            out.mul_(z).add_(coefficient)
+        return out
 
 
-def _finish_sparsely(w: Tensor, x: Tensor, buffer: Tensor) -> None:
-    """Overwrite ``w`` by the normals. Only one number in 300 is in the tail: those go through NumPy, by index."""
-    w_np, x_np = w.numpy(), x.numpy()
-    index = np.flatnonzero(w_np >= np.float32(TAIL_FROM))
-    x_tail = x_np[index]
-    z = np.sqrt(w_np[index]) - np.float32(3.0)
-    r = np.full_like(z, TAIL[0])
-    for coefficient in TAIL[1:]:
-        r *= z
-        r += np.float32(coefficient)
-    w.sub_(_float(2.5))
-    torch.mul(_horner(CENTRE, w, out=buffer), x, out=w).mul_(_float(SQRT_2))
-    w_np[index] = r * x_tail * np.float32(SQRT_2)
-
-
-def _finish_densely(w: Tensor, x: Tensor, buffer: Tensor) -> None:
-    """The same without leaving the device: both polynomials for every number."""
-    in_tail = w >= TAIL_FROM
-    tail = _horner(TAIL, w.sqrt().sub_(3.0), out=buffer)
-    centre = _horner(CENTRE, w.sub_(2.5), out=torch.empty_like(w))
-    torch.mul(torch.where(in_tail, tail, centre), x, out=w).mul_(SQRT_2)
-
-
-def _horner(coefficients: tuple[float, ...], z: Tensor, *, out: Tensor) -> Tensor:
-    """The polynomial, highest power first. Products and sums apart, never fused: fused ones would round differently."""
-    torch.mul(z, _float(coefficients[0]), out=out).add_(_float(coefficients[1]))
-    for coefficient in coefficients[2:]:
-        out.mul_(z).add_(_float(coefficient))
-    return out
-
-
-def _int(value: int) -> Tensor:
-    return torch.tensor(value, dtype=torch.int32, device="cpu")
-
-
-def _float(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device="cpu")
+def _constants(values: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return torch.tensor(values, dtype=dtype, device="cpu").unbind()

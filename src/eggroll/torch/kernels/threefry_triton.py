@@ -101,6 +101,7 @@ def _launch(out: Tensor, keys: NDArray[np.uint32], start: int, *, normal: bool) 
     block = min(MAX_BLOCK, triton.next_power_of_2(count))
     blocks_per_row = triton.cdiv(count, block)
     words = torch.from_numpy(np.ascontiguousarray(keys).view(np.int32)).to(out.device, non_blocking=True)
-    threefry_kernel[(num_keys * blocks_per_row,)](
-        words, out, start, count, blocks_per_row, BLOCK=block, NORMAL=normal, enable_fp_fusion=False
-    )
+    with torch.cuda.device_of(out):
+        threefry_kernel[(num_keys * blocks_per_row,)](
+            words, out, start, count, blocks_per_row, BLOCK=block, NORMAL=normal, enable_fp_fusion=False
+        )
