@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.core.select import Kind, ParameterSpec
+from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.values import Value
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -65,9 +67,20 @@ def parameter_sites(model: nn.Module) -> dict[str, list[Site]]:
 
 
 @contextmanager
-def swapped(sites: Mapping[str, list[Site]], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put values in the place of parameters for the length of the block; the parameters themselves stay untouched."""
+def swapped(model: nn.Module, sites: Mapping[str, list[Site]], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put values in the place of parameters for the length of the block; the parameters themselves stay untouched.
+
+    What the model keeps in attributes and buffers during the block is put back too where it holds values, which mean
+    nothing afterwards.
+
+    Raises:
+        UnsupportedOperationError: a parameter is not the one that the population was made with.
+    """
+    for name in values:
+        for site in sites[name]:
+            _check_slot(name, site)
     flat_weights = _flat_weights(sites, values)
+    kept = _kept_tensors(model)
     try:
         place(sites, values)
         yield
@@ -77,12 +90,30 @@ def swapped(sites: Mapping[str, list[Site]], values: Mapping[str, Tensor]) -> It
                 site.module._parameters[site.attribute] = site.parameter
         for module, original in flat_weights:
             module._flat_weights = original
+        _drop_values(model, kept)
+
+
+def _check_slot(name: str, site: Site) -> None:
+    current = site.module._parameters.get(site.attribute)
+    if current is site.parameter:
+        return
+    if isinstance(current, Value) or getattr(current, "_is_member", False):
+        raise UnsupportedOperationError(
+            f"parameter {name!r} is perturbed by another population already; leave its block before the next"
+        )
+    raise UnsupportedOperationError(
+        f"parameter {name!r} was replaced since the population was made (resized, converted, merged or loaded anew): "
+        "make a new Population of the model"
+    )
 
 
 def place(sites: Mapping[str, list[Site]], values: Mapping[str, Tensor]) -> None:
     """Write values into a module's slots, recurrent layers' own lists included."""
     recurrent = set()
     for name, value in values.items():
+        # isinstance(value, nn.Parameter) holds, as for what it replaces.
+        value._is_param = True  # type: ignore[attr-defined]
+        value._is_member = True  # type: ignore[attr-defined]
         for site in sites[name]:
             site.module._parameters[site.attribute] = value  # type: ignore[assignment]
             if isinstance(site.module, nn.RNNBase):
@@ -97,15 +128,57 @@ def _flat_weights(sites: Mapping[str, list[Site]], values: Mapping[str, Tensor])
     return [(module, module._flat_weights) for module in modules]
 
 
+def _kept_tensors(model: nn.Module) -> dict[tuple[nn.Module, str, str], Tensor]:
+    """Buffers and tensors in plain attributes of a model's modules."""
+    return {
+        (module, place, key): tensor
+        for module in model.modules()
+        for place, held in (("buffer", module._buffers), ("attribute", module.__dict__))
+        for key, tensor in held.items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _drop_values(model: nn.Module, kept: Mapping[tuple[nn.Module, str, str], Tensor]) -> None:
+    """Undo assignments that left a value in a buffer or an attribute (old-style weight_norm, caches)."""
+    for (module, place, key), tensor in _kept_tensors(model).items():
+        if isinstance(tensor, Value):
+            held = module._buffers if place == "buffer" else module.__dict__
+            if (module, place, key) in kept:
+                held[key] = kept[module, place, key]
+            else:
+                del held[key]
+
+
+_RATES = (
+    "drop_prob", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "dropout_p", "dropout_prob",
+    "resid_dropout", "embd_dropout", "layerdrop", "drop_path",
+)  # fmt: skip
+
+
 def training_hazards(model: nn.Module) -> list[str]:
-    """Names of active modules whose training mode would mix members or draw noise of its own."""
+    """Names of modules in training mode that would mix members, change buffers or draw noise of their own."""
     hazards = []
     for name, module in model.named_modules():
-        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0
         mixing = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            mixing = module.track_running_stats
+        rates = [getattr(module, rate, None) for rate in _RATES]
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates.append(module.p)
+        random = any(isinstance(rate, float) and rate > 0.0 for rate in rates) or isinstance(module, nn.RReLU)
         if module.training and (random or mixing):
             hazards.append(f"{name} ({type(module).__name__})")
     return hazards
+
+
+def batch_statistics(model: nn.Module) -> list[str]:
+    """Names of modules that normalise over the batch in every mode, and so over all members together."""
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+    ]
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
 import eggroll.torch.ops  # noqa: F401  (installs the rules)
 from eggroll.core.address import member_of
 from eggroll.core.select import ParameterSpec, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
+from eggroll.torch.modes import RUNS, Call, run_auto, verify
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import (
     Site,
+    batch_statistics,
+    model_device,
     parameter_sites,
     parameter_specs,
     place,
     swapped,
     training_hazards,
 )
-from eggroll.torch.values import Layout, MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.rows import constants_of, member_data, rows_from_input
+from eggroll.torch.values import Layout, MemberContext, MemberTensor, PerturbedWeight
 
 Mode = Literal["auto", "rows", "vmap", "loop"]
 
@@ -53,6 +55,7 @@ class Population:
         kinds: kinds of parameters taken when ``target_modules`` is ``None`` (see :mod:`eggroll.core.select`).
         mode: how :meth:`forward` evaluates: all members as ``rows`` of one batch, by ``torch.vmap``, one after the
             other (``loop``), or the first of these that works (``auto``).
+        batch_dim: the dimension of inputs and outputs that holds the batch: 0, or 1 for time-major models.
         cache_bytes: a generation's draws are kept for its update if they need at most this much memory.
 
     Raises:
@@ -74,6 +77,7 @@ class Population:
         exclude: Sequence[str] = (),
         kinds: Sequence[str] = ("matrix", "embedding", "conv", "experts", "vector", "other"),
         mode: Mode = "auto",
+        batch_dim: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         if antithetic and population_size % 2:
@@ -85,14 +89,20 @@ class Population:
         self.population_size = population_size
         self.sigma = sigma
         self.antithetic = antithetic
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode (={mode!r}) must be one of: {', '.join(get_args(Mode))}")
+        if batch_dim not in (0, 1):
+            raise ConfigError(f"batch_dim (={batch_dim!r}) must be 0, or 1 for time-major inputs")
         self.mode = mode
+        self.batch_dim = batch_dim
         self.sites = parameter_sites(model)
         self.specs: list[ParameterSpec] = select(
             parameter_specs(model), include=target_modules, exclude=exclude, kinds=kinds
         )
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[tuple[str, str], Layout] = {}
         self._active = False
+        self._fall_back = False
 
     @property
     def num_pairs(self) -> int:
@@ -128,7 +138,7 @@ class Population:
                 a, b = a[0], b[0]
             return PerturbedWeight(center, a, b, name=spec.name, kind=spec.kind, context=context)
         noise = draws.view(-1, *spec.shape)[index] * (signs * sigma).view(-1, *([1] * len(spec.shape)))
-        data = (center.float() + noise).to(center.dtype)
+        data = (center.to(torch.promote_types(center.dtype, torch.float32)) + noise).to(center.dtype)
         return data[0] if context.single else MemberTensor(data, name=spec.name, context=context)
 
     @contextmanager
@@ -142,41 +152,61 @@ class Population:
     ) -> Iterator[Active]:
         """Inside the block, the model is the population of ``members`` (consecutive; all by default).
 
-        Inputs carry the members in their leading dimension, ``(len(members) * batch, ...)``, member by member
+        Inputs carry the members in their batch dimension, ``(len(members) * batch, ...)``, member by member
         (:meth:`Active.expand` makes them so), and so do outputs, ``model.generate()`` included. ``rows_per_member``
-        states the batch where it cannot be read off the model's first input (time-major inputs).
+        states the batch where it cannot be read off the model's first input.
 
         Raises:
+            ConfigError: members that do not exist, or inputs that do not have rows for each of them.
             UnsupportedOperationError: the model is in training mode with dropout or batch normalisation, or an
                 operation has no rule and no exact fall-back. The model is as before in every case.
         """
         chosen = range(self.population_size) if members is None else members
-        self._check(chosen)
+        self.check(chosen)
+        sigma = self.sigma if sigma is None else sigma
+        if len(chosen) == 1:
+            context = MemberContext(None)
+            values = self.values(generation, chosen, context, sigma=sigma)
+            with self.swapped(values):
+                yield Active(self, values, context, 1)
+            return
         rows = None if rows_per_member is None else len(chosen) * rows_per_member
-        context = MemberContext(len(chosen), rows, self._layouts)
-        values = self.values(generation, chosen, context, sigma=self.sigma if sigma is None else sigma)
-        with self._swapped(values), _rows_from_input(self.model, context, fixed=rows is not None):
+        context = MemberContext(
+            len(chosen), rows, self._layouts, batch_dim=self.batch_dim, constants=constants_of(self.model)
+        )
+        values = self.values(generation, chosen, context, sigma=sigma)
+        with self.swapped(values), rows_from_input(self.model, context):
             yield Active(self, values, context, len(chosen))
 
     @contextmanager
     def member(self, generation: int, index: int, *, sigma: float | None = None) -> Iterator[nn.Module]:
         """Inside the block, the model is one member; inputs and outputs are its plain ones."""
-        self._check(range(index, index + 1))
-        context = MemberContext(None)
-        values = self.values(generation, range(index, index + 1), context, sigma=self.sigma if sigma is None else sigma)
-        with self._swapped(values):
+        with self.perturbed(generation, range(index, index + 1), sigma=sigma):
             yield self.model
 
     @contextmanager
-    def _swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+    def learning(self, count: int) -> Iterator[None]:
+        """Inside the block, the model is ``count`` members with a row each, and layouts are learned from scratch."""
+        held = range(min(count, self.population_size))
+        layouts: dict[tuple[str, str], Layout] = {}
+        with self.perturbed(0, held, rows_per_member=1) as active:
+            active.context.layouts, active.context.trusting = layouts, True
+            active.select_rows(torch.arange(count, device=model_device(self.model)) % len(held))
+            yield
+        self._layouts.update(layouts)
+
+    @contextmanager
+    def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Put values in the place of the model's parameters for the length of the block."""
         self._active = True
         try:
-            with _batched_experts(self.model), swapped(self.sites, values):
+            with _batched_experts(self.model), swapped(self.model, self.sites, values):
                 yield
         finally:
             self._active = False
 
-    def _check(self, members: Sequence[int]) -> None:
+    def check(self, members: Sequence[int]) -> None:
+        """Refuse what cannot be evaluated: members that do not exist, a model that draws noise of its own."""
         if self._active:
             raise UnsupportedOperationError("the population is already active; leave the first block before the next")
         if len(members) == 0 or min(members) < 0 or max(members) >= self.population_size:
@@ -192,6 +222,12 @@ class Population:
                 f"{' and others' if len(hazards) > 3 else ''}: members would differ by more than their perturbation. "
                 "Call model.eval() first"
             )
+        mixing = batch_statistics(self.model) if len(members) > 1 else []
+        if mixing:
+            raise UnsupportedOperationError(
+                f"{', '.join(mixing[:3])}{' and others' if len(mixing) > 3 else ''} keeps no running statistics and "
+                'normalises over all members together. Evaluate one member at a time (mode="loop")'
+            )
 
     def forward(
         self,
@@ -201,113 +237,43 @@ class Population:
         sigma: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The model's outputs for inputs whose tensors carry the members in front, in the population's ``mode``.
+        """The model's outputs for inputs that carry the members in their batch dimension, in the population's ``mode``.
 
         ``mode="auto"`` tries rows, checked against single members on the first call, then ``vmap``, then the loop,
-        and keeps to the first that works (``population.mode`` says which it is then).
+        and keeps to the first that works (``population.mode`` says which it is then). Inputs of another size than the
+        first one's (a mask, positions) are the same for all members. A scalar output becomes one for each member.
         """
         chosen = range(self.population_size) if members is None else members
+        call = Call(self, (args, kwargs), generation, chosen, sigma)
         if self.mode == "auto":
-            return self._choose_mode(args, kwargs, generation, chosen, sigma)
-        run = {"rows": self._forward_rows, "vmap": self._forward_vmap, "loop": self._forward_loop}[self.mode]
-        return run(args, kwargs, generation, chosen, sigma)
+            chosen_mode, outputs = run_auto(call)
+            self.mode, self._fall_back = chosen_mode, True  # type: ignore[assignment]
+            return outputs
+        try:
+            return RUNS[self.mode](call)
+        except UnsupportedOperationError:
+            if not self._fall_back or self.mode == "loop":
+                raise
+            return RUNS["loop"](call)
 
-    def _choose_mode(
+    def verify(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        generation: int,
-        members: Sequence[int],
-        sigma: float | None,
-    ) -> Any:
-        for mode, run in (("rows", self._forward_rows), ("vmap", self._forward_vmap)):
-            # Whatever the reason that a mode cannot run this model, the next one can; the last raises as it is.
-            with contextlib.suppress(UnsupportedOperationError, RuntimeError, ValueError, TypeError, IndexError):
-                out = run(args, kwargs, generation, members, sigma)
-                ends = sorted({0, len(members) - 1})
-                if all(self._agrees(out, p, args, kwargs, generation, members, sigma) for p in ends):
-                    self.mode = mode  # type: ignore[assignment]
-                    return out
-        self.mode = "loop"
-        return self._forward_loop(args, kwargs, generation, members, sigma)
+        *args: Any,
+        generation: int = 0,
+        members: Sequence[int] | None = None,
+        sigma: float | None = None,
+        **kwargs: Any,
+    ) -> float:
+        """Largest relative difference between the population forward and single members.
 
-    def _agrees(
-        self, out: Any, p: int, args: Any, kwargs: Any, generation: int, members: Sequence[int], sigma: float | None
-    ) -> bool:
-        own = _slice_rows((args, kwargs), p, len(members))
-        with self.member(generation, members[p], sigma=sigma), torch.no_grad():
-            expected = tree_flatten(self.model(*own[0], **own[1]))[0]
-        got = tree_flatten(_slice_rows(out, p, len(members)))[0]
-        return len(got) == len(expected) and all(map(_close, got, expected))
-
-    def _forward_rows(
-        self, args: Any, kwargs: Any, generation: int, members: Sequence[int], sigma: float | None
-    ) -> Any:
-        with self.perturbed(generation, members, sigma=sigma):
-            return self.model(*args, **kwargs)
-
-    def _forward_loop(
-        self, args: Any, kwargs: Any, generation: int, members: Sequence[int], sigma: float | None
-    ) -> Any:
-        outputs = []
-        for p, member in enumerate(members):
-            own = _slice_rows((args, kwargs), p, len(members))
-            with self.member(generation, member, sigma=sigma):
-                outputs.append(self.model(*own[0], **own[1]))
-        return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
-
-    def _forward_vmap(
-        self, args: Any, kwargs: Any, generation: int, members: Sequence[int], sigma: float | None
-    ) -> Any:
-        self._check(members)
-        count = len(members)
-        context = MemberContext(None)
-        values = self.values(generation, members, MemberContext(count), sigma=self.sigma if sigma is None else sigma)
-        parts: dict[str, tuple[Tensor, ...]] = {}
-        for name, value in values.items():
-            parts[name] = (value.a, value.b) if isinstance(value, PerturbedWeight) else (value.data_P,)  # type: ignore[attr-defined]
-        split = tree_map(lambda x: x.reshape(count, -1, *x.shape[1:]) if isinstance(x, Tensor) else x, (args, kwargs))
-        dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, split)
-
-        def one(member_parts: dict[str, tuple[Tensor, ...]], inputs: Any) -> Any:
-            own: dict[str, Tensor] = {}
-            for name, pieces in member_parts.items():
-                value = values[name]
-                if isinstance(value, PerturbedWeight):
-                    own[name] = PerturbedWeight(value.base, *pieces, name=name, kind=value.kind, context=context)
-                else:
-                    own[name] = pieces[0]
-            with self._swapped(own):
-                return self.model(*inputs[0], **inputs[1])
-
-        out = torch.vmap(one, in_dims=(0, dims), randomness="error")(parts, split)
-        return tree_map(lambda y: y.flatten(0, 1) if isinstance(y, Tensor) and y.ndim > 1 else y, out)
-
-    def verify(self, *args: Any, generation: int = 0, members: Sequence[int] | None = None, **kwargs: Any) -> float:
-        """Largest relative difference between the population forward and single members, over the ends of ``members``.
+        The first, middle and last of ``members`` are evaluated alone. Where sizes of activations were ambiguous, the
+        check also finds out what they are, for later evaluations (:mod:`eggroll.torch.ops.layout`).
 
         Raises:
             UnsupportedOperationError: they differ beyond rounding, so rows do not hold the members of this model.
         """
         chosen = range(self.population_size) if members is None else members
-        with torch.no_grad():
-            out = self._forward_rows(args, kwargs, generation, chosen, None)
-            worst = 0.0
-            for p in sorted({0, len(chosen) - 1}):
-                own = _slice_rows((args, kwargs), p, len(chosen))
-                with self.member(generation, chosen[p]):
-                    expected = tree_flatten(self.model(*own[0], **own[1]))[0]
-                got = tree_flatten(_slice_rows(out, p, len(chosen)))[0]
-                for mine, theirs in zip(got, expected, strict=True):
-                    if isinstance(mine, Tensor) and mine.is_floating_point():
-                        worst = max(worst, _relative_difference(mine, theirs))
-                        if not _close(mine, theirs):
-                            raise UnsupportedOperationError(
-                                f"member {chosen[p]} evaluated in rows differs from the same member alone by "
-                                f"{worst:.1e} (relative): this model's activations do not keep the members in their "
-                                'leading dimension. Use mode="vmap" or mode="loop"'
-                            )
-        return worst
+        return verify(Call(self, (args, kwargs), generation, chosen, sigma))
 
 
 class Active:
@@ -318,94 +284,46 @@ class Active:
 
     def expand(self, x: Tensor) -> Tensor:
         """One batch for every member: ``(batch, ...)`` to ``(members * batch, ...)``, member by member."""
-        return x.repeat(self.members, *([1] * (x.ndim - 1)))
+        dim = self._batch_dim(x)
+        return x.repeat(*([1] * dim), self.members, *([1] * (x.ndim - dim - 1)))
 
     def split(self, y: Tensor) -> Tensor:
-        """``(members * batch, ...)`` to ``(members, batch, ...)``."""
-        return y.reshape(self.members, -1, *y.shape[1:])
+        """``(members * batch, ...)`` to ``(members, batch, ...)``.
+
+        Raises:
+            UnsupportedOperationError: the output does not hold the members.
+        """
+        if isinstance(y, PerturbedWeight):
+            y = MemberTensor(y.dense(), name=y.parameter, context=y.context)
+        if isinstance(y, MemberTensor):
+            return member_data(y, self.members, self.context.rows or 0)
+        dim = self._batch_dim(y)
+        if y.ndim == 0 or y.shape[dim] % self.members:
+            raise UnsupportedOperationError(
+                f"an output of shape {tuple(y.shape)} does not hold {self.members} members: the model mixes its rows. "
+                'Use mode="vmap" or mode="loop"'
+            )
+        return y.unflatten(dim, (self.members, -1)).movedim(dim, 0)
+
+    def _batch_dim(self, x: Tensor) -> int:
+        return min(self.population.batch_dim, max(x.ndim - 1, 0))
 
     def select_rows(self, member_of_row: Tensor) -> None:
         """From now on, row ``i`` of activations belongs to member ``member_of_row[i]`` (a subset, any order).
 
         Used while generating, to stop computing rows that have finished.
         """
-        context = MemberContext(len(member_of_row), len(member_of_row), self.context.layouts)
+        if self.context.single:
+            return  # all rows are the one member's, whichever are left
         chosen: dict[str, Tensor] = {}
         for name, value in self.values.items():
             if isinstance(value, PerturbedWeight):
                 a, b = value.a[member_of_row], value.b[member_of_row]
-                chosen[name] = PerturbedWeight(value.base, a, b, name=name, kind=value.kind, context=context)
+                chosen[name] = PerturbedWeight(value.base, a, b, name=name, kind=value.kind, context=self.context)
             elif isinstance(value, MemberTensor):
-                chosen[name] = MemberTensor(value.data_P[member_of_row], name=name, context=context)
-        self.context.members, self.context.rows = context.members, context.rows
+                chosen[name] = MemberTensor(value.data_P[member_of_row], name=name, context=self.context)
+        self.context.members = self.context.rows = len(member_of_row)
         place(self.population.sites, chosen)
-
-
-def _slice_rows(tree: Any, p: int, members: int) -> Any:
-    """Member ``p``'s part of every tensor in a structure whose tensors carry the members in front."""
-
-    def cut(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.ndim == 0:
-            return x
-        size = x.shape[0] // members
-        return x[p * size : (p + 1) * size]
-
-    return tree_map(cut, tree)
-
-
-def _relative_difference(x: Tensor, y: Tensor) -> float:
-    if x.shape != y.shape or isinstance(x, Value):
-        return float("inf")
-    if x.numel() == 0:
-        return 0.0
-    scale = y.float().abs().max().clamp_min(1e-12)
-    return float(((x.float() - y.float()).abs().max() / scale).nan_to_num(0.0 if _same_nans(x, y) else float("inf")))
-
-
-def _same_nans(x: Tensor, y: Tensor) -> bool:
-    return bool(torch.equal(x.isnan(), y.isnan()))
-
-
-def _close(x: Any, y: Any) -> bool:
-    if not isinstance(x, Tensor):
-        return bool(x == y)
-    if not isinstance(y, Tensor) or x.shape != y.shape:
-        return False
-    if not x.is_floating_point():
-        return True  # chosen tokens or indices may flip on rounding
-    return _relative_difference(x, y) <= (1e-3 if x.dtype in (torch.float32, torch.float64) else 0.1)
-
-
-@contextmanager
-def _rows_from_input(model: nn.Module, context: MemberContext, *, fixed: bool) -> Iterator[None]:
-    """Read the number of rows off the first tensor that the model (or a direct part of it) is called with."""
-    if fixed:
-        yield
-        return
-    depth = 0
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        nonlocal depth
-        depth += 1
-        if depth == 1:
-            tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.ndim > 0]
-            sizes = [x.shape[0] for x in tensors if context.members and x.shape[0] % context.members == 0]
-            context.rows = sizes[0] if sizes else None
-
-    def after(*_: Any) -> None:
-        nonlocal depth
-        depth -= 1
-
-    handles = []
-    outer = [model, *model.children(), *(part for child in model.children() for part in child.children())]
-    for module in dict.fromkeys(outer):
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

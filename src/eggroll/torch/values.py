@@ -43,7 +43,7 @@ class MemberContext:
         rows: R, the leading dimension of activations; ``None`` until it is known.
         layouts: per use of a parameter, the layout of the activations that it met where that was beyond doubt.
             Kept from call to call; :mod:`eggroll.torch.ops.layout` reads and writes it.
-        stated: whether R was stated by the caller and not read off an input (time-major inputs).
+        batch_dim: the dimension of the model's inputs that holds the members.
         trusting: learn layouts, and take the likely one where sizes are ambiguous, instead of raising: for
             evaluations whose result is checked against single members.
         inputs: addresses of the memory of the running call's inputs; ``None`` while no call is running.
@@ -54,7 +54,7 @@ class MemberContext:
     members: int | None
     rows: int | None = None
     layouts: dict[tuple[str, str], Layout] = field(default_factory=dict)
-    stated: bool = False
+    batch_dim: int = 0
     trusting: bool = False
     inputs: frozenset[int] | None = None
     constants: frozenset[int] = frozenset()
@@ -149,7 +149,7 @@ class PerturbedWeight(Value):
     def dense(self) -> Tensor:
         """All members materialised, ``(P, *shape)``, or ``shape`` for a single member.
 
-        Computed in float32 and rounded once to the parameter's dtype.
+        Computed in float32 (float64 for float64 parameters) and rounded once to the parameter's dtype.
 
         Raises:
             UnsupportedOperationError: the copies would take more than the context allows.
@@ -163,10 +163,11 @@ class PerturbedWeight(Value):
                     f"{context.members} materialised copies of {tuple(self.base.shape)} would take "
                     f"{needed / 2**30:.1f} GiB. " + WAYS_OUT.format(name=self.parameter)
                 )
-        noise = (self.a.float() @ self.b.float().transpose(-1, -2)).reshape(
-            *(() if context.single else (context.members,)), *self.base.shape
+        wide = torch.promote_types(self.base.dtype, torch.float32)
+        noise = (self.a.to(wide) @ self.b.to(wide).transpose(-1, -2)).reshape(
+            *(() if context.single else self.a.shape[:1]), *self.base.shape
         )
-        return (self.base.float() + noise).to(self.base.dtype)
+        return (self.base.to(wide) + noise).to(self.base.dtype)
 
 
 class MemberTensor(Value):

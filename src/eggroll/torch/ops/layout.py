@@ -35,7 +35,9 @@ def layout_of(context: MemberContext, name: str, use: str, x: Tensor, feature_di
     if leading and second:
         if known == "rows" or known == "time_major":
             return known
-        if (size == context.rows and not context.stated) or context.trusting:
+        if context.batch_dim == 1:
+            return "time_major"
+        if size == context.rows or context.trusting:
             return "rows"
         raise ambiguous(context, name, use, x)
     if leading:
@@ -58,10 +60,8 @@ def layout_of_ids(context: MemberContext, name: str, ids: Tensor) -> Layout:
     if not leading and not second:
         return learn(context, name, "ids", "shared")
     if is_input(context, ids):
-        if leading and second and context.stated and known not in ("rows", "time_major") and not context.trusting:
-            raise ambiguous(context, name, "ids", ids)
         if leading and second:
-            return "time_major" if known == "time_major" else "rows"
+            return "time_major" if context.batch_dim == 1 else "rows"
         return learn(context, name, "ids", "rows" if leading else "time_major")
     if known == "shared" or is_constant(context, ids):
         # One row of a buffer that was expanded over the batch has rows; other buffers do not.

@@ -1,0 +1,187 @@
+"""The ways to evaluate a population (rows, ``torch.vmap``, one member at a time), and the check of the first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.rows import Inputs, count_rows, cut, join, largest_difference, member_dim, plain_outputs
+from eggroll.torch.values import MemberContext, MemberTensor, PerturbedWeight
+
+if TYPE_CHECKING:
+    from eggroll.torch.population import Population
+
+# Whatever the reason that a mode cannot run a model, another one may.
+FAILURES = (UnsupportedOperationError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+LEARNING_ROWS = (5, 7, 11, 13, 17, 19, 23)
+VERIFY_SIGMA_16_BIT = 0.05
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward of a population: inputs, members, and how strongly they are perturbed."""
+
+    population: Population
+    inputs: Inputs
+    generation: int
+    members: Sequence[int]
+    sigma: float | None
+
+    @property
+    def rows(self) -> int:
+        """R, read off the inputs."""
+        return count_rows(self.inputs, len(self.members), self.population.batch_dim)
+
+    def own(self, p: int) -> Inputs:
+        """The inputs of the ``p``-th member alone."""
+        return cut(self.inputs, p, len(self.members), self.rows, self.population.batch_dim)
+
+    def alone(self, p: int) -> Any:
+        """The outputs of the ``p``-th member alone."""
+        args, kwargs = self.own(p)
+        with self.population.member(self.generation, self.members[p], sigma=self.sigma) as model:
+            return model(*args, **kwargs)
+
+
+def run_rows(call: Call, *, trusting: bool = False) -> Any:
+    """All members in one forward, as rows of one batch."""
+    population, (args, kwargs) = call.population, call.inputs
+    with population.perturbed(call.generation, call.members, sigma=call.sigma) as active:
+        active.context.trusting = trusting
+        outputs = population.model(*args, **kwargs)
+    if active.context.single:
+        return outputs
+    return plain_outputs(outputs, len(call.members), call.rows, population.batch_dim)
+
+
+def run_loop(call: Call) -> Any:
+    """One member after the other; exact for every model."""
+    return join([call.alone(p) for p in range(len(call.members))], call.population.batch_dim)
+
+
+def run_vmap(call: Call) -> Any:
+    """All members by ``torch.vmap``, which knows where they are in every tensor, whatever the layout."""
+    population, count, rows = call.population, len(call.members), call.rows
+    batch_dim = population.batch_dim
+    sigma = population.sigma if call.sigma is None else call.sigma
+    population.check(call.members)
+    values = population.values(call.generation, call.members, MemberContext(count), sigma=sigma)
+    single = MemberContext(None)
+    parts: dict[str, tuple[Tensor, ...]] = {}
+    for name, value in values.items():
+        if isinstance(value, PerturbedWeight):
+            parts[name] = (value.a, value.b)
+        else:
+            assert isinstance(value, MemberTensor)
+            parts[name] = (value.data_P,)
+
+    def split(x: Any) -> Any:
+        dim = member_dim(x, rows, batch_dim)
+        return x if dim is None else x.unflatten(dim, (count, -1))
+
+    inputs = tree_map(split, call.inputs)
+    dims = tree_map(lambda x: member_dim(x, rows, batch_dim), call.inputs)
+
+    def one(member_parts: dict[str, tuple[Tensor, ...]], member_inputs: Inputs) -> Any:
+        own: dict[str, Tensor] = {}
+        for name, pieces in member_parts.items():
+            value = values[name]
+            if isinstance(value, PerturbedWeight):
+                own[name] = PerturbedWeight(value.base, *pieces, name=name, kind=value.kind, context=single)
+            else:
+                own[name] = pieces[0]
+        with population.swapped(own):
+            return population.model(*member_inputs[0], **member_inputs[1])
+
+    out = torch.vmap(one, in_dims=(0, dims), randomness="error")(parts, inputs)
+    return join([tree_map(partial(_member_of, p), out) for p in range(count)], batch_dim)
+
+
+def _member_of(p: int, y: Any) -> Any:
+    return y[p] if isinstance(y, Tensor) else y
+
+
+RUNS: dict[str, Callable[[Call], Any]] = {"rows": run_rows, "vmap": run_vmap, "loop": run_loop}
+
+
+def run_auto(call: Call) -> tuple[str, Any]:
+    """The first mode that works and agrees with single members, and the outputs."""
+    with contextlib.suppress(*FAILURES):
+        verify(call)
+        return "rows", run_rows(call)
+    with contextlib.suppress(*FAILURES):
+        out = run_vmap(call)
+        if difference(call, out)[1]:
+            return "vmap", out
+    return "loop", run_loop(call)
+
+
+def difference(call: Call, out: Any) -> tuple[float, bool]:
+    """Largest relative difference between joint outputs and some members alone, and whether it is within rounding."""
+    count = len(call.members)
+    found = []
+    with torch.no_grad():
+        for p in sorted({0, count // 2, count - 1}):
+            got = cut(out, p, count, call.rows, call.population.batch_dim)
+            expected = call.alone(p)
+            if len(tree_flatten(got)[0]) != len(tree_flatten(expected)[0]):
+                return float("inf"), False
+            found.append(largest_difference(_scalars_of(got, expected, p, count), expected))
+    return max(d for d, _ in found), all(close for _, close in found)
+
+
+def _scalars_of(got: Any, expected: Any, p: int, members: int) -> Any:
+    """Scalars of all members stand side by side in ``(P,)``, and were cut already where every member has one row."""
+
+    def one(mine: Any, theirs: Any) -> Any:
+        if not isinstance(theirs, Tensor) or theirs.ndim > 0 or mine.ndim != 1:
+            return mine
+        return mine[p if len(mine) == members else 0]
+
+    return tree_map(one, got, expected)
+
+
+def verify(call: Call) -> float:
+    """Check rows against some members alone; see :meth:`Population.verify`."""
+    population = call.population
+    if call.sigma is None and next(population.model.parameters()).element_size() < 4:
+        call = replace(call, sigma=max(population.sigma, VERIFY_SIGMA_16_BIT))
+    with torch.no_grad():
+        _learn_layouts(call)
+        worst, close = difference(call, run_rows(call, trusting=True))
+    if not close:
+        raise UnsupportedOperationError(
+            f"members evaluated in rows differ from the same members alone by {worst:.1e} (relative): this model's "
+            'activations do not keep the members in their leading dimension. Use mode="vmap" or mode="loop"'
+        )
+    return worst
+
+
+def _learn_layouts(call: Call) -> None:
+    """Evaluate with a number of rows that no other dimension shares, so that sizes tell what holds the members."""
+    population, rows = call.population, call.rows
+    if rows == 0 or len(call.members) < 2:
+        return
+    tensors = [x for x in tree_flatten(call.inputs)[0] if isinstance(x, Tensor)]
+    sizes = {size for x in (*tensors, *population.model.parameters()) for size in x.shape if size != rows}
+    count = min(LEARNING_ROWS, key=lambda count: sum(size % count == 0 for size in sizes))
+
+    def take(x: Any) -> Any:
+        dim = member_dim(x, rows, population.batch_dim)
+        if dim is None:
+            return x
+        per_row = x.shape[dim] // rows
+        index = torch.arange(count * per_row, device=x.device) % x.shape[dim]
+        return x.index_select(dim, index)
+
+    args, kwargs = tree_map(take, call.inputs)
+    with contextlib.suppress(*FAILURES), population.learning(count):
+        population.model(*args, **kwargs)
