@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import tyro
+
+from eggroll.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND_LINES = [
+    line
+    for page in PAGES
+    for line in re.findall(r"^\$ (eggroll .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    if "--resume" not in line  # it reads the run's own settings
+]
 
 
 @pytest.mark.parametrize("page", ["docs/population.md"])
@@ -24,3 +35,10 @@ def test_the_population_example_of_the_readme_runs():
     names = {}
     exec(compile(next(block for block in blocks if "Population" in block), "README.md", "exec"), names)
     assert names["y"].shape == (256, 10, 2)
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_command_lines_are_understood(line):
+    _, command, *arguments = shlex.split(line, comments=True)
+    kind, _ = COMMANDS[command]
+    assert isinstance(tyro.cli(kind, args=arguments), kind)
