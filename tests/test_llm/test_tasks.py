@@ -20,7 +20,7 @@ VIOLIN = ("What is a violin?", ["instrument"])
 
 def mean_score(answer, rows=EVERY):
     """The mean score of ``answer(row)`` over rows."""
-    return mean(score(row["prompt"], answer(row), row["answer"]) for row in rows)
+    return mean(score(row["prompt"], answer(row), row["answer"], row["wrong"]) for row in rows)
 
 
 def commonest_terms(rows):
@@ -68,7 +68,8 @@ def test_splits_are_large_enough_and_share_no_question_and_no_subject():
 
 def test_every_question_can_be_answered_perfectly_and_does_not_hold_its_answer():
     for row in EVERY:
-        assert set(row) == {"prompt", "answer", "category"}
+        assert set(row) == {"prompt", "answer", "wrong", "category"}
+        assert not {*row["answer"]} & {*row["wrong"]}
         assert re.fullmatch(r"[A-Z].*\?", row["prompt"])
         assert all(term and term == term.lower() for term in row["answer"])
         assert score(row["prompt"], f"The answer is {row['answer'][0]}.", row["answer"]) == 1, row
@@ -170,5 +171,7 @@ def test_reward_follows_the_convention_of_trl():
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     replies = [[{"role": "assistant", "content": completion}] for completion in completions]
     assert TASK.reward(conversations, replies, answer=answers) == [1.0, 0.0]
+    completions = ["A violin is an instrument.", "Cairo is in Egypt, Spain."]
+    assert TASK.reward(prompts, completions, answer=answers, wrong=[[], ["spain"]]) == [1.0, 0.5]
     with pytest.raises(RewardError, match='the reward "one_sentence" needs a column "answer"'):
         TASK.reward(prompts, completions)

@@ -6,7 +6,8 @@ full stops in generated text, so no gradient passes through it.
 
     reward = correct * form * sound                     each in [0, 1]; a perfect answer scores exactly 1
 
-    correct  1 if an accepted term stands in the first sentence, 1/2 if it comes later, 0 if it is missing or negated
+    correct  1 if an accepted term stands in the first sentence, 1/2 if it comes later, 0 if it is missing or negated;
+             half of that if a wrong term is there too ("Lisbon is a city in Portugal, Spain.")
     form     (length * single * ending)^(1/3)           graded, so that every improvement shows
                length   1 for 3 to 12 words, 12/n for n more than that, (n/3)^3 for n fewer
                single   1/(number of sentences); one that was cut off counts too
@@ -37,7 +38,15 @@ MAX_TOKENS = 32
 MIN_WORDS = 3
 MAX_WORDS = 12
 SYSTEM: str | None = None
-SETTINGS: dict[str, Any] = {}
+SETTINGS: dict[str, Any] = {
+    "population_size": 32,
+    "rank": 1,
+    "sigma": 0.008,
+    "lr": 0.011,
+    "fitness_shaping": "normalized",
+    "prompts_per_generation": 8,
+    "max_tokens": MAX_TOKENS,
+}
 
 _WORD = re.compile(r"[^\W_]+(?:['’.-][^\W_]+)*")
 _STOP = re.compile(r"[.!?]+[\"')\]”’]*(?=\s|$)|\n+")
@@ -98,10 +107,12 @@ def _names(sentence: str, accepted: Sequence[str]) -> bool:
     return False
 
 
-def _correct(sentences: Sequence[str], accepted: Sequence[str]) -> float:
-    if sentences and _names(sentences[0], accepted):
-        return 1.0
-    return 0.5 if any(_names(sentence, accepted) for sentence in sentences[1:]) else 0.0
+def _correct(sentences: Sequence[str], accepted: Sequence[str], wrong: Sequence[str]) -> float:
+    right = [_names(sentence, accepted) for sentence in sentences]
+    if not any(right):
+        return 0.0
+    contradicted = any(_names(sentence, wrong) for sentence in sentences)
+    return (1.0 if right[0] else 0.5) * (0.5 if contradicted else 1.0)
 
 
 def _form(text: str, sentences: Sequence[str], words: Sequence[str]) -> dict[str, float]:
@@ -142,25 +153,27 @@ def _listed(sentence: str) -> int:
     return max(separators, longest - 1)
 
 
-def parts(prompt: str, completion: str, accepted: Sequence[str]) -> dict[str, float]:
+def parts(prompt: str, completion: str, accepted: Sequence[str], wrong: Sequence[str] = ()) -> dict[str, float]:
     """What an answer's score is made of: ``correct, length, single, ending, sound``, each in [0, 1].
 
     Args:
         prompt: the question.
         completion: the answer, as it was generated.
         accepted: the terms of which a right answer names one, lower case.
+        wrong: terms that no right answer names, lower case.
     """
     text = completion.strip()
     sentences, words = _sentences(text), _words(text)
     if not words:
         return {"correct": 0.0, "length": 0.0, "single": 0.0, "ending": 0.0, "sound": 0.0}
     form = _form(text, sentences, words)
-    return {"correct": _correct(sentences, accepted), **form, "sound": _sound(prompt, text, sentences, words)}
+    correct = _correct(sentences, accepted, wrong)
+    return {"correct": correct, **form, "sound": _sound(prompt, text, sentences, words)}
 
 
-def score(prompt: str, completion: str, accepted: Sequence[str]) -> float:
+def score(prompt: str, completion: str, accepted: Sequence[str], wrong: Sequence[str] = ()) -> float:
     """The reward of one answer, in [0, 1]; the arguments are those of :func:`parts`."""
-    part = parts(prompt, completion, accepted)
+    part = parts(prompt, completion, accepted, wrong)
     form = (part["length"] * part["single"] * part["ending"]) ** (1 / 3)
     return part["correct"] * form * part["sound"]
 
@@ -171,17 +184,21 @@ def _text(message: str | Sequence[Mapping[str, str]]) -> str:
 
 
 def reward(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Sequence[str]] | None = None, **_: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Sequence[str]] | None = None,
+    wrong: Sequence[Sequence[str]] | None = None,
+    **_: Any,
 ) -> list[float]:
     """The scores of ``completions``, in TRL's form: prompts and completions are strings or conversations.
 
     Raises:
-        RewardError: the data set has no column ``answer``.
+        RewardError: the data set has no column ``answer``. (The column ``wrong`` may be missing.)
     """
     if answer is None:
         raise RewardError(
             'the reward "one_sentence" needs a column "answer", the list of accepted terms of each prompt, '
             'as in {"prompt": "What is a violin?", "answer": ["instrument"]}'
         )
-    rows = zip(prompts, completions, answer, strict=True)
-    return [score(_text(prompt), _text(completion), accepted) for prompt, completion, accepted in rows]
+    rows = zip(prompts, completions, answer, wrong or [()] * len(answer), strict=True)
+    return [score(_text(prompt), _text(completion), right, not_right) for prompt, completion, right, not_right in rows]
