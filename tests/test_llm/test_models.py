@@ -8,6 +8,8 @@ import types
 import zipfile
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -134,6 +136,53 @@ def test_broken_model(saved):
     (path / "model.safetensors").write_bytes(b"broken")
     message = message_of(lambda: models.load(str(path), dtype="float32"))
     assert message.startswith(f"the model in {path} cannot be loaded: ")
+
+
+@pytest.fixture
+def tiny_gguf(tiny_tokenizer, tmp_path):
+    """A Llama of one layer with 8-bit weights, in a GGUF file."""
+    path = tmp_path / "tiny-Q8_0.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {
+        "context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "head_count": 2,
+        "head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 32, "vocab_size": 256,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tiny_tokenizer.convert_ids_to_tokens(range(255)), "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd": (256, 64), "output_norm": (64,), "blk.0.attn_norm": (64,), "blk.0.ffn_norm": (64,),
+        "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64),
+        "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64), "blk.0.ffn_down": (64, 96),
+    }  # fmt: skip
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = generator.normal(size=shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return path
+
+
+def test_gguf_file_becomes_an_ordinary_model(tiny_gguf, tmp_path):
+    loaded = models.load(str(tiny_gguf), dtype="float32", device="cpu")
+    assert loaded.name == "tiny-Q8_0"
+    assert type(loaded.model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
+    assert loaded.model.model.layers[0].mlp.gate_proj.weight.dtype == torch.float32
+    assert loaded.tokenizer.decode(loaded.tokenizer("ab").input_ids) == "ab"
+    saved = save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "out", metadata={})
+    again = models.load(str(saved), dtype="float32", device="cpu")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
+    (tmp_path / "only").mkdir()
+    tiny_gguf.rename(tmp_path / "only" / "model.gguf")
+    assert models.load(str(tmp_path / "only"), dtype="bf16").model.dtype == torch.bfloat16
 
 
 def test_broken_gguf(tmp_path):

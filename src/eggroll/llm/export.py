@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll.errors import ModelError
+from eggroll.llm.hub import quiet_progress
 
 METADATA_FILE = "eggroll.json"
 
@@ -44,9 +45,10 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        model.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+        with quiet_progress():
+            model.save_pretrained(staging)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
         details = {"eggroll_version": _version(), **metadata}
         (staging / METADATA_FILE).write_text(json.dumps(details, indent=2, default=str) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(_card(model, target, details), encoding="utf-8")

@@ -35,6 +35,18 @@ def offline_if_unreachable() -> Iterator[bool]:
             module.HF_HUB_OFFLINE = value
 
 
+def dense_gguf() -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that turn a GGUF file into ordinary weights.
+
+    Newer versions of transformers keep some files' weights packed where they find a kernel, and packed weights cannot
+    be perturbed.
+    """
+    for needed in ("gguf", "accelerate"):
+        require(needed, extra="llm")
+    config = getattr(require("transformers", extra="llm"), "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 @contextmanager
 def quiet_progress() -> Iterator[None]:
     """Hides the progress bars of transformers and the hub; whoever loads a model has a display of its own."""

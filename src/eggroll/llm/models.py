@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from eggroll._optional import require
 from eggroll.errors import ConfigError, ModelError
 from eggroll.llm import smollm2
 from eggroll.llm.export import drop_quantization
-from eggroll.llm.hub import offline_hint, offline_if_unreachable, quiet_progress
+from eggroll.llm.hub import dense_gguf, offline_hint, offline_if_unreachable, quiet_progress
 
 ALIASES = {"smollm2-135m": smollm2.directory, "smollm2-135m-instruct": smollm2.directory}
 """Models that come by another way than the hub: name to a function that returns their directory."""
@@ -82,10 +81,10 @@ def load(
     location, gguf = _locate(source)
     transformers = require("transformers", extra="llm")
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    weights: dict[str, Any] = {}
     if gguf is not None:
-        for needed in ("gguf", "accelerate"):
-            require(needed, extra="llm")
         arguments["gguf_file"] = gguf
+        weights = dense_gguf()
     notes = []
     try:
         with nullcontext() if Path(location).exists() else offline_if_unreachable(), quiet_progress():
@@ -95,7 +94,7 @@ def load(
                 notes.append(reason)
             encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
             auto = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
-            model = auto.from_pretrained(location, dtype=kind, **arguments)
+            model = auto.from_pretrained(location, dtype=kind, **arguments, **weights)
             tokenizer = transformers.AutoTokenizer.from_pretrained(location, **arguments)
     except Exception as error:
         raise ModelError(_not_loaded(source, location, error)) from error
@@ -246,8 +245,3 @@ def _not_loaded(source: str, location: str, error: Exception) -> str:
 def _short_name(source: str) -> str:
     name = Path(source.rstrip("/")).name
     return name.removesuffix(".gguf") or "model"
-
-
-def describe_aliases() -> Mapping[str, str]:
-    """The aliases and where they come from, for help texts."""
-    return {name: (function.__doc__ or "").splitlines()[0] for name, function in ALIASES.items()}

