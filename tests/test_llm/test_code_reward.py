@@ -17,7 +17,7 @@ from eggroll.llm.rewards.sandbox import Isolation, Limits, run_program, run_test
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the sandbox needs POSIX resource limits")
 
 ADD = "def add(a, b):\n    return a + b\n"
-SHORT = Limits(seconds=2.0)
+ENOUGH = Limits(seconds=30.0)  # a busy machine is no failure
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ while True:
 """
 
 
-def outcome_of(code, limits=SHORT):
+def outcome_of(code, limits=ENOUGH):
     """What the sandbox says of code that a test follows which always passes."""
     return run_tests(code, ["pass"], limits=limits).results
 
@@ -158,7 +158,7 @@ class TestCheating:
         ],
     )
     def test_ending_early_passes_nothing(self, code):
-        assert CodeExecutionReward(tests=["assert add(1, 2) == 3"], limits=SHORT).score(["p"], [code]) == [0.0]
+        assert CodeExecutionReward(tests=["assert add(1, 2) == 3"], limits=ENOUGH).score(["p"], [code]) == [0.0]
 
     def test_status_zero_is_needed_for_output(self):
         tests = [{"input": "", "output": "3"}]
@@ -168,11 +168,12 @@ class TestCheating:
 
 class TestLimits:
     def test_endless_loop(self):
-        assert "took longer" in outcome_of("while True: pass", Limits(seconds=1.0))[-1]
+        assert "took longer" in outcome_of("while True: pass", Limits(seconds=4.0))[-1]
 
     def test_one_endless_test_does_not_cost_the_others(self):
         code = "def f(x):\n    while x: pass\n    return 1"
-        results = run_tests(code, ["assert f(0)", "assert f(1)", "assert f(0)"], limits=SHORT).results
+        limits = Limits(seconds=6.0)
+        results = run_tests(code, ["assert f(0)", "assert f(1)", "assert f(0)"], limits=limits).results
         assert results[0] == results[2] == "passed"
         assert "took longer" in results[1]
 
@@ -182,7 +183,7 @@ class TestLimits:
         assert outcome.results == {}
 
     def test_sleeping_program_is_killed(self):
-        outcome = run_program("import time\nprint('a', flush=True)\ntime.sleep(100)", limits=Limits(seconds=1.0))
+        outcome = run_program("import time\nprint('a', flush=True)\ntime.sleep(100)", limits=Limits(seconds=3.0))
         assert outcome.timed_out
         assert outcome.output == "a\n"
 
@@ -194,8 +195,8 @@ class TestLimits:
         assert "File too large" in outcome_of("f = open('a', 'wb')\nwhile True: f.write(b'x' * 10**5)")[-1]
 
     def test_output_without_end(self):
-        outcome = run_program("while True: print('x' * 1000)", limits=SHORT)
-        assert len(outcome.output) <= SHORT.file_size
+        outcome = run_program("while True: print('x' * 1000)", limits=ENOUGH)
+        assert len(outcome.output) <= ENOUGH.file_size
 
     def test_many_files(self, needs_namespaces):
         code = "for i in range(10**6):\n    with open(f'f{i}', 'wb') as f: f.write(b'x' * 10**6)"
@@ -211,8 +212,8 @@ class TestLimits:
             "import os, time\nmade = 0\ntry:\n    for _ in range(500):\n        if os.fork() == 0:\n"
             "            time.sleep(60)\n        made += 1\nexcept OSError: pass\nprint(made)"
         )
-        made = int(run_program(code, limits=SHORT).output)
-        assert 0 < made <= SHORT.processes
+        made = int(run_program(code, limits=ENOUGH).output)
+        assert 0 < made <= ENOUGH.processes
 
     def test_no_process_is_left(self, needs_namespaces):
         marker = f"left-{time.time_ns()}"
@@ -221,7 +222,7 @@ class TestLimits:
             f"        os.execv({sys.executable!r}, ['{marker}', '-S', '-c', 'import time; time.sleep(60)'])\n"
             "time.sleep(0.3)"
         )
-        run_program(code, limits=SHORT)
+        run_program(code, limits=ENOUGH)
         alive = [path for path in Path("/proc").glob("[0-9]*/cmdline") if marker.encode() in _bytes(path)]
         assert alive == []
 
@@ -254,14 +255,14 @@ class TestIsolation:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         sandbox.isolation.cache_clear()  # nobody cannot reach this folder
         try:
-            assert run_program("open('a', 'w').write('x')", limits=SHORT).status == 0
+            assert run_program("open('a', 'w').write('x')", limits=ENOUGH).status == 0
         finally:
             sandbox.isolation.cache_clear()
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("how", [Isolation(False, False)])
     def test_without_namespaces_python_sockets_are_blocked(self, how):
-        values = {"tests": ["pass"], "stdin": "", "limits": dataclasses.replace(SHORT, processes=10**4)}
+        values = {"tests": ["pass"], "stdin": "", "limits": dataclasses.replace(ENOUGH, processes=10**4)}
         code = "import socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)"
         assert "is not allowed in the sandbox" in sandbox._run(code, how=how, **values).results[-1]
         assert sandbox._run(ADD, how=how, **values).results == {0: "passed"}
@@ -273,7 +274,7 @@ class TestIsolation:
     def test_a_sandbox_that_does_not_start_is_an_error(self, monkeypatch):
         monkeypatch.setattr(sandbox, "CHILD", Path("/no/such/file.py"))
         with pytest.raises(RewardError, match=r"the sandbox for code did not start: .*No such file"):
-            sandbox._run(ADD, [], "", SHORT, Isolation(False, False))
+            sandbox._run(ADD, [], "", ENOUGH, Isolation(False, False))
 
 
 def _bytes(path):
