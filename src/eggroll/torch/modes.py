@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Whatever the reason that a mode cannot run a model, another one may.
 FAILURES = (UnsupportedOperationError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-LEARNING_ROWS = (5, 7, 11, 13, 17, 19, 23)
 VERIFY_SIGMA_16_BIT = 0.05
 
 
@@ -155,33 +154,13 @@ def verify(call: Call) -> float:
     if call.sigma is None and next(population.model.parameters()).element_size() < 4:
         call = replace(call, sigma=max(population.sigma, VERIFY_SIGMA_16_BIT))
     with torch.no_grad():
-        _learn_layouts(call)
+        layouts = dict(population.layouts)
         worst, close = difference(call, run_rows(call, trusting=True))
     if not close:
+        population.layouts.clear()
+        population.layouts.update(layouts)
         raise UnsupportedOperationError(
             f"members evaluated in rows differ from the same members alone by {worst:.1e} (relative): this model's "
             'activations do not keep the members in their leading dimension. Use mode="vmap" or mode="loop"'
         )
     return worst
-
-
-def _learn_layouts(call: Call) -> None:
-    """Evaluate with a number of rows that no other dimension shares, so that sizes tell what holds the members."""
-    population, rows = call.population, call.rows
-    if rows == 0 or len(call.members) < 2:
-        return
-    tensors = [x for x in tree_flatten(call.inputs)[0] if isinstance(x, Tensor)]
-    sizes = {size for x in (*tensors, *population.model.parameters()) for size in x.shape if size != rows}
-    count = min(LEARNING_ROWS, key=lambda count: sum(size % count == 0 for size in sizes))
-
-    def take(x: Any) -> Any:
-        dim = member_dim(x, rows, population.batch_dim)
-        if dim is None:
-            return x
-        per_row = x.shape[dim] // rows
-        index = torch.arange(count * per_row, device=x.device) % x.shape[dim]
-        return x.index_select(dim, index)
-
-    args, kwargs = tree_map(take, call.inputs)
-    with contextlib.suppress(*FAILURES), population.learning(count):
-        population.model(*args, **kwargs)

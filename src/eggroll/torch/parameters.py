@@ -80,7 +80,7 @@ def swapped(model: nn.Module, sites: Mapping[str, list[Site]], values: Mapping[s
         for site in sites[name]:
             _check_slot(name, site)
     flat_weights = _flat_weights(sites, values)
-    kept = _kept_tensors(model)
+    kept = kept_tensors(model)
     try:
         place(sites, values)
         yield
@@ -90,7 +90,7 @@ def swapped(model: nn.Module, sites: Mapping[str, list[Site]], values: Mapping[s
                 site.module._parameters[site.attribute] = site.parameter
         for module, original in flat_weights:
             module._flat_weights = original
-        _drop_values(model, kept)
+        restore_tensors(model, kept, only_values=True)
 
 
 def _check_slot(name: str, site: Site) -> None:
@@ -128,7 +128,10 @@ def _flat_weights(sites: Mapping[str, list[Site]], values: Mapping[str, Tensor])
     return [(module, module._flat_weights) for module in modules]
 
 
-def _kept_tensors(model: nn.Module) -> dict[tuple[nn.Module, str, str], Tensor]:
+Kept = dict[tuple[nn.Module, str, str], Tensor]
+
+
+def kept_tensors(model: nn.Module) -> Kept:
     """Buffers and tensors in plain attributes of a model's modules."""
     return {
         (module, place, key): tensor
@@ -139,15 +142,17 @@ def _kept_tensors(model: nn.Module) -> dict[tuple[nn.Module, str, str], Tensor]:
     }
 
 
-def _drop_values(model: nn.Module, kept: Mapping[tuple[nn.Module, str, str], Tensor]) -> None:
-    """Undo assignments that left a value in a buffer or an attribute (old-style weight_norm, caches)."""
-    for (module, place, key), tensor in _kept_tensors(model).items():
-        if isinstance(tensor, Value):
-            held = module._buffers if place == "buffer" else module.__dict__
-            if (module, place, key) in kept:
-                held[key] = kept[module, place, key]
-            else:
-                del held[key]
+def restore_tensors(model: nn.Module, kept: Kept, *, only_values: bool) -> None:
+    """Undo assignments to buffers and attributes: all, or those that left a value (old-style weight_norm, caches)."""
+    for (module, place, key), tensor in kept_tensors(model).items():
+        before = kept.get((module, place, key))
+        if tensor is before or (only_values and not isinstance(tensor, Value)):
+            continue
+        held = module._buffers if place == "buffer" else module.__dict__
+        if before is None:
+            del held[key]
+        else:
+            held[key] = before
 
 
 _RATES = (

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 import eggroll.torch.ops  # noqa: F401  (installs the rules)
 from eggroll.core.address import member_of
 from eggroll.core.select import ParameterSpec, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
-from eggroll.torch.modes import RUNS, Call, run_auto, verify
+from eggroll.torch.modes import FAILURES, RUNS, Call, run_auto, verify
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import (
     Site,
     batch_statistics,
+    kept_tensors,
     model_device,
     parameter_sites,
     parameter_specs,
     place,
+    restore_tensors,
     swapped,
     training_hazards,
 )
-from eggroll.torch.rows import constants_of, member_data, rows_from_input
-from eggroll.torch.values import Layout, MemberContext, MemberTensor, PerturbedWeight
+from eggroll.torch.rows import Inputs, addresses, constants_of, fewer_rows, member_data, rows_from_input
+from eggroll.torch.values import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
 
 Mode = Literal["auto", "rows", "vmap", "loop"]
 
@@ -100,7 +106,8 @@ class Population:
             parameter_specs(model), include=target_modules, exclude=exclude, kinds=kinds
         )
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
-        self._layouts: dict[tuple[str, str], Layout] = {}
+        self.layouts: dict[Use, Layout] = {}
+        self._learned: set[int] = set()
         self._active = False
         self._fall_back = False
 
@@ -172,11 +179,12 @@ class Population:
             return
         rows = None if rows_per_member is None else len(chosen) * rows_per_member
         context = MemberContext(
-            len(chosen), rows, self._layouts, batch_dim=self.batch_dim, constants=constants_of(self.model)
+            len(chosen), rows, self.layouts, batch_dim=self.batch_dim, constants=constants_of(self.model)
         )
         values = self.values(generation, chosen, context, sigma=sigma)
-        with self.swapped(values), rows_from_input(self.model, context):
-            yield Active(self, values, context, len(chosen))
+        active = Active(self, values, context, len(chosen))
+        with self.swapped(values), rows_from_input(self.model, context, partial(self._learn, active)):
+            yield active
 
     @contextmanager
     def member(self, generation: int, index: int, *, sigma: float | None = None) -> Iterator[nn.Module]:
@@ -184,16 +192,29 @@ class Population:
         with self.perturbed(generation, range(index, index + 1), sigma=sigma):
             yield self.model
 
-    @contextmanager
-    def learning(self, count: int) -> Iterator[None]:
-        """Inside the block, the model is ``count`` members with a row each, and layouts are learned from scratch."""
-        held = range(min(count, self.population_size))
-        layouts: dict[tuple[str, str], Layout] = {}
-        with self.perturbed(0, held, rows_per_member=1) as active:
-            active.context.layouts, active.context.trusting = layouts, True
-            active.select_rows(torch.arange(count, device=model_device(self.model)) % len(held))
-            yield
-        self._layouts.update(layouts)
+    def _learn(self, active: Active, module: nn.Module, inputs: Inputs) -> None:
+        """Before a module's first call: find out, with a few rows, where each parameter meets the members."""
+        if id(module) in self._learned or active.context.rows is None:
+            return
+        self._learned.add(id(module))
+        sizes = {size for parameter in self.model.parameters() for size in parameter.shape}
+        fewer = fewer_rows(inputs, active.context.rows, self.batch_dim, sizes)
+        if fewer is None:
+            return
+        count, (args, kwargs) = fewer
+        context = replace(active.context, layouts={}, trusting=True, members=count, rows=count)
+        context.inputs = addresses(tree_flatten((args, kwargs))[0])
+        index = torch.arange(count, device=model_device(self.model)) % active.members
+        kept = kept_tensors(self.model)
+        devices = [model_device(self.model)] if model_device(self.model).type == "cuda" else []
+        try:
+            place(self.sites, active.chosen(index, context))
+            with torch.no_grad(), torch.random.fork_rng(devices), contextlib.suppress(*FAILURES):
+                module(*args, **kwargs)
+        finally:
+            place(self.sites, active.placed)
+            restore_tensors(self.model, kept, only_values=False)
+        self.layouts.update(context.layouts)
 
     @contextmanager
     def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -266,8 +287,7 @@ class Population:
     ) -> float:
         """Largest relative difference between the population forward and single members.
 
-        The first, middle and last of ``members`` are evaluated alone. Where sizes of activations were ambiguous, the
-        check also finds out what they are, for later evaluations (:mod:`eggroll.torch.ops.layout`).
+        The first, middle and last of ``members`` are evaluated alone.
 
         Raises:
             UnsupportedOperationError: they differ beyond rounding, so rows do not hold the members of this model.
@@ -280,7 +300,8 @@ class Active:
     """A population while it stands in the place of the model's parameters."""
 
     def __init__(self, population: Population, values: dict[str, Tensor], context: MemberContext, members: int) -> None:
-        self.population, self.values, self.context, self.members = population, values, context, members
+        self.population, self.context, self.members = population, context, members
+        self.values = self.placed = values
 
     def expand(self, x: Tensor) -> Tensor:
         """One batch for every member: ``(batch, ...)`` to ``(members * batch, ...)``, member by member."""
@@ -315,15 +336,20 @@ class Active:
         """
         if self.context.single:
             return  # all rows are the one member's, whichever are left
+        self.placed = self.chosen(member_of_row, self.context)
+        self.context.members = self.context.rows = len(member_of_row)
+        place(self.population.sites, self.placed)
+
+    def chosen(self, index: Tensor, context: MemberContext) -> dict[str, Tensor]:
+        """The values of members (a subset, any order) for another context."""
         chosen: dict[str, Tensor] = {}
         for name, value in self.values.items():
             if isinstance(value, PerturbedWeight):
-                a, b = value.a[member_of_row], value.b[member_of_row]
-                chosen[name] = PerturbedWeight(value.base, a, b, name=name, kind=value.kind, context=self.context)
+                a, b = value.a[index], value.b[index]
+                chosen[name] = PerturbedWeight(value.base, a, b, name=name, kind=value.kind, context=context)
             elif isinstance(value, MemberTensor):
-                chosen[name] = MemberTensor(value.data_P[member_of_row], name=name, context=self.context)
-        self.context.members = self.context.rows = len(member_of_row)
-        place(self.population.sites, chosen)
+                chosen[name] = MemberTensor(value.data_P[index], name=name, context=context)
+        return chosen
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import copy
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,8 @@ from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.values import MemberContext, MemberTensor, PerturbedWeight, Value
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+LEARNING_ROWS = (5, 7, 11, 13, 17, 19, 23)
 
 
 def count_rows(inputs: Any, members: int, batch_dim: int) -> int:
@@ -36,18 +39,24 @@ def count_rows(inputs: Any, members: int, batch_dim: int) -> int:
 
 
 @contextmanager
-def rows_from_input(model: nn.Module, context: MemberContext) -> Iterator[None]:
-    """Read the rows and the memory of inputs off every call of the model, or of a direct part of it."""
+def rows_from_input(
+    model: nn.Module, context: MemberContext, learn: Callable[[nn.Module, Inputs], None]
+) -> Iterator[None]:
+    """Read the rows and the memory of inputs off every call of the model, or of a direct part of it.
+
+    ``learn`` is told of such a call before it runs.
+    """
     fixed = context.rows is not None
     depth = 0
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal depth
         depth += 1
-        if depth == 1:
-            context.inputs = addresses(tree_flatten((args, kwargs))[0])
-            if not fixed and context.members is not None and next(module.parameters(), None) is not None:
+        if depth == 1 and context.members is not None:
+            if not fixed and next(module.parameters(), None) is not None:
                 context.rows = count_rows((args, kwargs), context.members, context.batch_dim)
+            learn(module, (args, kwargs))
+            context.inputs = addresses(tree_flatten((args, kwargs))[0])
 
     def after(*_: Any) -> None:
         nonlocal depth
@@ -65,6 +74,34 @@ def rows_from_input(model: nn.Module, context: MemberContext) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def fewer_rows(inputs: Inputs, rows: int, batch_dim: int, sizes: Collection[int]) -> tuple[int, Inputs] | None:
+    """The inputs with another number of rows, one that divides few of ``sizes``; ``None`` if they hold state."""
+    leaves = tree_flatten(inputs)[0]
+    if rows == 0 or any(_holds_state(leaf) for leaf in leaves):
+        return None
+    tensors = [(x, member_dim(x, rows, batch_dim)) for x in leaves if isinstance(x, Tensor)]
+    dims = {size for x, batch in tensors for dim, size in enumerate(x.shape) if dim != batch}
+    count = min(LEARNING_ROWS, key=lambda count: sum(size % count == 0 for size in {*sizes, *dims}))
+
+    def take(x: Any) -> Any:
+        dim = member_dim(x, rows, batch_dim)
+        if dim is None:
+            return x if isinstance(x, Tensor) else copy.deepcopy(x)
+        index = torch.arange(count * (x.shape[dim] // rows), device=x.device) % x.shape[dim]
+        return x.index_select(dim, index)
+
+    return count, tree_map(take, inputs)
+
+
+def _holds_state(leaf: Any) -> bool:
+    """Whether an input is an object with contents of its own: a cache that has been written to."""
+    length = getattr(leaf, "get_seq_length", None)
+    try:
+        return length is not None and int(length()) > 0
+    except (ValueError, TypeError):
+        return True
 
 
 def addresses(tensors: Collection[Any]) -> frozenset[int]:

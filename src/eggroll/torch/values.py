@@ -34,6 +34,10 @@ WAYS_OUT = (
 )
 
 
+Use = tuple[str, str, int]
+"""A use of a parameter: its name, the kind of operation, and the dimensions of what it met."""
+
+
 @dataclass
 class MemberContext:
     """What all values of one population forward share.
@@ -44,8 +48,8 @@ class MemberContext:
         layouts: per use of a parameter, the layout of the activations that it met where that was beyond doubt.
             Kept from call to call; :mod:`eggroll.torch.ops.layout` reads and writes it.
         batch_dim: the dimension of the model's inputs that holds the members.
-        trusting: learn layouts, and take the likely one where sizes are ambiguous, instead of raising: for
-            evaluations whose result is checked against single members.
+        trusting: take the likely layout where sizes are ambiguous, and remember it, instead of raising: while
+            layouts are learned, and in evaluations that are checked against single members.
         inputs: addresses of the memory of the running call's inputs; ``None`` while no call is running.
         constants: addresses of the memory of the model's parameters and buffers, which are the same for all members.
         max_dense_bytes: how much one materialised parameter may take (P copies) before an error is raised instead.
@@ -53,7 +57,7 @@ class MemberContext:
 
     members: int | None
     rows: int | None = None
-    layouts: dict[tuple[str, str], Layout] = field(default_factory=dict)
+    layouts: dict[Use, Layout] = field(default_factory=dict)
     batch_dim: int = 0
     trusting: bool = False
     inputs: frozenset[int] | None = None

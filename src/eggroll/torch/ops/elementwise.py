@@ -85,33 +85,51 @@ def _sizes(args: tuple[Any, ...]) -> list[int]:
     return list(args[0]) if len(args) == 1 and not isinstance(args[0], int) else list(args)
 
 
-@rule(Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to)
+@rule(Tensor.expand, torch.broadcast_to, Tensor.broadcast_to)
 def expand(value: Any, *args: Any, **kwargs: Any) -> Any:
     """A parameter spread over the batch (a class token ``(1, 1, d)`` to ``(R, 1, d)``): every row gets its member's."""
     if not isinstance(value, MemberTensor) or kwargs:
         return NotImplemented
-    sizes, context = _sizes(args), value.context
-    new_dims = len(sizes) - value.ndim
-    leading_is_one = new_dims > 0 or (value.ndim > 0 and value.shape[0] == 1)
-    if not leading_is_one or not isinstance(sizes[0], int) or sizes[0] <= 1:
+    sizes = _sizes(args)
+    missing = len(sizes) - value.ndim
+    if missing == 0 and value.ndim > 0 and value.shape[0] != 1:
         return NotImplemented
-    known = context.layouts.get((value.parameter, "expand"))
-    if not context.is_rows(sizes[0]):
-        learn(context, value.parameter, "expand", "shared")
+    if not _is_batch(value, sizes, "expand"):
         return NotImplemented
-    if known == "shared":
-        return NotImplemented
-    if sizes[0] != context.rows and known != "rows" and not context.trusting:
-        raise ambiguous(context, value.parameter, "expand", torch.empty(sizes, device="meta"))
-    learn(context, value.parameter, "expand", "rows")
     members = value.data_P.shape[0]
-    data = value.data_P.reshape(members, *([1] * new_dims), *value.shape)
-    own = [sizes[0] // members, *sizes[1:]]
-    # repeat() multiplies sizes and expand() states them; they agree where a size was 1.
-    spread_out = [own[0], *(size if size != 1 else -1 for size in own[1:])]
-    if any(size not in (-1, 1) and have != 1 and size != have for size, have in zip(own, data.shape[1:], strict=True)):
+    data = value.data_P.reshape(members, *([1] * missing), *value.shape)
+    return flatten_rows(data.expand(members, sizes[0] // members, *sizes[1:]))
+
+
+@rule(Tensor.repeat)
+def repeat(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """A parameter repeated over the batch, likewise; what has a leading dimension is repeated for each row."""
+    if not isinstance(value, MemberTensor) or kwargs:
         return NotImplemented
-    return flatten_rows(data.expand(members, *spread_out))
+    sizes = _sizes(args)
+    missing = len(sizes) - value.ndim
+    if missing < 0 or not _is_batch(value, sizes, "repeat"):
+        return NotImplemented
+    members = value.data_P.shape[0]
+    data = value.data_P.reshape(members, *([1] * missing), *value.shape)
+    return flatten_rows(data.repeat(1, sizes[0] // members, *sizes[1:]))
+
+
+def _is_batch(value: MemberTensor, sizes: list[int], use: str) -> bool:
+    """Whether the leading one of the sizes that a value is spread over is the rows."""
+    context, key = value.context, (value.parameter, use, len(sizes))
+    if not sizes or not isinstance(sizes[0], int) or sizes[0] <= 1:
+        return False
+    known = context.layouts.get(key)
+    if not context.is_rows(sizes[0]):
+        learn(context, key, "shared")
+        return False
+    if known == "shared":
+        return False
+    if known == "mixed" or (known is None and sizes[0] != context.rows and not context.trusting):
+        raise ambiguous(context, value.parameter, use, torch.empty(sizes, device="meta"))
+    learn(context, key, "rows")
+    return True
 
 
 @rule(Tensor.expand_as)

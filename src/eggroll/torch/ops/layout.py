@@ -5,12 +5,12 @@ of R where other dimensions were flattened in), in its second one (``time_major`
 all members (``shared``: a buffer, positions, a learned query). Sizes mostly tell these apart. Where they do not (a
 sequence exactly as long as there are rows), the following decide, in this order:
 
-1. what the same use of the same parameter met before, when sizes were beyond doubt (``context.layouts``);
+1. what the same use of the same parameter met before (``context.layouts``). The first call of a model under a
+   population is preceded by one with a few rows, of a number that no other dimension shares (``rows.learn``);
 2. where the tensor's memory comes from: an input of the model holds rows, a parameter or buffer does not;
 3. the promise that inputs carry the members in front, for activations of R rows.
 
-What is left raises: a guess could be silently wrong. ``Population.verify`` resolves such cases for good: it evaluates
-with a number of rows that no other dimension shares, which teaches (1), and compares with members evaluated alone.
+What is left raises: a guess could be silently wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.values import Layout, MemberContext
+from eggroll.torch.values import Layout, MemberContext, Use
 
 
 def layout_of(context: MemberContext, name: str, use: str, x: Tensor, feature_dims: int = 1) -> Layout:
@@ -27,26 +27,28 @@ def layout_of(context: MemberContext, name: str, use: str, x: Tensor, feature_di
     if free < 1:
         return "shared"
     size = x.shape[0]
-    known = context.layouts.get((name, use))
-    if known == "rows" and size == context.rows:
-        return "rows"
+    key = (name, use, x.ndim)
+    known = context.layouts.get(key)
     leading = context.is_rows(size)
+    if leading and known == "rows":
+        return "rows"
     second = free >= 2 and context.rows is not None and x.shape[1] == context.rows and context.rows > 1
+    if second and known == "time_major":
+        return "time_major"
+    if not leading and not second:
+        return learn(context, key, "shared")
+    if known == "shared" or is_constant(context, x):
+        return "shared"
+    if context.trusting:
+        return learn(context, key, "rows" if leading else "time_major")
     if leading and second:
-        if known == "rows" or known == "time_major":
-            return known
         if context.batch_dim == 1:
             return "time_major"
-        if size == context.rows or context.trusting:
+        if known is None and size == context.rows:
             return "rows"
-        raise ambiguous(context, name, use, x)
-    if leading:
-        if known == "shared" or is_constant(context, x):
-            return "shared"
-        if known == "mixed" and not context.trusting and size != context.rows:
-            raise ambiguous(context, name, use, x)
-        return learn(context, name, use, "rows")
-    return learn(context, name, use, "time_major" if second else "shared")
+    elif known is None and (leading or context.batch_dim == 1):
+        return learn(context, key, "rows" if leading else "time_major")
+    raise ambiguous(context, name, use, x)
 
 
 def layout_of_ids(context: MemberContext, name: str, ids: Tensor) -> Layout:
@@ -54,28 +56,28 @@ def layout_of_ids(context: MemberContext, name: str, ids: Tensor) -> Layout:
     if ids.ndim == 0:
         return "shared"
     size = ids.shape[0]
-    known = context.layouts.get((name, "ids"))
+    key = (name, "ids", ids.ndim)
+    known = context.layouts.get(key)
     leading = context.is_rows(size)
     second = ids.ndim >= 2 and context.rows is not None and ids.shape[1] == context.rows
     if not leading and not second:
-        return learn(context, name, "ids", "shared")
+        return learn(context, key, "shared")
     if is_input(context, ids):
         if leading and second:
             return "time_major" if context.batch_dim == 1 else "rows"
-        return learn(context, name, "ids", "rows" if leading else "time_major")
+        return learn(context, key, "rows" if leading else "time_major")
+    if leading and known == "rows":
+        return "rows"
+    if second and known == "time_major":
+        return "time_major"
     if known == "shared" or is_constant(context, ids):
         # One row of a buffer that was expanded over the batch has rows; other buffers do not.
         return "rows" if leading and known != "shared" and ids.stride(0) == 0 else "shared"
-    if known == "rows" and leading:
-        return "rows"
-    if known == "time_major" and second:
-        return "time_major"
-    if not leading:
-        return "shared"
-    square = ids.ndim >= 2 and ids.shape[1] == size
-    if (ids.ndim == 1 or square or known == "mixed") and not context.trusting:
-        raise ambiguous(context, name, "ids", ids)
-    return learn(context, name, "ids", "rows")
+    if context.trusting:
+        return learn(context, key, "rows" if leading else "time_major")
+    if known is None and leading and ids.ndim >= 2 and ids.shape[1] != size:
+        return learn(context, key, "rows")
+    raise ambiguous(context, name, "ids", ids)
 
 
 def layout_in_broadcast(context: MemberContext, name: str, x: Tensor, value_shape: tuple[int, ...]) -> Layout:
@@ -89,7 +91,7 @@ def layout_in_broadcast(context: MemberContext, name: str, x: Tensor, value_shap
     if free >= 1:
         return layout_of(context, name, "elementwise", x, x.ndim - free)
     # The leading dimensions meet: a member's part of the rows has to broadcast with the value, or they are not rows.
-    if context.layouts.get((name, "elementwise")) == "shared" or is_constant(context, x):
+    if context.layouts.get((name, "elementwise", x.ndim)) == "shared" or is_constant(context, x):
         return "shared"
     leading = context.is_rows(x.shape[0])
     assert context.members is not None
@@ -100,26 +102,26 @@ def layout_in_broadcast(context: MemberContext, name: str, x: Tensor, value_shap
 
 def is_constant(context: MemberContext, x: Tensor) -> bool:
     """Whether a tensor is (a view of) a parameter or buffer of the model, and so the same for all members."""
-    return bool(context.constants) and _address(x) in context.constants
+    return bool(context.constants) and address(x) in context.constants
 
 
 def is_input(context: MemberContext, x: Tensor) -> bool:
     """Whether a tensor is (a view of) an input of the running call; outside of calls, everything is."""
-    return context.inputs is None or _address(x) in context.inputs
+    return context.inputs is None or address(x) in context.inputs
 
 
-def _address(x: Tensor) -> int:
+def address(x: Tensor) -> int:
+    """Where a tensor's memory starts; 0 if it has none of its own."""
     try:
         return x.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0  # no storage of its own (inside torch.vmap, for example)
 
 
-def learn(context: MemberContext, name: str, use: str, layout: Layout) -> Layout:
-    """Remember the layout of a use; uses that differ are remembered as mixed."""
-    before = context.layouts.setdefault((name, use), layout)
-    if before != layout:
-        context.layouts[(name, use)] = "mixed"
+def learn(context: MemberContext, use: Use, layout: Layout) -> Layout:
+    """Remember the layout of a use; one that varies is remembered as mixed."""
+    if context.layouts.setdefault(use, layout) != layout:
+        context.layouts[use] = "mixed"
     return layout
 
 
@@ -128,7 +130,6 @@ def ambiguous(context: MemberContext, name: str, use: str, x: Tensor) -> Unsuppo
     what = "indexed by integers" if use == "ids" else "used with a tensor"
     return UnsupportedOperationError(
         f"parameter {name!r} is {what} of shape {tuple(x.shape)}, made inside the model, and with {context.rows} rows "
-        "its sizes do not tell whether it holds the members. Ways out: call population.verify(...) once with such "
-        "inputs, which finds out and remembers; another batch size or sequence length; leave the parameter alone "
-        f'(exclude={name!r}); or mode="loop"'
+        "its sizes do not tell whether it holds the members. Another batch size or sequence length may; or leave the "
+        f'parameter alone (exclude={name!r}), or evaluate one member at a time (mode="loop").'
     )
