@@ -43,9 +43,8 @@ def chunked_logits(model: nn.Module, inputs: dict[str, Any], budget: int) -> Ite
     step = _steps(model, hidden, budget)
     timed = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     for start in range(0, hidden.shape[1], step):
-        piece = type(output)(**{**output, "last_hidden_state": hidden[:, start : start + step]})
         ids = inputs[timed][:, start : start + step]
-        with _forward_replaced(body, piece) as was_called:
+        with _forward_replaced(body, output, hidden[:, start : start + step]) as was_called:
             logits = model(**{**inputs, timed: ids}).logits
         if not was_called() or logits.shape[1] != ids.shape[1]:
             raise ModelError(
@@ -80,14 +79,19 @@ def _steps(model: Any, hidden: Tensor, budget: int) -> int:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, output: Any) -> Iterator[Callable[[], bool]]:
-    """While this lasts, calling ``module`` returns ``output``; yields whether it has been called."""
+def _forward_replaced(module: nn.Module, output: Any, hidden: Tensor) -> Iterator[Callable[[], bool]]:
+    """While this lasts, calling ``module`` returns ``output`` with these hidden states; yields whether it was called.
+
+    A call with fewer rows (a population learns layouts from one) gets the hidden states of the first rows.
+    """
     calls = 0
 
-    def forward(*_: Any, **__: Any) -> Any:
+    def forward(*args: Any, **inputs: Any) -> Any:
         nonlocal calls
         calls += 1
-        return output
+        ids = args[0] if args else inputs.get("input_ids")
+        rows = hidden if ids is None else hidden[: ids.shape[0]]
+        return type(output)(**{**output, "last_hidden_state": rows})
 
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
