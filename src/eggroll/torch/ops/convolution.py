@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eggroll.torch.ops.elementwise import per_channel
 from eggroll.torch.ops.layout import layout_of
 from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.registry import RULES, Rule
@@ -35,7 +36,11 @@ def _convolution(func: Callable[..., Tensor], dims: int) -> Rule:
     def apply(
         x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
     ) -> Any:
-        if isinstance(x, Value) or not isinstance(weight, PerturbedWeight) or weight.context.single:
+        if isinstance(x, Value):
+            return NotImplemented
+        if not isinstance(weight, Value) and isinstance(bias, MemberTensor) and x.ndim == dims + 2:
+            return func(x, weight, None, stride, padding, dilation, groups) + per_channel(bias, dims)
+        if not isinstance(weight, PerturbedWeight) or weight.context.single:
             return NotImplemented
         args = (x, weight, bias, stride, padding, dilation, groups)
         if x.ndim != dims + 2:

@@ -43,6 +43,14 @@ def combine(func: Callable[..., Tensor], x: Tensor, value: MemberTensor, *, reve
     return with_rows(func, x, value, reverse=reverse, time_major=layout == "time_major")
 
 
+def per_channel(vector: Any, dims: int) -> Any:
+    """A vector over channels ``(C,)`` shaped to meet ``(R, C, ...)`` with ``dims`` dimensions after the channels."""
+    spatial = [1] * dims
+    if isinstance(vector, MemberTensor):
+        return vector.like(vector.data_P.reshape(*vector.data_P.shape, *spatial))
+    return None if vector is None else vector.reshape(-1, *spatial)
+
+
 def _binary(func: Callable[..., Any]) -> Rule:
     def apply(left: Any, right: Any, **kwargs: Any) -> Any:
         if kwargs or isinstance(left, Value) == isinstance(right, Value):

@@ -35,10 +35,10 @@ def layout_of(context: MemberContext, name: str, use: str, x: Tensor, feature_di
     second = free >= 2 and context.rows is not None and x.shape[1] == context.rows and context.rows > 1
     if second and known == "time_major":
         return "time_major"
-    if not leading and not second:
-        return learn(context, key, "shared")
     if known == "shared" or is_constant(context, x):
         return "shared"
+    if not leading and not second:
+        return learn(context, key, "shared")
     if context.trusting:
         return learn(context, key, "rows" if leading else "time_major")
     if leading and second:

@@ -9,22 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.ops.elementwise import per_channel
 from eggroll.torch.ops.registry import rule
-from eggroll.torch.values import MemberTensor, Value
+from eggroll.torch.values import Value
 
 
 def _affine(x: Tensor, weight: Any, bias: Any) -> Any:
     if weight is not None:
         x = x * weight
     return x if bias is None else x + bias
-
-
-def _per_channel(vector: Any, x: Tensor) -> Any:
-    """A vector over channels ``(C,)`` shaped to meet ``(R, C, ...)``."""
-    spatial = [1] * (x.ndim - 2)
-    if isinstance(vector, MemberTensor):
-        return vector.like(vector.data_P.reshape(*vector.data_P.shape, *spatial))
-    return None if vector is None else vector.reshape(-1, *spatial)
 
 
 @rule(F.layer_norm)
@@ -49,7 +42,7 @@ def group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, ep
     if isinstance(x, Value):
         return NotImplemented
     out = F.group_norm(x, num_groups, None, None, eps)
-    return _affine(out, _per_channel(weight, x), _per_channel(bias, x))
+    return _affine(out, per_channel(weight, x.ndim - 2), per_channel(bias, x.ndim - 2))
 
 
 @rule(F.batch_norm)
@@ -75,7 +68,7 @@ def batch_norm(
             "batch normalisation in training mode computes statistics over all members together; call model.eval()"
         )
     out = F.batch_norm(x, running_mean, running_var, None, None, False, momentum, eps)
-    return _affine(out, _per_channel(weight, x), _per_channel(bias, x))
+    return _affine(out, per_channel(weight, x.ndim - 2), per_channel(bias, x.ndim - 2))
 
 
 @rule(F.instance_norm)
@@ -93,4 +86,4 @@ def instance_norm(
     if isinstance(x, Value):
         return NotImplemented
     out = torch.nn.functional.instance_norm(x, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _affine(out, _per_channel(weight, x), _per_channel(bias, x))
+    return _affine(out, per_channel(weight, x.ndim - 2), per_channel(bias, x.ndim - 2))
