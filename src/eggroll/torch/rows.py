@@ -174,7 +174,11 @@ def member_data(value: MemberTensor, members: int, rows: int) -> Tensor:
     Raises:
         UnsupportedOperationError: a dimension still has the size of all rows.
     """
-    if rows > 1 and members > 1 and any(size > 0 and size % rows == 0 for size in value.shape[:2]):
+    shape, own = value.shape, rows // members
+    if rows == 0 or value.ndim == 0:
+        return value.data_P
+    whole = [size > 1 and size % rows == 0 for size in shape[:2]]
+    if whole[0] or (whole[-1] and (shape[0] != own or own == 1)):
         raise UnsupportedOperationError(
             f"the output is a tensor of shape {tuple(value.shape)} for every one of {members} members, so an operation "
             f"on parameter {value.parameter!r} did not recognise its {rows} rows: this model's activations do not keep "

@@ -78,7 +78,8 @@ def per_member(
         for slot, tensor in zip(slots, member_tensors, strict=True):
             filled[slot] = tensor
         call_args, call_kwargs = tree_unflatten(filled, structure)
-        return func(*call_args, **call_kwargs)
+        result = func(*call_args, **call_kwargs)
+        return call_args[0] if in_place else result
 
     out = _vmap_or_loop(call, tensors, dims, members, func, name)
     if in_place:

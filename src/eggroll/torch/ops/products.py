@@ -100,7 +100,11 @@ def rmatmul(right: Any, left: Any) -> Any:
 @rule(torch.addmm, Tensor.addmm)
 def addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """``bias + x @ W``: the ``Conv1D`` of Hugging Face."""
-    if not isinstance(weight, PerturbedWeight) or beta != 1 or alpha != 1:
+    if beta != 1 or alpha != 1:
+        return NotImplemented
+    if isinstance(bias, MemberTensor) and not isinstance(x, Value) and not isinstance(weight, Value):
+        return torch.mm(x, weight) + bias
+    if not isinstance(weight, PerturbedWeight):
         return NotImplemented
     return linear(x, weight.transposed(), bias)
 
