@@ -25,6 +25,8 @@ def count_rows(inputs: Any, members: int, batch_dim: int) -> int:
     Raises:
         ConfigError: inputs have a batch that the members do not divide.
     """
+    if members == 1:
+        return 1  # whatever there is belongs to the one member
     tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor) and x.ndim > batch_dim]
     # Vectors come last: they are mostly positions. A dimension of 1 is an input shared by the whole batch.
     sizes = [x.shape[batch_dim] for x in sorted(tensors, key=lambda x: x.ndim < 2) if x.shape[batch_dim] > 1]

@@ -44,7 +44,7 @@ class MemberContext:
 
     Attributes:
         members: P, or ``None`` for a single member, whose values have no member axis.
-        rows: R, the leading dimension of activations; ``None`` until it is known.
+        rows: R, the leading dimension of activations; ``None`` until it is known, 0 if inputs have no batch.
         layouts: per use of a parameter, the layout of the activations that it met where that was beyond doubt.
             Kept from call to call; :mod:`eggroll.torch.ops.layout` reads and writes it.
         batch_dim: the dimension of the model's inputs that holds the members.
@@ -76,7 +76,7 @@ class MemberContext:
             if size % self.members or size == 0:
                 return False
             self.rows = size
-        return size % self.rows == 0
+        return self.rows > 0 and size % self.rows == 0
 
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
