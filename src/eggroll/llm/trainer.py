@@ -14,8 +14,10 @@ from eggroll.core.select import ParameterSpec
 from eggroll.errors import DataError, RunError
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, batches, load_examples
+from eggroll.llm.estimate import Estimate, ensure_fits, least_workload, machine_memory
 from eggroll.llm.evaluators.hf import HFEvaluator
 from eggroll.llm.export import save_pretrained
+from eggroll.llm.outline import Outline, exclude_of, separate_head
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
 from eggroll.loop import Evaluation, Heldout, Listener, Loop
@@ -42,6 +44,9 @@ class EggrollTrainer:
         reward: a :class:`~eggroll.llm.rewards.Reward`, a TRL-style function ``reward(prompts, completions,
             **columns)``, a list of those, or ``score(text) -> float``.
         tokenizer: the model's tokenizer.
+
+    Raises:
+        MemoryBudgetError: the run cannot fit into this machine's memory.
     """
 
     def __init__(self, model: Any, config: EggrollConfig, reward: Any, tokenizer: Any) -> None:
@@ -49,6 +54,7 @@ class EggrollTrainer:
         self.reward: Reward = as_reward(reward, tokenizer)
         if getattr(tokenizer, "pad_token_id", None) is None:
             tokenizer.pad_token = tokenizer.eos_token
+        _check_memory(model, config)
         self.replica = replica_for(model, config)
         self.evaluator = HFEvaluator(self.replica.population, tokenizer, self.reward, config)
         self.history: list[dict[str, Any]] = []
@@ -138,10 +144,16 @@ class EggrollTrainer:
 
 def replica_for(model: Any, config: EggrollConfig) -> Replica:
     """The replica that a run with these settings has: which parameters it evolves, and how they are updated."""
-    exclude = config.exclude
-    if config.target_modules is None and not config.head:
-        exclude = (*exclude, *_separate_head(model))
+    exclude = exclude_of(config, separate_head(model))
     return Replica(model.eval(), dataclasses.replace(config, exclude=exclude), kinds=config.kinds)
+
+
+def _check_memory(model: Any, config: EggrollConfig) -> None:
+    """Refuse, before masters and optimizer state are made, what cannot fit."""
+    first = next(model.parameters())
+    if first.device.type in ("cpu", "cuda"):
+        estimate = Estimate.of(Outline.of(model), config, first.dtype)
+        ensure_fits(estimate, least_workload(config), machine_memory(first.device)[0], where=str(first.device))
 
 
 class _BatchSource:
@@ -194,15 +206,3 @@ def _as_batch(item: Any) -> dict[str, Any]:
         f"a batch must be a mapping with 'input_ids' or a tensor of token ids, got {type(item).__name__}. For prompts "
         "give a list of strings or a data set instead of a DataLoader"
     )
-
-
-def _separate_head(model: Any) -> tuple[str, ...]:
-    """The name of an output head that is a parameter of its own (not tied to the embedding)."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
-    if weight is None:
-        return ()
-    inputs = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if getattr(inputs, "weight", None) is weight:
-        return ()
-    return tuple(name for name, parameter in model.named_parameters() if parameter is weight)

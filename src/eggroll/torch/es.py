@@ -82,6 +82,7 @@ class Replica:
                 device=self.population.parameter(spec.name).device,
             )
             squares += self.updater.step(spec.name, gradient, lr=record.lr, generation=record.generation)
+            del gradient  # before the next one is made
         return float(squares**0.5)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ def add_low_rank_(out_PRm: Tensor, x_PRn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) 
 def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m: Tensor | None = None) -> Tensor:
     """Rows ``(P * batch, ..., n)`` through ``weight + a_p b_p^T``: ``(P * batch, ..., m)``."""
     members = a_Pmr.shape[0]
+    x_Rn = x_Rn.contiguous()  # strided rows would be multiplied one by one, each with a copy of the weight in bfloat16
     out = F.linear(x_Rn, weight_mn, bias_m)
     if out.numel() == 0:
         return out

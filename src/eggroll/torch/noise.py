@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from eggroll.torch.threefry import normals
 from torch import Tensor
 
 from eggroll.core.address import draw_keys
 from eggroll.core.select import ParameterSpec
+from eggroll.torch.threefry import normals
 
 CACHE_BYTES = 512 * 2**20
 CHUNK_BYTES = 64 * 2**20
@@ -54,7 +54,7 @@ class Noise:
             return False
         wanted = (generation // self.noise_reuse, num_pairs, str(device))
         if self._cached != wanted:
-            self._cached = None
+            self._cache, self._cached = {}, None  # the old draws go before the new ones come
             self._cache = self._draw(generation, range(num_pairs), device)
             self._cached = wanted
         return True

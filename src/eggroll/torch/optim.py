@@ -81,7 +81,7 @@ class Updater:
         self._step(self._optimizers[name], target, gradient.to(target.dtype), lr)
         if name in self.masters:
             parameter.copy_(target)
-        return float((target - before).float().square().sum())
+        return float(before.sub_(target).float().square_().sum())
 
     def _step(self, optimizer: torch.optim.Optimizer, target: Tensor, gradient: Tensor, lr: float) -> None:
         for group in optimizer.param_groups:
@@ -102,7 +102,7 @@ class Updater:
         key = fold_in(fold_in(parameter_key(self.seed, name), ROUNDING_STREAM), generation)
         bits = random_bits(torch.tensor([key], dtype=torch.int64), wide.numel(), device=wide.device)
         parameter.copy_(round_stochastically(wide, bits.view(wide.shape)))
-        return float((wide - before).square().sum())
+        return float(before.sub_(wide).square_().sum())
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything besides the parameters that the next step depends on, flat, for a checkpoint."""

@@ -17,13 +17,13 @@ from eggroll.errors import UnsupportedOperationError
 from eggroll.llm.chat import format_prompts, plain_text
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, columns_of, prompts_of
+from eggroll.llm.estimate import CPU_ROWS_BYTES, Estimate, Workload
 from eggroll.llm.generation import Sampling, generate
+from eggroll.llm.outline import Outline
 from eggroll.llm.rewards import Reward
 from eggroll.loop import Evaluation, Heldout
 from eggroll.torch.population import Active, Population
 
-CPU_ROWS_BYTES = 2**30
-"""Memory for caches and logits on a CPU; on a GPU it is a quarter of the card's."""
 HELDOUT_MEMBER = -1
 
 
@@ -55,6 +55,8 @@ class HFEvaluator:
         self.device = next(self.model.parameters()).device
         self.eos_ids = _eos_ids(self.model, tokenizer)
         self.mode_note = ""
+        dtype = next(self.model.parameters()).dtype
+        self.estimate = Estimate(Outline.of(self.model), config, dtype, tuple(population.specs))
 
     def choose_mode(self, batch: Sequence[Example] | dict[str, Any]) -> str:
         """Check on a small input that rows hold the members; otherwise settle on one member at a time.
@@ -78,7 +80,7 @@ class HFEvaluator:
             self.mode_note = f"members are evaluated one at a time, because: {error}"
         return self.population.mode
 
-    def _probe(self, batch: Sequence[Example] | dict[str, Any]) -> dict[str, Tensor]:
+    def _probe(self, batch: Sequence[Example] | dict[str, Any]) -> dict[str, Any]:
         if isinstance(batch, dict):
             ids = torch.as_tensor(batch["input_ids"])[:1, :32].to(self.device)
         else:
@@ -108,10 +110,12 @@ class HFEvaluator:
         return Evaluation(np.concatenate(tables), {"draw_s": draw_seconds}, tokens, samples)
 
     @torch.no_grad()
-    def evaluate_center(self, batch: Sequence[Example] | dict[str, Any], *, rows: int = 64) -> Heldout:
+    def evaluate_center(self, batch: Sequence[Example] | dict[str, Any], *, max_rows: int = 64) -> Heldout:
         """Mean score of the centre, with its completions as samples."""
         if isinstance(batch, dict):
             return Heldout(float(np.nanmean(self._score(batch, None, 0, range(1)).values)))
+        per_row = max(map(self.estimate.row_bytes, self._workloads(batch)))
+        rows = max(1, min(max_rows, self._budget() // per_row))
         values, samples = [], []
         for start in range(0, len(batch), rows):
             part = batch[start : start + rows]
@@ -149,27 +153,33 @@ class HFEvaluator:
             yield range(start, min(start + step, size))
 
     def members_that_fit(self, batch: Sequence[Example] | dict[str, Any]) -> int:
-        """Members evaluated together by default: an even number whose caches and logits fit a fixed budget."""
-        per_member = _batch_rows(batch) * self.row_bytes()
-        budget = CPU_ROWS_BYTES
-        if self.device.type == "cuda":
-            budget = torch.cuda.get_device_properties(self.device).total_memory // 4
-        return min(self.population.population_size, max(2, budget // max(per_member, 1) // 2 * 2))
+        """Members evaluated together by default: an even number whose caches, activations and noise fit a budget.
 
-    def row_bytes(self) -> int:
-        """Estimate of what one row needs at full length: keys, values, logits of one step and some activations."""
-        config = self.model.config
-        get = lambda *names, default=0: next((int(v) for n in names if (v := getattr(config, n, None))), default)  # noqa: E731
-        width = get("hidden_size", "n_embd", "d_model", default=1024)
-        heads = get("num_attention_heads", "n_head", "num_heads", default=1)
-        head_size = get("head_dim", default=max(width // heads, 1))
-        layers = get("num_hidden_layers", "n_layer", "num_layers", default=12)
-        kv_width = get("num_key_value_heads", default=heads) * head_size
-        length = 64 + self.config.max_tokens if self._needs("text") else self.config.max_length
-        element = next(self.model.parameters()).element_size()
-        cache = 2 * layers * kv_width * length * element
-        activations = 8 * width * length * element
-        return cache + activations + 8 * get("vocab_size", default=32000)
+        It does not depend on the memory that is free, so that a resumed run evaluates as it did before.
+        """
+        return min(self.estimate.members_that_fit(load, self._budget()) for load in self._workloads(batch))
+
+    def _budget(self) -> int:
+        """Bytes for what is evaluated together: on a GPU a quarter of the card's."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory) // 4
+        return CPU_ROWS_BYTES
+
+    def _workloads(self, batch: Sequence[Example] | dict[str, Any]) -> list[Workload]:
+        """What a member is evaluated on, for each way of evaluating that the reward needs."""
+        rows, found = _batch_rows(batch), []
+        if self._needs("text"):
+            found.append(Workload(rows, self._prompt_length(batch), self.config.max_tokens))
+        if self._needs("tokens"):
+            length = batch["input_ids"].shape[1] if isinstance(batch, dict) else self.config.max_length
+            found.append(Workload(rows, length))
+        return found or [Workload(rows, self.config.max_length)]
+
+    def _prompt_length(self, batch: Sequence[Example] | dict[str, Any]) -> int:
+        """Tokens of the longest prompt."""
+        if isinstance(batch, dict):
+            return int(batch["input_ids"].shape[1])
+        return int(self._encode(batch).input_ids.shape[1])
 
     def _needs(self, kind: str) -> bool:
         return any(part.needs == kind for part, _ in self.reward.parts)
@@ -227,21 +237,25 @@ class HFEvaluator:
         values = part.log_likelihood(self.model, inputs)
         return values.double().cpu().numpy(), int(inputs["input_ids"].numel())
 
+    def _encode(self, batch: Sequence[Example]) -> Any:
+        """Prompts as token ids, padded on the left."""
+        texts = format_prompts(self.tokenizer, prompts_of(batch), chat=self.config.chat, system=self.config.system)
+        return self.tokenizer(
+            texts,
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=self.config.max_length,
+            padding_side="left",
+            truncation_side="left",
+        )
+
     def complete(
         self, batch: Sequence[Example], active: Active | None, generation: int, members: range
     ) -> tuple[list[str], int]:
         """Completions of all prompts by all members, member by member, and how many tokens were made."""
         config = self.config
-        texts = format_prompts(self.tokenizer, prompts_of(batch), chat=config.chat, system=config.system)
-        encoded = self.tokenizer(
-            texts,
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=config.max_length,
-            padding_side="left",
-            truncation_side="left",
-        )
+        encoded = self._encode(batch)
         ids, mask = encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
         select = None
         if active is not None:

@@ -44,7 +44,8 @@ def chunked_logits(model: nn.Module, inputs: dict[str, Any], budget: int) -> Ite
     timed = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     for start in range(0, hidden.shape[1], step):
         ids = inputs[timed][:, start : start + step]
-        with _forward_replaced(body, output, hidden[:, start : start + step]) as was_called:
+        # Contiguous: a product of strided rows copies the output head once per row in bfloat16.
+        with _forward_replaced(body, output, hidden[:, start : start + step].contiguous()) as was_called:
             logits = model(**{**inputs, timed: ids}).logits
         if not was_called() or logits.shape[1] != ids.shape[1]:
             raise ModelError(
