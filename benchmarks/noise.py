@@ -58,6 +58,7 @@ def versions(device):
 
 
 def seconds(function, device):
+    time.sleep(0.02)  # the idle threads of the call before still spin for some milliseconds
     start = time.perf_counter()
     function()
     if device == "cuda":
@@ -71,7 +72,7 @@ def measure(shape, device, repeats):
     keys = np.random.default_rng(0).integers(0, 2**32, (num_keys, 2), dtype=np.uint32)
     calls = {"torch.randn": lambda: torch.randn(num_keys, count, device=device)}
     calls |= {name: lambda draw=draw: draw(keys, count) for name, draw in versions(device).items()}
-    inner = max(1, (1 << 20) // (num_keys * count))
+    inner = min(20, max(1, (1 << 20) // (num_keys * count)))
     for call in calls.values():
         call()
     times = {name: [] for name in calls}

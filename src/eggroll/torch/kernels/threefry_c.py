@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -153,12 +154,13 @@ def _fill(function: str, flat: Tensor, keys: NDArray[np.uint32], start: int, cou
         )
 
     num_parts = max(1, min(torch.get_num_threads(), size // MIN_PER_THREAD))
-    if num_parts == 1:
-        part(0, size)
-        return
     bounds = [size * index // num_parts for index in range(num_parts + 1)]
-    with ThreadPoolExecutor(num_parts) as pool:
-        list(pool.map(part, bounds[:-1], bounds[1:]))
+    others = [threading.Thread(target=part, args=pair) for pair in itertools.pairwise(bounds[1:])]
+    for thread in others:
+        thread.start()
+    part(*bounds[:2])
+    for thread in others:
+        thread.join()
 
 
 @functools.cache
