@@ -17,7 +17,9 @@ from eggroll.cli.tune import DEFAULT_DATASET, RESUME_FREE, TuneOptions, command_
 from eggroll.errors import ConfigError, DataError
 from eggroll.llm import models
 from eggroll.llm.data import load_examples
+from eggroll.llm.estimate import check_memory
 from eggroll.llm.export import load_line
+from eggroll.llm.outline import look_up
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward, load_reward
 from eggroll.llm.tasks import get_task
@@ -52,12 +54,10 @@ class Session:
         if options.resume is None and (run_path(options) / "config.json").exists():
             RunDir.create(run_path(options), {})  # raises: the directory holds a run
         with self.console.status(f"loading {options.model} ..."):
-            loaded = models.load(
-                options.model,
-                dtype=options.dtype,
-                device=options.device,
-                trust_remote_code=options.trust_remote_code,
-            )
+            source, trust = options.model, options.trust_remote_code
+            found = look_up(source, dtype=options.dtype, device=options.device, trust_remote_code=trust)
+            check_memory(found.outline, options.config(), found.dtype, found.device)
+            loaded = models.load(source, dtype=found.dtype, device=found.device, trust_remote_code=trust)
         # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
         self.options = options = dataclasses.replace(options, dtype=str(loaded.dtype).removeprefix("torch."))  # type: ignore[arg-type]
         reward = self._reward(loaded.tokenizer)
@@ -65,7 +65,7 @@ class Session:
         trainer = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
         run = self._run_dir(trainer)
         self.tracker = make_trackers(options.report_to, run)
-        self._header(trainer, loaded, run, len(train))
+        self._header(trainer, loaded, run, len(train), found.notes)
         display = Display(config.generations, start=self._finished(run), title=_title(options), history=run.metrics())
         with display:
             trainer.evolve(
@@ -75,8 +75,6 @@ class Session:
                 resume=options.resume is not None,
                 listeners=[display, _TrackerListener(self.tracker)],
             )
-            if trainer.evaluator.mode_note:
-                display.message(trainer.evaluator.mode_note)
         return self._finish(trainer, run)
 
     def _finished(self, run: RunDir) -> int:
@@ -122,16 +120,20 @@ class Session:
         run.note_resume(len(run.updates()), command_line())
         return run
 
-    def _header(self, trainer: EggrollTrainer, loaded: models.LoadedModel, run: RunDir, prompts: int) -> None:
+    def _header(
+        self, trainer: EggrollTrainer, loaded: models.LoadedModel, run: RunDir, prompts: int, notes: tuple[str, ...]
+    ) -> None:
         config, out = trainer.config, self.console.print
         evolved = sum(spec.size for spec in trainer.evolved)
         total = sum(parameter.numel() for parameter in loaded.model.parameters())
-        out(f"[bold]{escape(loaded.name)}[/]  {total / 1e6:.1f} M parameters, {evolved / 1e6:.1f} M evolved in "
+        out(f"[bold]{escape(loaded.name)}[/]  {count(total)} parameters, {count(evolved)} evolved in "
             f"{len(trainer.evolved)} tensors, {self.options.dtype} on {loaded.device}")  # fmt: skip
-        out(f"reward {escape(trainer.reward.name)}, {prompts} prompts, {config.prompts_per_generation} a generation")
+        what = "texts" if all(part.needs == "tokens" for part, _ in trainer.reward.parts) else "prompts"
+        each = min(config.prompts_per_generation, prompts)
+        out(f"reward {escape(trainer.reward.name)}, {prompts} {what}, {each} a generation")
         out(f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
             f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}")  # fmt: skip
-        for note in loaded.notes:
+        for note in (*notes, *loaded.notes):
             out(f"[dim]{escape(note)}[/]")
         out(f"[dim]run directory: {escape(str(run.path))}[/]\n")
 
@@ -189,8 +191,16 @@ def _load(source: str, options: TuneOptions) -> list[Any]:
 
 def _check_resumed(run: RunDir, settings: dict[str, Any]) -> None:
     """Refuse changed settings, one line for each, under the names of the command line."""
-    stored = RunDir(run.path, run.config["options"], run.environment)
-    stored.check_config(settings["options"], may_change=RESUME_FREE)
+    stored = RunDir(run.path, _as_flags(run.config["options"]), run.environment)
+    stored.check_config(_as_flags(settings["options"]), may_change=[_flag(name) for name in RESUME_FREE])
+
+
+def _as_flags(options: dict[str, Any]) -> dict[str, Any]:
+    return {_flag(name): value for name, value in options.items() if name != "resume"}
+
+
+def _flag(name: str) -> str:
+    return "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
 
 
 def _title(options: TuneOptions) -> str:
@@ -206,6 +216,14 @@ def _text(sample: Any) -> tuple[str, float | None]:
 def _cell(text: Any, reward: float | None) -> str:
     shown = escape(" ".join(str(text).split()))
     return shown if reward is None else f"{shown}  [dim]({reward:.2f})[/]"
+
+
+def count(parameters: int) -> str:
+    """A number of parameters as people say it: 860, 12.3 k, 134.5 M, 8.03 B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if parameters >= limit:
+            return f"{parameters / limit:.4g} {unit}"
+    return str(parameters)
 
 
 __all__: Sequence[str] = ["Session"]

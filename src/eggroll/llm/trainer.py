@@ -14,7 +14,7 @@ from eggroll.core.select import ParameterSpec
 from eggroll.errors import DataError, RunError
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, batches, load_examples
-from eggroll.llm.estimate import Estimate, ensure_fits, least_workload, machine_memory
+from eggroll.llm.estimate import check_memory
 from eggroll.llm.evaluators.hf import HFEvaluator
 from eggroll.llm.export import save_pretrained
 from eggroll.llm.outline import Outline, exclude_of, separate_head
@@ -54,7 +54,8 @@ class EggrollTrainer:
         self.reward: Reward = as_reward(reward, tokenizer)
         if getattr(tokenizer, "pad_token_id", None) is None:
             tokenizer.pad_token = tokenizer.eos_token
-        _check_memory(model, config)
+        first = next(model.parameters())
+        check_memory(Outline.of(model), config, first.dtype, first.device)
         self.replica = replica_for(model, config)
         self.evaluator = HFEvaluator(self.replica.population, tokenizer, self.reward, config)
         self.history: list[dict[str, Any]] = []
@@ -93,7 +94,11 @@ class EggrollTrainer:
         """
         source = _BatchSource(data, self.config, self.reward)
         heldout = None if eval_data is None else _BatchSource(eval_data, self.config, self.reward).everything()
+        listeners = list(listeners)
         self.evaluator.choose_mode(source.at(0))
+        for listener in listeners:
+            if self.evaluator.mode_note and hasattr(listener, "message"):
+                listener.message(self.evaluator.mode_note)
 
         def evaluate(generation: int, sigma: float) -> Evaluation:
             return self.evaluator.evaluate(generation, sigma, source.at(generation))
@@ -110,7 +115,7 @@ class EggrollTrainer:
             eval_every=self.config.eval_every,
             run=run,
             checkpoint_every=self.config.checkpoint_every,
-            listeners=list(listeners),
+            listeners=listeners,
             stop=None if callback is None else lambda metrics: callback(metrics) is False,
         )
         start = loop.resume() if resume else 0
@@ -146,14 +151,6 @@ def replica_for(model: Any, config: EggrollConfig) -> Replica:
     """The replica that a run with these settings has: which parameters it evolves, and how they are updated."""
     exclude = exclude_of(config, separate_head(model))
     return Replica(model.eval(), dataclasses.replace(config, exclude=exclude), kinds=config.kinds)
-
-
-def _check_memory(model: Any, config: EggrollConfig) -> None:
-    """Refuse, before masters and optimizer state are made, what cannot fit."""
-    first = next(model.parameters())
-    if first.device.type in ("cpu", "cuda"):
-        estimate = Estimate.of(Outline.of(model), config, first.dtype)
-        ensure_fits(estimate, least_workload(config), machine_memory(first.device)[0], where=str(first.device))
 
 
 class _BatchSource:
