@@ -7,6 +7,7 @@ and the records after it, bit for bit.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -121,10 +122,12 @@ class Loop:
         if checkpoint is not None:
             self.learner.load_state_tensors(checkpoint.load())
             start = checkpoint.generation
-        records = self.run.updates()
-        for record in records[start:]:
+        records, lines = self.run.updates(), self.run.metrics()
+        # A crash between a generation's record and its metrics: it is done again, with the same result.
+        logged = max((int(line["generation"]) for line in lines), default=0)
+        done = max(start, min(len(records), logged))
+        for record in records[start:done]:
             self.learner.apply(record)
-        done = max(start, len(records))
         self.run.rewind(done)
         self.history = [line for line in self.run.metrics() if "event" not in line]
         self.applied = done
@@ -150,7 +153,8 @@ class Loop:
                         # Also when Ctrl-C came during the held-out evaluation: the update has been taken by then.
                         metrics["elapsed_s"] = time.perf_counter() - began
                         self.history.append(metrics)
-                        self._log(metrics)
+                        with _uninterrupted():
+                            self._log(metrics)
                     if self._due(generation + 1, self.checkpoint_every):
                         self._checkpoint(generation + 1)
                     if self.stop is not None and self.stop(metrics):
@@ -207,7 +211,8 @@ class Loop:
     def _evaluate_heldout(self, metrics: dict[str, Any], generation: int) -> None:
         assert self.heldout is not None
         result = self.heldout()
-        metrics["heldout_reward"] = result.reward
+        if math.isfinite(result.reward):
+            metrics["heldout_reward"] = result.reward
         metrics.update(result.metrics)
         if self.run is not None and result.samples:
             self.run.append_samples([{"generation": generation, **row} for row in result.samples])
@@ -239,18 +244,24 @@ class Loop:
 
 
 def fitness_metrics(fitness: NDArray[np.floating[Any]]) -> dict[str, float]:
-    """Mean, extremes and spread of the members' scores; NaN and infinities are counted, not averaged."""
+    """Mean, extremes and spread of the members' scores; NaN and infinities are counted, not averaged.
+
+    A member's score is the mean over its prompts that have one. Where no member has any, only the count is given.
+    """
     values = np.asarray(fitness, dtype=np.float64)
-    per_member = values.reshape(values.shape[0], -1).mean(axis=1)
-    finite = per_member[np.isfinite(per_member)]
+    table = values.reshape(values.shape[0], -1)
+    valid = np.isfinite(table)
+    invalid = int((~valid).sum())
+    counts = valid.sum(axis=1)
+    finite = (np.where(valid, table, 0.0).sum(axis=1) / np.maximum(counts, 1))[counts > 0]
     if finite.size == 0:
-        finite = np.zeros(1)
+        return {"invalid_scores": invalid}
     return {
         "fitness_mean": float(finite.mean()),
         "fitness_max": float(finite.max()),
         "fitness_min": float(finite.min()),
         "fitness_std": float(finite.std()),
-        "invalid_scores": float((~np.isfinite(values)).sum()),
+        "invalid_scores": invalid,
     }
 
 

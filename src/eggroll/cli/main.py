@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"eggroll {__version__}")
         return 0
     if given[0] not in COMMANDS:
-        print(f"eggroll: there is no command {given[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"eggroll: there is no command {given[0]!r}{hint}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     # tokenizers warns about forks otherwise; completions are decoded in one process anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -60,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return run(options)
     except EggrollError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/] {_escaped(str(error))}")
+        for note in getattr(error, "__notes__", ()):
+            console.print(_escaped(note))
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

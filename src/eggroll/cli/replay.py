@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
+
+from eggroll.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from eggroll.run.run_dir import RunDir
+    from eggroll.torch.es import Replica
 
 
 @dataclass(frozen=True)
 class ReplayOptions:
     """What ``eggroll replay`` can be told."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """The run directory."""
     to: int | None = None
     """The generation to rebuild (default: the last one in the log; 0 is the base model)."""
@@ -45,13 +51,24 @@ def replay(options: ReplayOptions) -> int:
     done = replay_run(run, records.append, to=options.to)
     for record in track(records, description="replaying", console=console, disable=not console.is_terminal):
         replica.apply(record)
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is not None and checkpoint.generation == done:
-        stored = checkpoint.load()
-        same = all(stored[name].equal(tensor.cpu()) for name, tensor in replica.state_tensors().items())
-        differs = "[red]differs from the checkpoint[/] (another kind of machine, or another number of threads?)"
-        console.print(f"generation {done}: {'equal to the checkpoint, bit for bit' if same else differs}")
     directory = Path(options.output) if options.output else run.path / f"replay-{done}"
     save_pretrained(loaded.model, loaded.tokenizer, directory, metadata={"replayed_generations": done})
+    console.print(f"generation {done} of {len(run.updates())}{_compared(run, replica, done)}")
     console.print(f"model    {escape(str(directory))}\nload it  [bold]{escape(load_line(directory))}[/]")
     return 0
+
+
+def _compared(run: RunDir, replica: Replica, generation: int) -> str:
+    """Whether the weights equal those of a checkpoint, if there is one of this generation."""
+    from eggroll.run.checkpoint import found, read
+
+    path = dict(found(run.checkpoints)).get(generation)
+    if path is None:
+        return ""
+    try:
+        stored = read(path).load()
+    except CheckpointError as error:
+        return f", not compared with its checkpoint, which is damaged: {escape(str(error))}"
+    if all(name in stored and stored[name].equal(tensor.cpu()) for name, tensor in replica.state_tensors().items()):
+        return ", equal to its checkpoint, bit for bit"
+    return ", [red]differs from its checkpoint[/] (another kind of machine, or another number of threads?)"

@@ -15,7 +15,7 @@ from rich.markup import escape
 class ReportOptions:
     """What ``eggroll report`` can be told."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """The run directory."""
 
 

@@ -26,7 +26,7 @@ DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
 class TuneOptions:
     """Everything that ``eggroll tune`` can be told."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[tyro.conf.Positional[str], arg(metavar="MODEL")]
     """Hub id, local directory, .gguf file, or smollm2-135m."""
     reward: Annotated[str | None, arg(aliases=["-r"])] = None
     """perplexity, a .py file, "lambda text: ...", package.module:function, or a task that ships with eggroll."""
@@ -124,7 +124,7 @@ class TuneOptions:
 
 
 # What a resumed run takes from the command line instead of from the run.
-RESUME_FREE = ("resume", "generations", "eval_every", "checkpoint_every", "report_to", "device", "output")
+RESUME_FREE = ("generations", "eval_every", "checkpoint_every", "report_to", "device")
 
 
 def resumed_options(arguments: list[str]) -> TuneOptions | None:
