@@ -1,8 +1,8 @@
 """The task ``one_sentence``: answer a question correctly, in one sentence of at most twelve words.
 
-A small chat model answers "What is a hammer?" with a right beginning, and then rambles, and makes things up, until it
-is cut. What a person wants is the beginning: "A hammer is a tool used for driving nails." The reward counts words and
-full stops in generated text, so no gradient passes through it.
+Told to answer in one short sentence, a small chat model begins "What is a hammer?" well, and then rambles and makes
+things up until it is cut. What a person wants is the beginning: "A hammer is a tool used for driving nails." The reward
+counts words and full stops in generated text, so no gradient passes through it.
 
     reward = correct * form * sound                     each in [0, 1]; a perfect answer scores exactly 1
 
@@ -37,15 +37,17 @@ DESCRIPTION = "Answer the question correctly, in one sentence of at most twelve 
 MAX_TOKENS = 32
 MIN_WORDS = 3
 MAX_WORDS = 12
-SYSTEM: str | None = None
+SYSTEM: str | None = "Answer in one short sentence."
 SETTINGS: dict[str, Any] = {
     "population_size": 32,
     "rank": 1,
-    "sigma": 0.008,
-    "lr": 0.011,
-    "fitness_shaping": "normalized",
+    "sigma": 0.01,
+    "lr": 0.05,
+    "optimizer": "sgd",
+    "vectors": True,
     "prompts_per_generation": 8,
-    "max_tokens": MAX_TOKENS,
+    "generations": 30,
+    "eval_every": 5,
 }
 
 _WORD = re.compile(r"[^\W_]+(?:['’.-][^\W_]+)*")
