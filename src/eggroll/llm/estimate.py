@@ -357,6 +357,13 @@ class Estimate:
         return len(UpdateRecord.make(0, config.sigma, config.lr, shaped).to_json()) + 1
 
 
+def rows_budget(device: torch.device) -> int:
+    """Bytes for what is evaluated together: on a GPU a quarter of the card's memory, on a CPU a fixed amount."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 4
+    return CPU_ROWS_BYTES
+
+
 def machine_memory(device: torch.device) -> tuple[int, int]:
     """Total and free bytes where a device keeps its tensors; a container's limit counts as the total."""
     if device.type == "cuda":
@@ -381,9 +388,16 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def least_workload(config: EggrollConfig) -> Workload:
-    """The least that members will be evaluated on, before the reward and the data are known: short texts."""
-    return Workload(config.prompts_per_generation, min(PROMPT_TOKENS, config.max_length))
+def check_memory(outline: Outline, config: EggrollConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """:func:`ensure_fits` for a device, before the reward and the data are known: with short texts.
+
+    Raises:
+        MemoryBudgetError: such a run cannot fit.
+    """
+    if device.type in ("cpu", "cuda"):
+        workload = Workload(config.prompts_per_generation, min(PROMPT_TOKENS, config.max_length))
+        total, _ = machine_memory(device)
+        ensure_fits(Estimate.of(outline, config, dtype), workload, total, where=f"this machine ({device})")
 
 
 def ensure_fits(estimate: Estimate, workload: Workload, limit: int, *, where: str = "this machine") -> None:
@@ -408,11 +422,11 @@ def ensure_fits(estimate: Estimate, workload: Workload, limit: int, *, where: st
         f"{estimate.outline.name} with {estimate.outline.size / 1e9:.2f} billion parameters, of which "
         f"{estimate.evolved / 1e9:.2f} billion are evolved, needs {gigabytes(memory.peak)} even with {memory.members} "
         f"members evaluated together ({', '.join(parts)}), and {where} has {gigabytes(limit)}. "
-        f"Ways out: {'; '.join(_ways_out(estimate))}"
+        f"Ways out: {'; '.join(ways_out(estimate))}"
     )
 
 
-def _ways_out(estimate: Estimate) -> list[str]:
+def ways_out(estimate: Estimate) -> list[str]:
     """What would make a run smaller, the strongest first."""
     config, found = estimate.config, []
     if config.optimizer != "sgd" and estimate.fixed()["optimizer"]:

@@ -17,7 +17,7 @@ from eggroll.errors import UnsupportedOperationError
 from eggroll.llm.chat import format_prompts, plain_text
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, columns_of, prompts_of
-from eggroll.llm.estimate import CPU_ROWS_BYTES, Estimate, Workload
+from eggroll.llm.estimate import Estimate, Workload, rows_budget
 from eggroll.llm.generation import Sampling, generate
 from eggroll.llm.outline import Outline
 from eggroll.llm.rewards import Reward
@@ -115,7 +115,7 @@ class HFEvaluator:
         if isinstance(batch, dict):
             return Heldout(float(np.nanmean(self._score(batch, None, 0, range(1)).values)))
         per_row = max(map(self.estimate.row_bytes, self._workloads(batch)))
-        rows = max(1, min(max_rows, self._budget() // per_row))
+        rows = max(1, min(max_rows, rows_budget(self.device) // per_row))
         values, samples = [], []
         for start in range(0, len(batch), rows):
             part = batch[start : start + rows]
@@ -157,13 +157,7 @@ class HFEvaluator:
 
         It does not depend on the memory that is free, so that a resumed run evaluates as it did before.
         """
-        return min(self.estimate.members_that_fit(load, self._budget()) for load in self._workloads(batch))
-
-    def _budget(self) -> int:
-        """Bytes for what is evaluated together: on a GPU a quarter of the card's."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.get_device_properties(self.device).total_memory) // 4
-        return CPU_ROWS_BYTES
+        return min(self.estimate.members_that_fit(load, rows_budget(self.device)) for load in self._workloads(batch))
 
     def _workloads(self, batch: Sequence[Example] | dict[str, Any]) -> list[Workload]:
         """What a member is evaluated on, for each way of evaluating that the reward needs."""
