@@ -72,6 +72,7 @@ def measured():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["evaluation", "update"])
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_is_as_counted(measured, name, part):
