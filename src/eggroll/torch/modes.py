@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.learning import sigma_for_checks
+from eggroll.torch.parameters import kept_tensors, restore_tensors
 from eggroll.torch.rows import Inputs, count_rows, cut, join, largest_difference, member_dim, plain_outputs
 from eggroll.torch.values import MemberContext, MemberTensor, PerturbedWeight
 
@@ -26,7 +26,6 @@ FAILURES = (UnsupportedOperationError, RuntimeError, ValueError, TypeError, Inde
 # In 16 bit, rounding is amplified from layer to layer, so that no fixed tolerance tells it from a wrong layout. What
 # does is the size of the perturbation's own effect: with sigma at this part of the weights' size, rounding stays far
 # below it (a sixth on a 30-layer model in bfloat16), and members in the wrong rows are off by all of it.
-VERIFY_SIGMA_16_BIT = 0.05
 VERIFY_SHARE_16_BIT = 0.5
 
 
@@ -95,6 +94,9 @@ def run_vmap(call: Call) -> Any:
     inputs = tree_map(split, call.inputs)
     dims = tree_map(lambda x: member_dim(x, rows, batch_dim), call.inputs)
 
+    others: dict[int, Any] = {}  # what is no tensor among the outputs, by its place
+    structures: dict[str, Any] = {}
+
     def one(member_parts: dict[str, tuple[Tensor, ...]], member_inputs: Inputs) -> Any:
         own: dict[str, Tensor] = {}
         for name, pieces in member_parts.items():
@@ -104,14 +106,22 @@ def run_vmap(call: Call) -> Any:
             else:
                 own[name] = pieces[0]
         with population.swapped(own):
-            return population.model(*member_inputs[0], **member_inputs[1])
+            leaves, structures["outputs"] = tree_flatten(population.model(*member_inputs[0], **member_inputs[1]))
+        others.update((slot, leaf) for slot, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    out = torch.vmap(one, in_dims=(0, dims), randomness="error")(parts, inputs)
-    return join([tree_map(partial(_member_of, p), out) for p in range(count)], batch_dim)
-
-
-def _member_of(p: int, y: Any) -> Any:
-    return y[p] if isinstance(y, Tensor) else y
+    kept = kept_tensors(population.model)
+    try:
+        tensors = torch.vmap(one, in_dims=(0, dims), randomness="error")(parts, inputs)
+    finally:
+        restore_tensors(population.model, kept, only_values=False)  # tensors of the vmap mean nothing after it
+    outputs = []
+    for p in range(count):
+        leaves = [tensor[p] for tensor in tensors]
+        for slot, leaf in sorted(others.items()):
+            leaves.insert(slot, leaf)
+        outputs.append(tree_unflatten(leaves, structures["outputs"]))
+    return join(outputs, batch_dim)
 
 
 RUNS: dict[str, Callable[[Call], Any]] = {"rows": run_rows, "vmap": run_vmap, "loop": run_loop}
@@ -159,7 +169,7 @@ def verify(call: Call) -> float:
     population = call.population
     is_half = next(population.model.parameters()).element_size() < 4
     if call.sigma is None and is_half:
-        call = replace(call, sigma=VERIFY_SIGMA_16_BIT * _weight_size(population))
+        call = replace(call, sigma=sigma_for_checks(population))
     with torch.no_grad():
         layouts = dict(population.layouts)
         out = run_rows(call, trusting=True)
@@ -175,12 +185,6 @@ def verify(call: Call) -> float:
             'activations do not keep the members in their leading dimension. Use mode="vmap" or mode="loop"'
         )
     return worst
-
-
-def _weight_size(population: Population) -> float:
-    """Median over the perturbed parameters of the root mean square of their entries."""
-    sizes = [float(population.parameter(spec.name).float().square().mean().sqrt()) for spec in population.specs]
-    return max(statistics.median(sizes), 1e-6)
 
 
 def _share_of_effect(call: Call, out: Any) -> float:

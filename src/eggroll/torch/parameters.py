@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def parameter_specs(model: nn.Module) -> list[ParameterSpec]:
     """Name, shape and kind of every parameter, tied ones once, under their first name."""
     owners: dict[str, nn.Module] = {}
     for prefix, module in model.named_modules():
-        for name in module._parameters:
+        for name, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             owners[f"{prefix}.{name}" if prefix else name] = module
     return [
         ParameterSpec(name, tuple(parameter.shape), _kind(name, parameter, owners.get(name)))
@@ -56,10 +57,12 @@ class Site:
 
 
 def parameter_sites(model: nn.Module) -> dict[str, list[Site]]:
-    """Every place of every parameter, under the parameter's first name."""
+    """Every place of every parameter, under the parameter's first name; those of TorchScript modules have none."""
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     sites: dict[str, list[Site]] = {name: [] for name in first_name.values()}
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 sites[first_name[id(parameter)]].append(Site(module, attribute, parameter))
@@ -128,31 +131,25 @@ def _flat_weights(sites: Mapping[str, list[Site]], values: Mapping[str, Tensor])
     return [(module, module._flat_weights) for module in modules]
 
 
-Kept = dict[tuple[nn.Module, str, str], Tensor]
+Kept = dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]]
 
 
 def kept_tensors(model: nn.Module) -> Kept:
-    """Buffers and tensors in plain attributes of a model's modules."""
-    return {
-        (module, place, key): tensor
-        for module in model.modules()
-        for place, held in (("buffer", module._buffers), ("attribute", module.__dict__))
-        for key, tensor in held.items()
-        if isinstance(tensor, Tensor)
-    }
+    """What a model's modules hold in plain attributes and buffers (references, no copies)."""
+    return {module: (dict(module.__dict__), dict(module._buffers)) for module in model.modules()}
 
 
 def restore_tensors(model: nn.Module, kept: Kept, *, only_values: bool) -> None:
-    """Undo assignments to buffers and attributes: all, or those that left a value (old-style weight_norm, caches)."""
-    for (module, place, key), tensor in kept_tensors(model).items():
-        before = kept.get((module, place, key))
-        if tensor is before or (only_values and not isinstance(tensor, Value)):
-            continue
-        held = module._buffers if place == "buffer" else module.__dict__
-        if before is None:
-            del held[key]
-        else:
-            held[key] = before
+    """Undo assignments to attributes and buffers: of all tensors, or of values (old-style weight_norm, caches)."""
+    for module, befores in kept.items():
+        for held, before in zip((module.__dict__, module._buffers), befores, strict=True):
+            for key in [key for key, now in held.items() if isinstance(now, Tensor)]:
+                if held[key] is before.get(key) or (only_values and not isinstance(held[key], Value)):
+                    continue
+                if key in before:
+                    held[key] = before[key]
+                else:
+                    del held[key]
 
 
 _RATES = (
@@ -184,8 +181,3 @@ def batch_statistics(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
     ]
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter."""
-    return next(model.parameters()).device

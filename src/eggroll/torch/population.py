@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 import eggroll.torch.ops  # noqa: F401  (installs the rules)
 from eggroll.core.address import member_of
 from eggroll.core.select import ParameterSpec, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
-from eggroll.torch.modes import FAILURES, RUNS, Call, run_auto, verify
+from eggroll.torch.learning import learn_and_check
+from eggroll.torch.modes import RUNS, Call, run_auto, verify
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import (
     Site,
     batch_statistics,
-    kept_tensors,
-    model_device,
     parameter_sites,
     parameter_specs,
     place,
-    restore_tensors,
     swapped,
     training_hazards,
 )
-from eggroll.torch.rows import Inputs, addresses, constants_of, fewer_rows, member_data, rows_from_input
+from eggroll.torch.rows import Inputs, constants_of, member_data, rows_from_input
 from eggroll.torch.values import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
 
 Mode = Literal["auto", "rows", "vmap", "loop"]
@@ -105,6 +100,13 @@ class Population:
         self.specs: list[ParameterSpec] = select(
             parameter_specs(model), include=target_modules, exclude=exclude, kinds=kinds
         )
+        fixed = [spec.name for spec in self.specs if not self.sites[spec.name]]
+        if fixed:
+            raise UnsupportedOperationError(
+                f"{', '.join(fixed[:3])}{' and others' if len(fixed) > 3 else ''} belong to a TorchScript module, "
+                "whose parameters cannot be replaced. Use the module that it was made from, or leave them alone "
+                f"(exclude={fixed[:3]})"
+            )
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
         self._learned: set[int] = set()
@@ -116,6 +118,11 @@ class Population:
         """Draws per generation: half the members with antithetic pairs, all of them otherwise."""
         return self.population_size // 2 if self.antithetic else self.population_size
 
+    @property
+    def device(self) -> torch.device:
+        """Where the perturbed parameters are."""
+        return self.parameter(self.specs[0].name).device
+
     def parameter(self, name: str) -> nn.Parameter:
         """The centre of a parameter, also while it is swapped."""
         return self.sites[name][0].parameter
@@ -124,7 +131,7 @@ class Population:
         self, generation: int, members: Sequence[int], context: MemberContext, *, sigma: float
     ) -> dict[str, Tensor]:
         """What stands in the place of each selected parameter for the given members."""
-        device = self.parameter(self.specs[0].name).device
+        device = self.device
         which = [member_of(member, antithetic=self.antithetic) for member in members]
         pairs = range(which[0].pair, which[-1].pair + 1) if which else range(0)
         draws = self.noise.draw(generation, pairs, device)
@@ -165,8 +172,9 @@ class Population:
 
         Raises:
             ConfigError: members that do not exist, or inputs that do not have rows for each of them.
-            UnsupportedOperationError: the model is in training mode with dropout or batch normalisation, or an
-                operation has no rule and no exact fall-back. The model is as before in every case.
+            UnsupportedOperationError: the model is in training mode with dropout or batch normalisation, an
+                operation has no rule and no exact fall-back, or the model mixes its rows (checked before its first
+                call with a few members alone). The model is as before in every case.
         """
         chosen = range(self.population_size) if members is None else members
         self.check(chosen)
@@ -193,28 +201,10 @@ class Population:
             yield self.model
 
     def _learn(self, active: Active, module: nn.Module, inputs: Inputs) -> None:
-        """Before a module's first call: find out, with a few rows, where each parameter meets the members."""
-        if id(module) in self._learned or active.context.rows is None:
-            return
-        self._learned.add(id(module))
-        sizes = {size for parameter in self.model.parameters() for size in parameter.shape}
-        fewer = fewer_rows(inputs, active.context.rows, self.batch_dim, sizes)
-        if fewer is None:
-            return
-        count, (args, kwargs) = fewer
-        context = replace(active.context, layouts={}, trusting=True, members=count, rows=count)
-        context.inputs = addresses(tree_flatten((args, kwargs))[0])
-        index = torch.arange(count, device=model_device(self.model)) % active.members
-        kept = kept_tensors(self.model)
-        devices = [model_device(self.model)] if model_device(self.model).type == "cuda" else []
-        try:
-            place(self.sites, active.chosen(index, context))
-            with torch.no_grad(), torch.random.fork_rng(devices), contextlib.suppress(*FAILURES):
-                module(*args, **kwargs)
-        finally:
-            place(self.sites, active.placed)
-            restore_tensors(self.model, kept, only_values=False)
-        self.layouts.update(context.layouts)
+        """Before a module's first call: where each parameter meets the members, and whether rows hold them at all."""
+        if id(module) not in self._learned and active.context.rows:
+            learn_and_check(self, active, module, inputs)
+            self._learned.add(id(module))
 
     @contextmanager
     def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -336,20 +326,9 @@ class Active:
         """
         if self.context.single:
             return  # all rows are the one member's, whichever are left
-        self.placed = self.chosen(member_of_row, self.context)
+        self.placed = {name: value.chosen(member_of_row) for name, value in self.values.items()}  # type: ignore[attr-defined]
         self.context.members = self.context.rows = len(member_of_row)
         place(self.population.sites, self.placed)
-
-    def chosen(self, index: Tensor, context: MemberContext) -> dict[str, Tensor]:
-        """The values of members (a subset, any order) for another context."""
-        chosen: dict[str, Tensor] = {}
-        for name, value in self.values.items():
-            if isinstance(value, PerturbedWeight):
-                a, b = value.a[index], value.b[index]
-                chosen[name] = PerturbedWeight(value.base, a, b, name=name, kind=value.kind, context=context)
-            elif isinstance(value, MemberTensor):
-                chosen[name] = MemberTensor(value.data_P[index], name=name, context=context)
-        return chosen
 
 
 @contextmanager

@@ -78,10 +78,16 @@ def rows_from_input(
             handle.remove()
 
 
-def fewer_rows(inputs: Inputs, rows: int, batch_dim: int, sizes: Collection[int]) -> tuple[int, Inputs] | None:
-    """The inputs with another number of rows, one that divides few of ``sizes``; ``None`` if they hold state."""
+def fewer_rows(
+    inputs: Inputs, rows: int, batch_dim: int, sizes: Collection[int], own: int
+) -> tuple[int, Inputs] | None:
+    """The inputs of another number of members, one that divides few of ``sizes``; ``None`` if they hold state.
+
+    Returns:
+        The number of members, and inputs with ``own`` rows for each of them.
+    """
     leaves = tree_flatten(inputs)[0]
-    if rows == 0 or any(_holds_state(leaf) for leaf in leaves):
+    if rows == 0 or not all(_is_stateless(leaf) for leaf in leaves):
         return None
     tensors = [(x, member_dim(x, rows, batch_dim)) for x in leaves if isinstance(x, Tensor)]
     dims = {size for x, batch in tensors for dim, size in enumerate(x.shape) if dim != batch}
@@ -90,20 +96,22 @@ def fewer_rows(inputs: Inputs, rows: int, batch_dim: int, sizes: Collection[int]
     def take(x: Any) -> Any:
         dim = member_dim(x, rows, batch_dim)
         if dim is None:
-            return x if isinstance(x, Tensor) else copy.deepcopy(x)
-        index = torch.arange(count * (x.shape[dim] // rows), device=x.device) % x.shape[dim]
+            return copy.deepcopy(x) if hasattr(x, "get_seq_length") else x
+        index = torch.arange(count * own * (x.shape[dim] // rows), device=x.device) % x.shape[dim]
         return x.index_select(dim, index)
 
     return count, tree_map(take, inputs)
 
 
-def _holds_state(leaf: Any) -> bool:
-    """Whether an input is an object with contents of its own: a cache that has been written to."""
+def _is_stateless(leaf: Any) -> bool:
+    """Whether an input can be used again: a tensor, a constant, or a cache that has not been written to."""
+    if leaf is None or isinstance(leaf, Tensor | bool | int | float | str | torch.dtype | torch.device):
+        return True
     length = getattr(leaf, "get_seq_length", None)
     try:
-        return length is not None and int(length()) > 0
+        return length is not None and int(length()) == 0
     except (ValueError, TypeError):
-        return True
+        return False
 
 
 def addresses(tensors: Collection[Any]) -> frozenset[int]:
@@ -202,13 +210,12 @@ def relative_difference(x: Tensor, y: Tensor) -> float:
     return float(difference.nan_to_num(float("inf")))
 
 
-def tolerance(x: Tensor) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """How far rounding may take two evaluations of the same member apart, relative to the largest entry."""
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         return 1e-8
-    if x.dtype == torch.float32:
-        reduced = x.is_cuda and torch.get_float32_matmul_precision() != "highest"
-        return 1e-2 if reduced else 1e-4
+    if dtype == torch.float32:
+        return 1e-4 if torch.get_float32_matmul_precision() == "highest" else 1e-2
     return 0.1
 
 
@@ -228,5 +235,5 @@ def largest_difference(got: Any, expected: Any) -> tuple[float, bool]:
     if not floating:
         differing = [float((mine != theirs).float().mean()) for mine, theirs in pairs if theirs.numel()]
         return max(differing, default=0.0), all(share <= 0.1 for share in differing)
-    differences = [(relative_difference(mine, theirs), tolerance(theirs)) for mine, theirs in floating]
+    differences = [(relative_difference(mine, theirs), tolerance(theirs.dtype)) for mine, theirs in floating]
     return max(d for d, _ in differences), all(d <= allowed for d, allowed in differences)

@@ -21,12 +21,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eggroll.core.select import Kind
 from eggroll.errors import UnsupportedOperationError
 
-Layout = Literal["rows", "time_major", "shared", "mixed"]
-"""Where the population is in an activation: the leading dimension, the second one, nowhere; ``mixed``: it varies."""
+Layout = Literal["rows", "time_major", "shared", "mixed", "rows_or_constant"]
+"""Where the population is in an activation: the leading dimension, the second one, nowhere; ``mixed``: it varies;
+``rows_or_constant``: the leading dimension, or nowhere where the model's own buffers and parameters are used."""
 
 WAYS_OUT = (
     "Ways out: leave the parameter alone (exclude={name!r}), or evaluate one member at a time "
@@ -108,7 +110,12 @@ class Value(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        values = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Value)]
+        leaves, structure = tree_flatten((args, kwargs or {}))
+        values = [leaf for leaf in leaves if isinstance(leaf, Value)]
+        if all(value.context.single for value in values) and not func._schema.is_mutable:  # type: ignore[attr-defined]
+            plain = [leaf.dense() if isinstance(leaf, PerturbedWeight) else leaf for leaf in leaves]
+            plain_args, plain_kwargs = tree_unflatten(plain, structure)
+            return func(*plain_args, **plain_kwargs)
         name = values[0].parameter if values else "a parameter"
         raise UnsupportedOperationError(
             f"parameter {name!r} is perturbed and reached the operation {func} without a population rule. "
@@ -145,6 +152,10 @@ class PerturbedWeight(Value):
     def like(self, base: Tensor, a: Tensor, b: Tensor, *, kind: Kind | None = None) -> PerturbedWeight:
         """The same parameter with other arrays (a view, a cast, a selection)."""
         return PerturbedWeight(base, a, b, name=self.parameter, kind=kind or self.kind, context=self.context)
+
+    def chosen(self, index: Tensor) -> PerturbedWeight:
+        """The factors of members at ``index`` (a subset, any order)."""
+        return self.like(self.base, self.a[index], self.b[index])
 
     def transposed(self) -> PerturbedWeight:
         """The last two dimensions swapped: ``W^T + b a^T``."""
@@ -189,3 +200,7 @@ class MemberTensor(Value):
     def like(self, data: Tensor) -> MemberTensor:
         """The same origin with other contents."""
         return MemberTensor(data, name=self.parameter, context=self.context)
+
+    def chosen(self, index: Tensor) -> MemberTensor:
+        """The tensors of members at ``index`` (a subset, any order)."""
+        return self.like(self.data_P[index])

@@ -100,12 +100,15 @@ def expand(value: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     sizes = _sizes(args)
     missing = len(sizes) - value.ndim
+    members = value.data_P.shape[0]
+    data = value.data_P.reshape(members, *([1] * max(missing, 0)), *value.shape)
+    if missing <= 0 and value.ndim > 1 and value.shape[1] == 1 and _is_second(value, sizes, "expand"):
+        data = data.transpose(1, 2).expand(members, sizes[1] // members, sizes[0], *sizes[2:])
+        return flatten_rows(data).transpose(0, 1)
     if missing == 0 and value.ndim > 0 and value.shape[0] != 1:
         return NotImplemented
     if not _is_batch(value, sizes, "expand"):
         return NotImplemented
-    members = value.data_P.shape[0]
-    data = value.data_P.reshape(members, *([1] * missing), *value.shape)
     return flatten_rows(data.expand(members, sizes[0] // members, *sizes[1:]))
 
 
@@ -116,11 +119,33 @@ def repeat(value: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     sizes = _sizes(args)
     missing = len(sizes) - value.ndim
+    members = value.data_P.shape[0]
+    data = value.data_P.reshape(members, *([1] * max(missing, 0)), *value.shape)
+    if missing == 0 and value.ndim > 1 and value.shape[1] == 1 and _is_second(value, sizes, "repeat"):
+        data = data.transpose(1, 2).repeat(1, sizes[1] // members, sizes[0], *sizes[2:])
+        return flatten_rows(data).transpose(0, 1)
     if missing < 0 or not _is_batch(value, sizes, "repeat"):
         return NotImplemented
-    members = value.data_P.shape[0]
-    data = value.data_P.reshape(members, *([1] * missing), *value.shape)
     return flatten_rows(data.repeat(1, sizes[0] // members, *sizes[1:]))
+
+
+def _is_second(value: MemberTensor, sizes: list[int], use: str) -> bool:
+    """Whether the second one of the sizes that a value is spread over is the rows: a first state ``(layers, R, h)``."""
+    context, key = value.context, (value.parameter, f"{use} second", len(sizes))
+    if len(sizes) < 3 or context.rows is None or sizes[1] <= 1:
+        return False
+    if sizes[1] != context.rows or sizes[0] == context.rows:
+        learn(context, key, "shared")
+        return False
+    known = context.layouts.get(key)
+    if known == "shared":
+        return False
+    if known is None and not context.trusting:
+        raise ambiguous(context, value.parameter, use, torch.empty(sizes[1:], device="meta"))
+    if known == "mixed":
+        raise ambiguous(context, value.parameter, use, torch.empty(sizes[1:], device="meta"))
+    learn(context, key, "time_major")
+    return True
 
 
 def _is_batch(value: MemberTensor, sizes: list[int], use: str) -> bool:

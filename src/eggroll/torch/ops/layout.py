@@ -32,10 +32,15 @@ def layout_of(context: MemberContext, name: str, use: str, x: Tensor, feature_di
     leading = context.is_rows(size)
     if leading and known == "rows":
         return "rows"
+    if is_constant(context, x):
+        # The same for all members; one that was expanded over the batch has rows all the same.
+        return "rows" if leading and x.stride(0) == 0 else learn_constant(context, key)
+    if leading and known == "rows_or_constant":
+        return "rows"
     second = free >= 2 and context.rows is not None and x.shape[1] == context.rows and context.rows > 1
     if second and known == "time_major":
         return "time_major"
-    if known == "shared" or is_constant(context, x):
+    if known == "shared":
         return "shared"
     if not leading and not second:
         return learn(context, key, "shared")
@@ -75,7 +80,7 @@ def layout_of_ids(context: MemberContext, name: str, ids: Tensor) -> Layout:
         return "rows" if leading and known != "shared" and ids.stride(0) == 0 else "shared"
     if context.trusting:
         return learn(context, key, "rows" if leading else "time_major")
-    if known is None and leading and ids.ndim >= 2 and ids.shape[1] != size:
+    if known in (None, "rows_or_constant") and leading and ids.ndim >= 2 and ids.shape[1] != size:
         return learn(context, key, "rows")
     raise ambiguous(context, name, "ids", ids)
 
@@ -120,9 +125,17 @@ def address(x: Tensor) -> int:
 
 def learn(context: MemberContext, use: Use, layout: Layout) -> Layout:
     """Remember the layout of a use; one that varies is remembered as mixed."""
-    if context.layouts.setdefault(use, layout) != layout:
+    before = context.layouts.setdefault(use, layout)
+    if before != layout and (before, layout) != ("rows_or_constant", "rows"):
         context.layouts[use] = "mixed"
     return layout
+
+
+def learn_constant(context: MemberContext, use: Use) -> Layout:
+    """Remember that a use met a constant of the model, which has to be told from rows by its memory."""
+    if context.layouts.get(use, "rows") == "rows":
+        context.layouts[use] = "rows_or_constant"
+    return "shared"
 
 
 def ambiguous(context: MemberContext, name: str, use: str, x: Tensor) -> UnsupportedOperationError:

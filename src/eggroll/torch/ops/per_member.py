@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.ops.layout import layout_in_broadcast, layout_of, layout_of_ids
+from eggroll.torch.ops.layout import is_constant, layout_in_broadcast, layout_of, layout_of_ids
 from eggroll.torch.ops.registry import as_member_tensor, flatten_rows, name_of
 from eggroll.torch.values import WAYS_OUT, Layout, MemberTensor, PerturbedWeight, Value
 
@@ -96,13 +96,15 @@ def per_member(
 def _layout(func: Any, values: list[Value], leaf: Tensor) -> Layout:
     """Where a plain tensor that meets values in ``func`` holds the members."""
     context, name = values[0].context, values[0].parameter
+    if is_constant(context, leaf) and not (leaf.ndim > 1 and leaf.stride(0) == 0):
+        return "shared"
+    if func is Tensor.__setitem__ and leaf.dtype == torch.bool:
+        return "rows"  # a mask over rows; see _keeps_rows
     if func in _INDEXING and not leaf.is_floating_point():
         return layout_of_ids(context, name, leaf)
     if func in _broadcasting():
         shape = torch.broadcast_shapes(*(value.shape for value in values))
         return layout_in_broadcast(context, name, leaf, tuple(shape))
-    if leaf.ndim < min(value.ndim for value in values):
-        return "shared"
     return layout_of(context, name, name_of(func), leaf)
 
 
@@ -118,8 +120,8 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], nam
     target = args[0]
     if isinstance(target, PerturbedWeight) or getattr(target, "_is_param", False):
         raise UnsupportedOperationError(
-            f"parameter {target.parameter!r} is perturbed and would be changed in place by {name_of(func)}; a centre "
-            "is never changed during an evaluation. " + WAYS_OUT.format(name=target.parameter)
+            f"parameter {target.parameter!r} is perturbed and would be changed in place by {name_of(func)}; a "
+            f"parameter is never changed during an evaluation. Leave it alone (exclude={target.parameter!r})"
         )
     if func is Tensor.__setitem__ and not isinstance(target, Value) and not _keeps_rows(target, args[1]):
         raise _no_rule(name, func, "where rows are addressed by an index, so that a row's member is not known")
@@ -136,7 +138,7 @@ def _keeps_rows(target: Tensor, index: Any) -> bool:
 
 def _no_rule(name: str, func: Any, what: str) -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        f"parameter {name!r} is perturbed and used by {name_of(func)} {what}. " + WAYS_OUT.format(name=name)
+        f"parameter {name!r} is perturbed and used by {name_of(func)}, {what}. " + WAYS_OUT.format(name=name)
     )
 
 
@@ -150,7 +152,10 @@ def _vmap_or_loop(
     results = []
     for member in range(members):
         member_tensors = [t if d is None else t[member] for t, d in zip(tensors, dims, strict=True)]
-        results.append(call(*member_tensors))
+        try:
+            results.append(call(*member_tensors))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise _no_rule(name, func, f"which failed for member {member} alone: {error}") from error
     flat = [tree_flatten(result)[0] for result in results]
     if not all(isinstance(leaf, Tensor) for leaf in flat[0]):
         raise UnsupportedOperationError(

@@ -23,6 +23,9 @@ from eggroll.torch.values import WAYS_OUT, MemberContext, MemberTensor, Perturbe
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` for rows ``x (R, ..., n)``; weight and bias may be values or plain."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_rows(*(_autocast(part, x.device.type) for part in (x, weight, bias)))
     plain_bias = None if isinstance(bias, Value) else bias
     if isinstance(weight, PerturbedWeight):
         if weight.context.single:
@@ -40,6 +43,11 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if isinstance(bias, MemberTensor):
         return with_rows(torch.add, out, bias)
     return out
+
+
+def _autocast(x: Any, device_type: str) -> Any:
+    """What autocast would make of an argument of a product; in-place products cannot be left to it."""
+    return x if x is None else x.to(torch.get_autocast_dtype(device_type))
 
 
 @rule(F.linear)
@@ -147,6 +155,9 @@ def embedding(
     context = weight.context
     if context.single:
         return F.embedding(ids, weight.base) + F.embedding(ids, weight.a) @ weight.b.transpose(-1, -2)
+    if torch.is_autocast_enabled(weight.device.type):
+        with torch.autocast(weight.device.type, enabled=False):
+            return embedding(ids, weight)
     layout = layout_of_ids(context, weight.parameter, ids)
     if layout == "rows":
         return low_rank.embedding(ids, weight.base, weight.a, weight.b)

@@ -73,7 +73,19 @@ METADATA: set[Any] = _getters(
 }  # fmt: skip
 
 
-@rule(Tensor.detach, Tensor.contiguous, Tensor.clone, Tensor.data.__get__, Tensor.requires_grad_, torch.clone)  # type: ignore[attr-defined]
+@rule(Tensor.clone, torch.clone)
+def _clone(value: Any, **_: Any) -> Any:
+    """A tensor of its own, that may be written to."""
+    if not isinstance(value, Value):
+        return NotImplemented
+    if value.context.single:
+        assert isinstance(value, PerturbedWeight)
+        return value.dense()
+    held = as_member_tensor(value)
+    return held.like(held.data_P.clone())
+
+
+@rule(Tensor.detach, Tensor.contiguous, Tensor.data.__get__, Tensor.requires_grad_)  # type: ignore[attr-defined]
 def _same(value: Any, *_: Any, **__: Any) -> Any:
     return value if isinstance(value, Value) else NotImplemented
 
