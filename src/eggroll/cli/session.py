@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,14 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from eggroll.cli.tune import DEFAULT_DATASET, RESUME_FREE, TuneOptions, command_line, option_dict, run_path
-from eggroll.errors import ConfigError, DataError
+from eggroll.errors import ConfigError, DataError, EggrollError
 from eggroll.llm import models
 from eggroll.llm.data import load_examples
 from eggroll.llm.estimate import check_memory
 from eggroll.llm.export import load_line
 from eggroll.llm.outline import look_up
 from eggroll.llm.rewards import Reward
-from eggroll.llm.rewards.load import as_reward, load_reward
+from eggroll.llm.rewards.load import load_reward
 from eggroll.llm.tasks import get_task
 from eggroll.llm.trainer import EggrollTrainer
 from eggroll.run.console import Display
@@ -37,15 +38,26 @@ class Session:
         self.options = options
         self.console = Console(soft_wrap=True, highlight=False)
         self.tracker: Tracker | None = None
+        self.run_dir: RunDir | None = None
+        self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> Self:
+        self._warnings.__enter__()
+        warnings.showwarning = self._warn
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._warnings.__exit__(kind, error, trace)
+        if isinstance(error, EggrollError) and self.run_dir is not None:
+            error.add_note(_way_on(self.run_dir, self.options))
         if self.tracker is not None:
             self.tracker.close()
+
+    def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        """A warning as a line above the display, without the place in the code that it came from."""
+        self.console.print(f"[yellow]warning:[/] {escape(str(message))}")
 
     def run(self) -> int:
         """The whole command. Returns the exit status: 0, or 130 if it was interrupted."""
@@ -63,10 +75,16 @@ class Session:
         reward = self._reward(loaded.tokenizer)
         config = options.config()
         trainer = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
-        run = self._run_dir(trainer)
+        run = self.run_dir = self._run_dir(trainer)
         self.tracker = make_trackers(options.report_to, run)
         self._header(trainer, loaded, run, len(train), found.notes)
-        display = Display(config.generations, start=self._finished(run), title=_title(options), history=run.metrics())
+        display = Display(
+            config.generations,
+            start=self._finished(run),
+            title=_title(options),
+            history=run.metrics(),
+            console=self.console,
+        )
         with display:
             trainer.evolve(
                 train,
@@ -105,7 +123,7 @@ class Session:
         if options.reward is not None:
             return load_reward(options.reward, tokenizer)
         if options.task is not None:
-            return as_reward(get_task(options.task).reward, tokenizer)
+            return load_reward(options.task, tokenizer)
         return load_reward("perplexity", tokenizer)
 
     def _run_dir(self, trainer: EggrollTrainer) -> RunDir:
@@ -116,6 +134,13 @@ class Session:
             return RunDir.create(run_path(options), settings, command=command_line(), extra=extra)
         run = RunDir.open(options.resume)
         _check_resumed(run, settings)
+        finished = len(run.updates())
+        if options.generations < finished:
+            raise ConfigError(
+                f"--generations {options.generations}: the run in {run.path} has {finished} finished generations "
+                f"already; give more, or rebuild an earlier one: eggroll replay {shlex.quote(str(run.path))} "
+                f"--to {options.generations}"
+            )
         run.update_config(settings)
         run.note_resume(len(run.updates()), command_line())
         return run
@@ -182,6 +207,15 @@ class _TrackerListener:
     def generation(self, metrics: dict[str, Any]) -> None:
         """Log one generation."""
         self.tracker.log(int(metrics["generation"]), metrics)
+
+
+def _way_on(run: RunDir, options: TuneOptions) -> str:
+    """What is left of a run that failed, and how it goes on."""
+    finished = len(run.updates())
+    return (
+        f"The run in {run.path} is intact, with {finished} finished generation{'' if finished == 1 else 's'}. When the "
+        f"cause is gone, continue it: eggroll tune {shlex.quote(options.model)} --resume {shlex.quote(str(run.path))}"
+    )
 
 
 def _load(source: str, options: TuneOptions) -> list[Any]:

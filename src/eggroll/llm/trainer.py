@@ -86,7 +86,11 @@ class EggrollTrainer:
             eval_data: held-out data in the same forms; the centre is scored on it before, during and after.
             run: a run directory for logs and checkpoints.
             resume: continue ``run`` after its last logged generation.
-            listeners: further objects with ``generation(metrics)``, such as a live display.
+            listeners: further objects with ``generation(metrics)``, such as a live display; their ``message(text)``, if
+                they have one, is told why members are evaluated one at a time.
+
+        A trainer goes on where it is: after :meth:`load_checkpoint`, or after a callback or Ctrl-C has ended a run, the
+        rest of ``config.generations`` is run.
 
         Raises:
             DataError: the data is empty or of the wrong form.
@@ -118,7 +122,7 @@ class EggrollTrainer:
             listeners=listeners,
             stop=None if callback is None else lambda metrics: callback(metrics) is False,
         )
-        start = loop.resume() if resume else 0
+        start = loop.resume() if resume else self.done
         self.history = loop.go(start)
         self.interrupted, self.done = loop.interrupted, loop.applied
         return self.history

@@ -112,6 +112,8 @@ class FunctionReward(Reward):
     def _guarded(self, function: RewardFunction, prompts: Sequence[Prompt], call: Callable[[], Any]) -> Any:
         try:
             return call()
+        except RewardError:
+            raise  # a reward of eggroll's own, which says what is wrong
         except Exception as error:
             first = f"; the first prompt is {shown(prompts[0])}" if prompts else ""
             raise RewardError(

@@ -248,7 +248,8 @@ def _raised(error: BaseException, path: Path) -> str:
     """What went wrong while a file was loaded, with its line."""
     if isinstance(error, SyntaxError):
         return f"is not valid Python, line {error.lineno}: {error.msg}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    own, frames = path.resolve(), traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == own]
     where = f" at line {lines[-1]}" if lines else ""
     return f"raised {type(error).__name__}{where} while it was loaded: {error}"
 

@@ -1,0 +1,368 @@
+"""Bad input: a status that is not 0, one clear text, nothing lost, and never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from eggroll.run.run_dir import RunDir
+
+
+def plain(done):
+    """The text of a frame, without its lines."""
+    return " ".join((done.err + done.out).replace("│", " ").split())
+
+
+def refused(done, *texts):
+    assert done.status == 1
+    assert done.err.startswith("error: ")
+    for text in texts:
+        assert text in done.err
+    return True
+
+
+def test_no_command_and_unknown_command(eggroll):
+    done = eggroll()
+    assert done.status == 2
+    assert done.out.startswith("usage: eggroll COMMAND")
+    done = eggroll("tun", "tiny")
+    assert done.status == 2
+    assert done.err.startswith("eggroll: there is no command 'tun'; did you mean 'tune'?\n\nusage: eggroll COMMAND")
+    assert eggroll("xyz").err.startswith("eggroll: there is no command 'xyz'\n")
+    assert eggroll("--help").status == 0
+    assert eggroll("--version").out == "eggroll 0.1.0\n"
+
+
+def test_unknown_flag_suggests_the_right_one(eggroll):
+    done = eggroll("tune", "tiny", "--populaton", "8")
+    assert done.status == 2
+    assert "Unrecognized options: --populaton" in done.err + done.out
+    assert "--population" in (done.err + done.out).split("Perhaps you meant")[1]
+
+
+def test_wrong_type_and_wrong_choice(eggroll):
+    done = eggroll("tune", "tiny", "--population", "four")
+    assert done.status == 2
+    assert "Error parsing -p/--population-size/--population: invalid literal for int()" in plain(done)
+    assert "'four'" in plain(done)
+    done = eggroll("tune", "tiny", "--optimizer", "adma")
+    assert done.status == 2
+    assert "adam" in done.err + done.out
+
+
+def test_missing_model(eggroll):
+    done = eggroll("tune")
+    assert done.status == 2
+    assert "MODEL" in done.err + done.out
+
+
+def test_unknown_models(eggroll):
+    done = eggroll("tune", "./tin", "-r", "score.py", "--prompts", "prompts.txt")
+    assert refused(done, "model directory tin does not exist. Near matches in .: tiny")
+    done = eggroll("tune", "no-such-org/no-such-model", "-r", "score.py", "--prompts", "prompts.txt")
+    assert refused(
+        done,
+        "model 'no-such-org/no-such-model' cannot be loaded. Tried: a directory or file of that name (there is none), "
+        "an alias (no), the Hugging Face hub (",
+        "aliases that need no hub: smollm2-135m",
+        "give a model's directory or a .gguf file (HF_HUB_OFFLINE is set)",
+    )
+    (eggroll.work / "hollow").mkdir()
+    done = eggroll("tune", "hollow", "-r", "score.py", "--prompts", "prompts.txt")
+    assert refused(
+        done, "directory hollow holds no model: a model's directory has a config.json. In it there is: nothing"
+    )
+    assert not (eggroll.work / "runs").exists()
+
+
+def test_a_damaged_model(eggroll):
+    (eggroll.work / "broken").mkdir()
+    for file in (eggroll.work / "tiny").iterdir():
+        (eggroll.work / "broken" / file.name).write_bytes(file.read_bytes())
+    weights = eggroll.work / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = eggroll("tune", "broken", "-r", "score.py", "--prompts", "prompts.txt")
+    assert refused(done, "the model in broken cannot be loaded: ")
+
+
+def test_data_that_is_not_there_or_empty(eggroll):
+    (eggroll.work / "empty.txt").write_text("\n\n")
+    (eggroll.work / "bad.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": "Good\n')
+    (eggroll.work / "other.jsonl").write_text('{"sentence": "Hello"}\n')
+    tune = ["tune", "tiny", "-r", "score.py"]
+    assert refused(
+        eggroll(*tune, "--prompts", "prompt.txt"), "data set prompt.txt does not exist. In . there is: prompts.txt"
+    )
+    assert refused(
+        eggroll(*tune, "--prompts", "empty.txt"),
+        "data set empty.txt is empty: it has no row with any text. A data set needs at least one example",
+    )
+    assert refused(eggroll(*tune, "--prompts", "bad.jsonl"), "data set bad.jsonl, line 2: not valid JSON")
+    assert refused(
+        eggroll(*tune, "--prompts", "other.jsonl"), "row 1 has the columns ['sentence']; it needs one of prompt,"
+    )
+    assert refused(
+        eggroll(*tune, "--prompts", "prompts.txt", "--eval-prompts", "gone.txt"),
+        "data set gone.txt does not exist. In . there is: ",
+    )
+    assert refused(
+        eggroll(*tune), "--reward score.py needs prompts to answer: give --prompts with a .jsonl or .txt file"
+    )
+    assert refused(
+        eggroll(*tune, "--prompts", "prompts.txt", "-d", "texts.txt"),
+        "--dataset and --prompts mean the same; give one of them",
+    )
+
+
+def test_patterns_that_match_nothing(eggroll):
+    assert refused(
+        eggroll.tune("--target-modules", "q_poj", "v_proj"),
+        "error: target_modules pattern 'q_poj' matches no parameter. Near matches: q_proj",
+    )
+    assert refused(
+        eggroll.tune("--exclude", "lm_haed"), "exclude pattern 'lm_haed' matches no parameter. Near matches: "
+    )
+    assert refused(eggroll.tune("--target-modules", "q_proj", "--exclude", "self_attn"), "nothing is left to perturb")
+    assert not (eggroll.work / "runs").exists()
+
+
+def test_settings_that_cannot_work_are_all_reported(eggroll):
+    assert refused(
+        eggroll.tune("-p", "7"),
+        "error: EggrollConfig: population_size (=7) must be even when antithetic=True; use 8 or antithetic=False",
+    )
+    assert eggroll.tune("-p", "7", "--sampling", "one_sided", "-g", "1", "-o", "odd").status == 0
+    done = eggroll.tune("-p", "7", "--sigma", "-1", "--rank", "0", "--temperature", "-1", "--noise-reuse", "0")
+    assert refused(
+        done,
+        "EggrollConfig has 5 problems:",
+        "population_size (=7) must be even",
+        "sigma (=-1.0) must be above 0",
+        "rank (=0) must be a whole",
+        "temperature (=-1.0) must be 0 (greedy) or above",
+        "noise_reuse (=0) must be a whole number",
+    )
+    assert refused(eggroll.tune("--device", "cuda:7"), "device (='cuda:7')")
+
+
+def test_reward_files(eggroll):
+    work = eggroll.work
+    (work / "none.py").write_text("def evaluate(x):\n    return 1\n")
+    (work / "syntax.py").write_text("def score(text):\n    return (\n")
+    (work / "raises.py").write_text("import json\nraise KeyError('key')\n")
+    (work / "two.py").write_text("def reward_a(text): return 1\ndef reward_b(text): return 2\n")
+
+    def tried(reward):
+        return eggroll("tune", "tiny", "-r", reward, "--prompts", "prompts.txt")
+
+    assert refused(tried("scor.py"), "reward file scor.py does not exist. Python files in .: score.py")
+    assert refused(
+        tried("none.py"),
+        "reward file none.py has no reward function; functions in it: evaluate. Define "
+        "one of score(text) -> float, reward(prompts, completions, **columns) -> list[float]",
+    )
+    assert refused(tried("syntax.py"), "reward file syntax.py is not valid Python, line 2: ")
+    assert refused(tried("raises.py"), "reward file raises.py raised KeyError at line 2 while it was loaded: 'key'")
+    assert refused(
+        tried("two.py"), "reward file two.py has several reward functions: reward_a, reward_b. Say which one"
+    )
+    assert refused(tried("lambda text: ("), "the reward 'lambda text: (' is not a valid lambda")
+    assert refused(tried("perplexty"), "unknown reward 'perplexty'. Did you mean perplexity?")
+    assert not (work / "runs").exists()
+
+
+REWARDS = {
+    "raises": (
+        "def reward(prompts, completions):\n    return [1 / 0]\n",
+        "reward function 'reward' raised ZeroDivisionError: division by zero (on a batch of 8 completions; the first "
+        "prompt is ",
+    ),
+    "wrong count": (
+        "def reward(prompts, completions):\n    return [1.0, 2.0, 3.0]\n",
+        "reward function 'reward' returned 3 scores for 8 completions; it must return one for each",
+    ),
+    "no list": (
+        "def reward(prompts, completions):\n    return 1.0\n",
+        "reward function 'reward' returned float 1.0; it must return a list of 8 numbers",
+    ),
+    "text": (
+        "def score(text):\n    return 'good'\n",
+        "returned the text 'good'; a score must be a number",
+    ),
+    "missing column": (
+        "def reward(prompts, completions, answer):\n    return [1.0 for _ in answer]\n",
+        "reward function 'reward' asks for answer; there are prompts, completions. Add the column to the data set",
+    ),
+    "needs labels": (
+        "def reward_fn(model, inputs):\n    return model(inputs['pixels'])\n",
+        "reward 'reward_fn' raised KeyError: 'pixels'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REWARDS)
+def test_rewards_that_fail(eggroll, case):
+    code, text = REWARDS[case]
+    (eggroll.work / "mine.py").write_text(code)
+    done = eggroll("tune", *eggroll.tune_arguments[1:], "-r", "mine.py", "-g", "3", "-o", "run")
+    assert refused(
+        done,
+        text,
+        "The run in run is intact, with 0 finished generations. When the cause is gone, continue "
+        "it: eggroll tune tiny --resume run",
+    )
+    (eggroll.work / "mine.py").write_text(
+        "def reward(prompts, completions):\n    return [float(len(c)) for c in completions]\n"
+    )
+    again = eggroll("tune", "--resume", "run")
+    assert again.status == 0, again.err
+    assert len(RunDir.open("run").updates()) == 3
+
+
+FAILS_LATER = """
+from pathlib import Path
+calls = Path("calls")
+def reward(prompts, completions):
+    done = len(calls.read_text()) if calls.exists() else 0
+    calls.write_text("x" * (done + 1))
+    if done == 3:
+        raise ValueError("server gone")
+    return [float(sum(map(ord, text)) % 97) for text in completions]
+"""
+
+
+def test_a_reward_that_fails_later_loses_nothing(eggroll):
+    (eggroll.work / "later.py").write_text(FAILS_LATER)
+    arguments = ["-r", "later.py", "-g", "5", "--checkpoint-every", "2", "--batch-members", "4"]
+    done = eggroll("tune", *eggroll.tune_arguments[1:], *arguments, "-o", "run")
+    assert refused(
+        done,
+        "raised ValueError: server gone",
+        '/later.py, line 8: raise ValueError("server gone")',
+        "The run in run is intact, with 3 finished generations.",
+    )
+    run = RunDir.open("run")
+    assert len(run.updates()) == 3
+    assert [line["generation"] for line in run.metrics()] == [1, 2, 3]
+    assert eggroll("tune", "tiny", "--resume", "run").status == 0
+    (eggroll.work / "calls").write_text("x" * 100)  # never fails
+    assert eggroll("tune", *eggroll.tune_arguments[1:], *arguments, "-o", "whole").status == 0
+    assert (eggroll.work / "run/updates.jsonl").read_text() == (eggroll.work / "whole/updates.jsonl").read_text()
+
+
+@pytest.mark.filterwarnings("default::eggroll.core.fitness.NonFiniteFitnessWarning")
+def test_nan_counts_as_the_worst_and_is_counted(eggroll):
+    (eggroll.work / "nan.py").write_text(
+        "def reward(prompts, completions):\n    return [float('nan'), None] + [float(i) for i in range(6)]\n"
+    )
+    done = eggroll("tune", *eggroll.tune_arguments[1:], "-r", "nan.py", "-g", "2", "-o", "run")
+    assert done.status == 0, done.err
+    assert "warning: 2 of 8 scores were NaN or infinite; they count as the worst of the generation" in done.out
+    assert "| 2 invalid scores" in done.out
+    assert [line["invalid_scores"] for line in RunDir.open("run").metrics()] == [2, 2]
+    (eggroll.work / "nan.py").write_text("def score(text):\n    return float('nan')\n")
+    done = eggroll(
+        "tune", *eggroll.tune_arguments[1:], "-r", "nan.py", "-g", "2", "-o", "all", "--eval-prompts", "held.txt"
+    )
+    assert done.status == 0, done.err
+    assert "warning: 8 of 8 scores were NaN or infinite" in done.out
+    metrics = RunDir.open("all").metrics()
+    assert [line.get("invalid_scores") for line in metrics] == [None, 8, 8]
+    assert not any("fitness_mean" in line or "heldout_reward" in line for line in metrics)
+    assert [line["update_norm"] for line in metrics[1:]] == [0.0, 0.0]
+
+
+def test_an_existing_run_is_not_overwritten(eggroll):
+    assert eggroll.tune("-g", "1", "-o", "run").status == 0
+    before = (eggroll.work / "run/updates.jsonl").read_bytes()
+    done = eggroll.tune("-g", "2", "-o", "run")
+    assert refused(
+        done,
+        "run already holds a run (config.json is there). Continue it with --resume, or choose another "
+        "directory with -o",
+    )
+    assert (eggroll.work / "run/updates.jsonl").read_bytes() == before
+
+
+def test_a_directory_that_cannot_be_made(eggroll):
+    (eggroll.work / "file").write_text("")
+    assert refused(eggroll.tune("-g", "1", "-o", "file/run"), "file/run could not be written: Not a directory")
+
+
+def test_truncated_checkpoints(eggroll):
+    arguments = ["-g", "4", "--checkpoint-every", "2", "-o", "run"]
+    assert eggroll.tune(*arguments).status == 0
+    run = RunDir.open("run")
+    (newest,) = (run.checkpoints / "generation-000004").glob("*.safetensors")
+    newest.write_bytes(newest.read_bytes()[:5000])
+    done = eggroll("tune", "tiny", "--resume", "run", "-g", "6")
+    assert done.status == 0, done.err
+    assert "warning: damaged checkpoints are skipped, the one of generation 2 is used instead:" in done.out
+    assert f"generation-000004: {newest.name} is truncated: 5000 of " in done.out
+    assert eggroll.tune("-g", "6", "--checkpoint-every", "2", "-o", "whole").status == 0
+    assert (eggroll.work / "run/updates.jsonl").read_text() == (eggroll.work / "whole/updates.jsonl").read_text()
+    for file in run.checkpoints.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    done = eggroll("tune", "tiny", "--resume", "run", "-g", "7")
+    assert refused(
+        done,
+        "none of the checkpoints in run/checkpoints can be used:",
+        "is truncated: ",
+        "Nothing is lost: move run/checkpoints away, and --resume rebuilds the weights",
+    )
+    assert len(run.updates()) == 6
+    (eggroll.work / "run/checkpoints").rename(eggroll.work / "moved")
+    assert eggroll("tune", "tiny", "--resume", "run", "-g", "7").status == 0
+    assert eggroll("tune", "tiny", "--resume", "whole", "-g", "7").status == 0
+    assert (eggroll.work / "run/updates.jsonl").read_text() == (eggroll.work / "whole/updates.jsonl").read_text()
+
+
+def test_config_with_unknown_settings(eggroll):
+    assert eggroll.tune("-g", "1", "-o", "run").status == 0
+    path = eggroll.work / "run/config.json"
+    config = json.loads(path.read_text())
+    config["options"]["momentun"] = 0.5
+    path.write_text(json.dumps(config))
+    done = eggroll("tune", "tiny", "--resume", "run")
+    assert refused(done, "run/config.json has settings that this version does not know: momentun")
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from eggroll.cli.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "generations"), [(3000, "40"), (60_000, "2")], ids=["in the middle of a log", "in a checkpoint"]
+)
+def test_disk_full_while_writing(eggroll, limit, generations):
+    """A limit on file sizes stops a write in the middle, as a full disk does; then it is lifted."""
+    arguments = [*eggroll.tune_arguments, "-g", generations, "-o", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "could not be written: a limit on the size of files is in force (File too large)" in done.stderr
+    assert (
+        "Everything written before is intact: raise the limit (ulimit -f), then continue with --resume" in done.stderr
+    )
+    run = RunDir.open("run")
+    finished = len(run.updates())
+    assert finished > 0
+    assert f"The run in run is intact, with {finished} finished generation" in done.stderr
+    assert eggroll("tune", "--resume", "run").status == 0
+    assert eggroll.tune("-g", generations, "-o", "whole").status == 0
+    assert (eggroll.work / "run/updates.jsonl").read_text() == (eggroll.work / "whole/updates.jsonl").read_text()
+    assert run.latest_checkpoint().tensors["sha256"] == RunDir.open("whole").latest_checkpoint().tensors["sha256"]

@@ -1,0 +1,96 @@
+"""The weights of any generation, from the base model and the log."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from eggroll.run.run_dir import RunDir
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_generation(eggroll, dtype):
+    arguments = ["--checkpoint-every", "1", "--dtype", dtype, "--optimizer", "momentum"]
+    work = eggroll.work
+    for generations in ("1", "2", "3"):
+        assert eggroll.tune(*arguments, "-g", generations, "-o", f"run{generations}").status == 0
+    for generation in (1, 2, 3):
+        done = eggroll("replay", "run3", "--to", generation, "-o", f"replayed{generation}")
+        assert done.status == 0, done.err
+        kept = f"generation {generation} of 3, equal to its checkpoint, bit for bit"
+        assert (kept in done.out) == (generation > 1)  # two checkpoints are kept
+        mine, theirs = weights(work / f"replayed{generation}"), weights(work / f"run{generation}" / "model")
+        assert list(mine) == list(theirs)
+        assert all(mine[name].equal(theirs[name]) for name in mine)
+        stored = RunDir.open(f"run{generation}").latest_checkpoint().load()
+        evolved = {name: tensor for name, tensor in stored.items() if name.startswith("parameter/")}
+        assert evolved
+        assert all(mine[name.removeprefix("parameter/")].equal(tensor) for name, tensor in evolved.items())
+
+
+def test_generation_0_is_the_base(eggroll):
+    assert eggroll.tune("-g", "2", "-o", "run").status == 0
+    done = eggroll("replay", "run", "--to", "0")
+    assert done.status == 0
+    assert "generation 0 of 2\n" in done.out
+    assert 'load it  AutoModelForCausalLM.from_pretrained("run/replay-0")' in done.out
+    mine, base = weights(eggroll.work / "run/replay-0"), weights(eggroll.work / "tiny")
+    assert list(mine) == list(base)
+    assert all(mine[name].equal(base[name]) for name in mine)
+
+
+def test_the_last_generation_by_default(eggroll):
+    assert eggroll.tune("-g", "2", "-o", "run").status == 0
+    done = eggroll("replay", "run")
+    assert done.status == 0
+    assert "generation 2 of 2, equal to its checkpoint, bit for bit" in done.out
+    assert json.loads((eggroll.work / "run/replay-2/eggroll.json").read_text())["replayed_generations"] == 2
+
+
+def test_without_usable_checkpoints(eggroll):
+    assert eggroll.tune("-g", "2", "-o", "run").status == 0
+    (file,) = (eggroll.work / "run/checkpoints").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-7])
+    done = eggroll("replay", "run")
+    assert done.status == 0
+    assert "generation 2 of 2, not compared with its checkpoint, which is damaged: " in done.out
+    mine, theirs = weights(eggroll.work / "run/replay-2"), weights(eggroll.work / "run/model")
+    assert all(mine[name].equal(theirs[name]) for name in theirs)
+
+
+def test_a_log_that_was_changed_is_noticed(eggroll):
+    assert eggroll.tune("-g", "2", "-o", "run").status == 0
+    path = eggroll.work / "run/updates.jsonl"
+    first, second = map(json.loads, path.read_text().splitlines())
+    first["shaped_fitness"] = [-value for value in first["shaped_fitness"]]
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    assert "generation 2 of 2, differs from its checkpoint" in eggroll("replay", "run").out
+    path.write_text(f"{json.dumps(second)}\n")
+    done = eggroll("replay", "run")
+    assert done.status == 1
+    assert "updates.jsonl, line 1 is of generation 1, expected 0; a part is missing" in done.err
+
+
+def test_generations_that_are_not_there(eggroll):
+    assert eggroll.tune("-g", "2", "-o", "run").status == 0
+    for generation in ("3", "-1"):
+        done = eggroll("replay", "run", "--to", generation)
+        assert done.status == 1
+        text = f"generation {generation} cannot be rebuilt: the log holds 2 finished generations; choose 0 to 2"
+        assert text in done.err
+    done = eggroll("replay", "nowhere")
+    assert done.status == 1
+    assert done.err.startswith("error: nowhere does not exist.")
+
+
+def test_the_report_is_written_again(eggroll):
+    assert eggroll.tune("-g", "2", "-o", "run").status == 0
+    (eggroll.work / "run/report.html").unlink()
+    done = eggroll("report", "run")
+    assert done.status == 0
+    assert done.out == "report   run/report.html\n"
+    assert "run/model" in (eggroll.work / "run/report.html").read_text()

@@ -1,0 +1,286 @@
+"""A whole run through the command line, and what it leaves on disk."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eggroll.cli.main import COMMANDS
+from eggroll.llm.tasks import get_task
+from eggroll.run.run_dir import RunDir
+
+# A flag here is a promise to users: none may go or change its short form, and a new one is added here on purpose.
+FLAGS = {
+    "tune": """
+        MODEL --reward/-r --task --dataset/-d --prompts --eval-prompts --output/-o --resume --generations/-g
+        --population/-p/--population-size --rank --sigma --lr --target-modules --exclude --embeddings --head --vectors
+        --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
+        --weight-decay --fitness-shaping --batch-size --max-tokens --max-length --temperature --system --batch-members
+        --eval-every --checkpoint-every --dtype --device --backend --report-to --seed --trust-remote-code
+    """,
+    "replay": "RUN --to --output/-o",
+    "report": "RUN",
+}
+DEFAULTS = {
+    "generations": 100,
+    "population": 64,
+    "rank": 8,
+    "sigma": 0.01,
+    "lr": 0.001,
+    "seed": 42,
+    "target_modules": None,
+    "fitness_shaping": "centered_rank",
+    "elite_k": 0,
+    "weight_decay": 0.0,
+    "max_tokens": 128,
+    "backend": "torch",
+}
+FILES = {
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "updates.jsonl",
+    "samples.jsonl",
+    "checkpoints",
+    "tensorboard",
+    "report.html",
+    "model",
+}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_flags_are_frozen(command, eggroll, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = eggroll(command, "--help").out
+    found = set()
+    for line in shown.splitlines():
+        entry = line.strip("│ ").split("  ")[0]
+        if entry.startswith("-"):
+            found |= {word for word in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", entry) if not word.startswith("--no-")}
+        elif entry.split(" ")[0] in ("MODEL", "RUN"):
+            found.add(entry.split(" ")[0])
+    assert found - {"-h", "--help"} == {flag for group in FLAGS[command].split() for flag in group.split("/")}
+
+
+def test_the_defaults_are_frozen():
+    kind, _ = COMMANDS["tune"]
+    options = kind("tiny")
+    assert {name: getattr(options, name) for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_run_leaves_every_file(eggroll):
+    """The last --report-to counts, so the first one of the fixture is overridden."""
+    done = eggroll.tune(
+        "--eval-prompts",
+        "held.txt",
+        "-g",
+        "4",
+        "--eval-every",
+        "2",
+        "--checkpoint-every",
+        "2",
+        "--report-to",
+        "tensorboard",
+        "-o",
+        "run",
+    )
+    assert done.status == 0, done.err
+    run = eggroll.work / "run"
+    assert {path.name for path in run.iterdir()} == FILES
+    config = json.loads((run / "config.json").read_text())
+    assert config["options"]["sigma"] == 0.05
+    assert config["config"]["population_size"] == 4
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["model"] == "tiny"
+    assert environment["device"] == "cpu"
+    assert environment["packages"]["torch"]
+    metrics = lines(run / "metrics.jsonl")
+    assert [line["generation"] for line in metrics] == [0, 1, 2, 3, 4]
+    assert metrics[0]["event"] == "start"
+    assert ["heldout_reward" in line for line in metrics] == [True, False, True, False, True]
+    wanted = {
+        "fitness_mean",
+        "fitness_max",
+        "fitness_min",
+        "fitness_std",
+        "sigma",
+        "lr",
+        "update_norm",
+        "members_per_s",
+        "tokens_per_s",
+        "draw_s",
+        "evaluate_s",
+        "update_s",
+        "elapsed_s",
+        "invalid_scores",
+    }
+    assert all(wanted <= set(line) for line in metrics[1:])
+    updates = lines(run / "updates.jsonl")
+    assert [set(line) for line in updates] == [{"generation", "sigma", "lr", "shaped_fitness"}] * 4
+    assert all(len(line["shaped_fitness"]) == 4 for line in updates)
+    samples = lines(run / "samples.jsonl")
+    assert {row["split"] for row in samples} == {"train", "heldout"}
+    assert {row["generation"] for row in samples if row["split"] == "heldout"} == {0, 2, 4}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"generation-000002", "generation-000004"}
+    assert list((run / "tensorboard").iterdir())
+    report = (run / "report.html").read_text()
+    assert "from_pretrained(&quot;run/model&quot;)" in report or 'from_pretrained("run/model")' in report
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    weights, saved = RunDir.open(run).latest_checkpoint().load(), dict(model.named_parameters())
+    evolved = [name for name in weights if name.startswith("parameter/")]
+    assert len(evolved) == 14
+    assert all(weights[name].equal(saved[name.removeprefix("parameter/")]) for name in evolved)
+    assert AutoTokenizer.from_pretrained(run / "model").decode([40]) == AutoTokenizer.from_pretrained("tiny").decode(
+        [40]
+    )
+
+
+def test_what_a_person_reads(eggroll):
+    done = eggroll.tune("--eval-prompts", "held.txt", "-g", "2", "-o", "run")
+    out = done.out.splitlines()
+    assert out[0] == "tiny  32.29 k parameters, 15.36 k evolved in 14 tensors, float32 on cpu"
+    assert out[1] == "reward score, 6 prompts, 2 a generation"
+    assert out[2] == "population 4 (antithetic), rank 1, sigma 0.05, lr 0.02, adam, seed 42"
+    assert "run directory: run" in out
+    assert "tiny on score.py: generation 0 of 2" in out
+    assert sum(line.startswith("generation 2/2 | fitness mean -") for line in out) == 1
+    assert any(line.startswith("held-out reward  -") and " before, " in line for line in out)
+    assert "the same held-out prompts, before and after" in done.out
+    assert "model    run/model" in out
+    assert 'load it  AutoModelForCausalLM.from_pretrained("run/model")' in out
+    assert done.err == ""
+
+
+def test_a_run_without_an_output_gets_a_name(eggroll):
+    assert eggroll.tune("-g", "1").status == 0
+    (run,) = (eggroll.work / "runs").iterdir()
+    assert run.name.startswith("tiny-score-20")
+
+
+def test_the_same_command_twice_gives_the_same_run(eggroll):
+    for name in ("a", "b"):
+        assert eggroll.tune("-g", "3", "--temperature", "0.7", "-o", name).status == 0
+    updates = [(eggroll.work / name / "updates.jsonl").read_text() for name in ("a", "b")]
+    assert updates[0] == updates[1]
+    other = eggroll.tune("-g", "3", "--temperature", "0.7", "-o", "c", "--seed", "43")
+    assert other.status == 0
+    assert (eggroll.work / "c" / "updates.jsonl").read_text() != updates[0]
+
+
+def test_flags_reach_the_run(eggroll):
+    done = eggroll.tune(
+        "-g",
+        "1",
+        "-o",
+        "run",
+        "--target-modules",
+        "q_proj",
+        "v_proj",
+        "--exclude",
+        "layers.1",
+        "--sampling",
+        "one_sided",
+        "--optimizer",
+        "sgd",
+        "--fitness-shaping",
+        "normalized",
+        "--elite-k",
+        "2",
+        "--weight-decay",
+        "0.1",
+        "--noise-reuse",
+        "2",
+        "--lr-decay",
+        "0.9",
+        "--sigma-decay",
+        "0.8",
+        "--batch-members",
+        "2",
+        "--lr-schedule",
+        "cosine",
+        "--system",
+        "Be brief.",
+    )
+    assert done.status == 0, done.err
+    config = json.loads((eggroll.work / "run" / "config.json").read_text())["config"]
+    expected = {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude": ["layers.1"],
+        "sampling": "one_sided",
+        "antithetic": False,
+        "optimizer": "sgd",
+        "fitness_shaping": "normalized",
+        "elite_k": 2,
+        "weight_decay": 0.1,
+        "noise_reuse": 2,
+        "lr_decay": 0.9,
+        "sigma_decay": 0.8,
+        "batch_members": 2,
+        "lr_schedule": "cosine",
+        "system": "Be brief.",
+    }
+    assert {key: config[key] for key in expected} == expected
+    assert "evolved in 2 tensors" in done.out
+    assert "population 4 (one_sided)" in done.out
+
+
+def test_bfloat16(eggroll):
+    done = eggroll.tune("-g", "2", "-o", "run", "--dtype", "bfloat16")
+    assert done.status == 0, done.err
+    tensors = RunDir.open("run").latest_checkpoint().load()
+    assert {str(tensor.dtype) for name, tensor in tensors.items() if name.startswith("parameter/")} == {
+        "torch.bfloat16"
+    }
+    assert {str(tensor.dtype) for name, tensor in tensors.items() if name.startswith("master/")} == {"torch.float32"}
+
+
+def test_a_task_brings_its_settings(eggroll):
+    (eggroll.work / "held.jsonl").write_text('{"prompt": "What is a violin?", "answer": ["instrument"]}\n')
+    given = [
+        "-g",
+        "1",
+        "-p",
+        "2",
+        "--max-tokens",
+        "2",
+        "--batch-size",
+        "1",
+        "--dtype",
+        "float32",
+        "--report-to",
+        "none",
+    ]
+    done = eggroll("tune", "tiny", "--task", "one_sentence", *given, "--eval-prompts", "held.jsonl", "-o", "run")
+    assert done.status == 0, done.err
+    assert "reward one_sentence, " in done.out
+    config = json.loads((eggroll.work / "run" / "config.json").read_text())["config"]
+    assert config["population_size"] == 2
+    assert config["max_tokens"] == 2
+    settings = get_task("one_sentence").settings
+    assert config["sigma"] == settings["sigma"]
+    assert config["lr"] == settings["lr"]
+    done = eggroll("tune", "tiny", "--task", "one_sentence", *given, "--eval-prompts", "held.txt", "-o", "other")
+    assert done.status == 1
+    assert done.err.startswith('error: the reward "one_sentence" needs a column "answer"')
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(work):
+    """The installed command, piped: plain lines, no escape sequences, exit status 0."""
+    command = [sys.executable, "-m", "eggroll.cli.main", "tune", "tiny", "--reward", "perplexity", "-d", "texts.txt"]
+    command += ["-g", "2", "-p", "4", "--dtype", "float32", "-o", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "reward perplexity, 12 texts, 8 a generation" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "Traceback" not in done.stderr
+    assert FILES - {"samples.jsonl"} <= {path.name for path in (work / "run").iterdir()}
