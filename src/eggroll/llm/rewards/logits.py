@@ -83,7 +83,8 @@ def _steps(model: Any, hidden: Tensor, budget: int) -> int:
 def _forward_replaced(module: nn.Module, output: Any, hidden: Tensor) -> Iterator[Callable[[], bool]]:
     """While this lasts, calling ``module`` returns ``output`` with these hidden states; yields whether it was called.
 
-    A call with fewer rows (a population learns layouts from one) gets the hidden states of the first rows.
+    A call with fewer rows (with which a population compares members together and alone) gets those of the first row
+    for each: the same for every member, whichever rows those are.
     """
     calls = 0
 
@@ -91,7 +92,7 @@ def _forward_replaced(module: nn.Module, output: Any, hidden: Tensor) -> Iterato
         nonlocal calls
         calls += 1
         ids = args[0] if args else inputs.get("input_ids")
-        rows = hidden if ids is None else hidden[: ids.shape[0]]
+        rows = hidden if ids is None or len(ids) == len(hidden) else hidden[:1].expand(len(ids), -1, -1)
         return type(output)(**{**output, "last_hidden_state": rows})
 
     own = module.__dict__.get("forward")
