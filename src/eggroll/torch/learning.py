@@ -136,6 +136,8 @@ class _Probe:
             population.layouts.update(context.layouts)
         if not torch.equal(before, _random_state(population)):
             return None  # a model that draws random numbers cannot be compared
+        if any("forward" in module.__dict__ for module in self.module.modules()):
+            return None  # nor one whose parts were replaced from outside: they may not depend on the inputs
         shares = [share for p in sorted({0, 1, self.count // 2, self.count - 1}) for share in self._shares(p, together)]
         return max(shares, default=None)
 

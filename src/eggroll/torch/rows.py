@@ -70,6 +70,8 @@ def rows_from_input(
     outer = [model, *model.children(), *(part for child in model.children() for part in child.children())]
     try:
         for module in dict.fromkeys(outer):
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no such hooks, and holds no values
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after, always_call=True))
         yield
