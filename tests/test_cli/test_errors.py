@@ -108,7 +108,9 @@ def test_data_that_is_not_there_or_empty(eggroll):
         "data set gone.txt does not exist. In . there is: ",
     )
     assert refused(
-        eggroll(*tune), "--reward score.py needs prompts to answer: give --prompts with a .jsonl or .txt file"
+        eggroll(*tune),
+        "--reward score.py needs prompts to answer: give --prompts with a .jsonl or .txt file, a folder or a hub id. Without "
+        "it wikitext-2 would be taken, but data set 'Salesforce/wikitext:wikitext-2-raw-v1'",
     )
     assert refused(
         eggroll(*tune, "--prompts", "prompts.txt", "-d", "texts.txt"),

@@ -107,16 +107,23 @@ class Session:
             return load_examples(train), load_examples(heldout)
         if options.dataset is not None and options.prompts is not None:
             raise ConfigError("--dataset and --prompts mean the same; give one of them")
-        source = options.dataset or options.prompts
-        if source is None:
-            if options.reward not in (None, "perplexity"):
-                raise DataError(
-                    f"--reward {options.reward} needs prompts to answer: give --prompts with a .jsonl or .txt file, a "
-                    "folder or a hub id"
-                )
-            source = DEFAULT_DATASET
+        source = options.dataset or options.prompts or DEFAULT_DATASET
         heldout_source = options.eval_prompts
-        return _load(source, options), None if heldout_source is None else _load(heldout_source, options)
+        return self._training_data(source), None if heldout_source is None else _load(heldout_source, options)
+
+    def _training_data(self, source: str) -> list[Any]:
+        options = self.options
+        if source != DEFAULT_DATASET or options.dataset is not None or options.reward in (None, "perplexity"):
+            return _load(source, options)
+        try:
+            examples = _load(source, options)
+        except DataError as error:
+            raise DataError(
+                f"--reward {options.reward} needs prompts to answer: give --prompts with a .jsonl or .txt file, a "
+                f"folder or a hub id. Without it wikitext-2 would be taken, but {error}"
+            ) from error
+        self.console.print("no --prompts given: the lines of wikitext-2 are the prompts")
+        return examples
 
     def _reward(self, tokenizer: Any) -> Reward:
         options = self.options

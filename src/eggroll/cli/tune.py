@@ -33,7 +33,7 @@ class TuneOptions:
     task: str | None = None
     """A task that ships with eggroll: reward, prompts, held-out prompts and settings in one (one_sentence)."""
     dataset: Annotated[str | None, arg(aliases=["-d"])] = None
-    """Training data: hub id (name or name:config), .jsonl, .txt, .csv, .parquet or folder (perplexity: wikitext-2)."""
+    """Training data: hub id (name or name:config), .jsonl, .txt, .csv, .parquet or folder (default: wikitext-2)."""
     prompts: str | None = None
     """The same as --dataset, for prompts."""
     eval_prompts: str | None = None

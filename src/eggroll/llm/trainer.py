@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from eggroll.core.select import ParameterSpec
-from eggroll.errors import DataError, RunError
+from eggroll.errors import ConfigError, DataError, RunError
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, batches, load_examples
 from eggroll.llm.estimate import check_memory
@@ -95,6 +95,7 @@ class EggrollTrainer:
         Raises:
             DataError: the data is empty or of the wrong form.
             RewardError: the reward fails.
+            ConfigError: all generations are done already.
         """
         source = _BatchSource(data, self.config, self.reward)
         heldout = None if eval_data is None else _BatchSource(eval_data, self.config, self.reward).everything()
@@ -122,10 +123,19 @@ class EggrollTrainer:
             listeners=listeners,
             stop=None if callback is None else lambda metrics: callback(metrics) is False,
         )
-        start = loop.resume() if resume else self.done
+        start = loop.resume() if resume else self._start(loop)
         self.history = loop.go(start)
         self.interrupted, self.done = loop.interrupted, loop.applied
         return self.history
+
+    def _start(self, loop: Loop) -> int:
+        if 0 < self.config.generations <= self.done:
+            raise ConfigError(
+                f"all {self.done} generations of this trainer are done. To go on, make a trainer for the evolved model "
+                "with another seed, or load_checkpoint() into one whose config has more generations"
+            )
+        loop.history = list(self.history)
+        return self.done
 
     def save(self, directory: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
         """Write the model as a plain Hugging Face directory that ``from_pretrained`` loads."""
