@@ -1,8 +1,9 @@
 """Products with a low-rank term: ``x W^T + (x B) A^T``, the arithmetic at the centre of everything (EGGROLL section 4).
 
 Plain tensors in, plain tensors out. The low-rank term costs ``r (m + n)`` multiply-adds per row beside ``m n``, so what
-counts on small shapes is the number of launches and the passes over memory, and there are as few as eager PyTorch
-allows: one product for ``x B`` and one in-place update of the base product.
+counts on small shapes is the number of launches and the passes over memory. On a CPU with a C compiler the term is one
+call (:mod:`eggroll.torch.kernels.low_rank_c`); elsewhere there are as few as eager PyTorch allows: one product for
+``x B`` and one in-place update of the base product.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from eggroll.torch.kernels import low_rank_c
 
 
 def add_low_rank_(out_PRm: Tensor, x_PRn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) -> Tensor:
@@ -32,7 +35,7 @@ def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m
     members = a_Pmr.shape[0]
     x_Rn = x_Rn.contiguous()  # strided rows would be multiplied one by one, each with a copy of the weight in bfloat16
     out = F.linear(x_Rn, weight_mn, bias_m)
-    if out.numel() == 0:
+    if low_rank_c.add_(out, x_Rn, a_Pmr, b_Pnr) or out.numel() == 0:
         return out
     x_PRn = x_Rn.reshape(members, -1, x_Rn.shape[-1])
     out_PRm = out.view(members, -1, out.shape[-1])
@@ -58,7 +61,7 @@ def embedding(ids_R: Tensor, weight_Vd: Tensor, a_PVr: Tensor, b_Pdr: Tensor) ->
     """Rows of ids ``(P * batch, ...)`` gathered from ``weight + a_p b_p^T``: ``(P * batch, ..., d)``."""
     members, vocabulary, rank = a_PVr.shape
     out = F.embedding(ids_R, weight_Vd)
-    if out.numel() == 0:
+    if low_rank_c.add_gathered_(out, ids_R, a_PVr, b_Pdr) or out.numel() == 0:
         return out
     ids_PR = ids_R.reshape(members, -1)
     offsets = torch.arange(members, device=ids_R.device).unsqueeze(1) * vocabulary

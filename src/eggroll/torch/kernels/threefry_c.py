@@ -1,9 +1,8 @@
 """Threefry and normals in C, compiled on first use with the machine's C compiler: for CPUs, as fast as they go.
 
-The source below needs no headers but ``stdint.h`` and compiles in a tenth of a second, where torch.compile takes half a
-minute for the same loop (and then runs at half the speed). The library is made for this process in a temporary
-directory, which is deleted once it is loaded: nothing is kept, so nothing can be stale or for another machine.
-The floats are those of ``threefry_eager``, bit for bit (``threefry_spec`` says why); that is checked on loading.
+The source below compiles in a tenth of a second (:mod:`eggroll.torch.kernels.compile_c`), where torch.compile takes
+half a minute for the same loop (and then runs at half the speed). The floats are those of ``threefry_eager``, bit for
+bit (``threefry_spec`` says why); that is checked on loading.
 """
 
 from __future__ import annotations
@@ -11,27 +10,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eggroll.torch.kernels import threefry_eager
+from eggroll.torch.kernels import compile_c, threefry_eager
 from eggroll.torch.kernels import threefry_spec as spec
 
-# -ffp-contract=off: no fused multiply-add, so that every compiler rounds alike. The other two flags let the compiler
-# use vector instructions for the square root; neither changes a result.
-FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-TUNE = ("-march=native",)
-COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-ffp-contract=off",)
+"""No fused multiply-add, so that every compiler rounds alike."""
 MIN_PER_THREAD = 1 << 17
 CAST_BLOCK = 1 << 20
 
@@ -166,32 +156,16 @@ def _fill(function: str, flat: Tensor, keys: NDArray[np.uint32], start: int, cou
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The loaded library, or the reason why there is none."""
-    named = os.environ.get("CC")
-    compiler = shlex.split(named) if named else [path for path in map(shutil.which, COMPILERS) if path][:1]
-    if not compiler:
-        return f"no C compiler found (looked for $CC, {', '.join(COMPILERS)})"
-    try:
-        with tempfile.TemporaryDirectory(prefix="eggroll-noise-", ignore_cleanup_errors=True) as directory:
-            library = _compile(compiler, Path(directory))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        return f"{' '.join(compiler)} could not make the library: {detail.strip()[-500:]}"
+    library = compile_c.load("threefry", source(), FLAGS)
+    if isinstance(library, str):
+        return library
     for name in ("eggroll_bits", "eggroll_normals"):
         entry = getattr(library, name)
         entry.argtypes = (ctypes.c_void_p, ctypes.c_uint64, *(ctypes.c_int64,) * 3, ctypes.c_void_p)
         entry.restype = None
-    return library if _agrees(library) else f"the library made by {' '.join(compiler)} rounds differently"
-
-
-def _compile(compiler: list[str], directory: Path) -> ctypes.CDLL:
-    code, shared = directory / "threefry.c", directory / "threefry.so"
-    code.write_text(source())
-    for tune in (TUNE, ()):
-        command = [*compiler, *FLAGS, *tune, str(code), "-o", str(shared)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=not tune)
-        if done.returncode == 0:
-            break
-    return ctypes.CDLL(str(shared))
+    if not _agrees(library):
+        return f"the library made by {' '.join(compile_c.compiler_command())} rounds differently"
+    return library
 
 
 def _agrees(library: ctypes.CDLL) -> bool:

@@ -1,0 +1,242 @@
+"""The low-rank term in C and in plain operations, against float64."""
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from eggroll.torch import low_rank
+from eggroll.torch.kernels import low_rank_c
+
+NEEDS_COMPILER = pytest.mark.skipif(bool(low_rank_c.why_not()), reason=str(low_rank_c.why_not()))
+# Members, rows per member, n, m: one row each, odd sizes, sizes around those of vectors, one row, one member, nothing.
+SHAPES = [
+    (4, 1, 64, 64), (3, 5, 67, 31), (2, 3, 1, 1), (1, 1, 129, 65), (1, 7, 16, 17), (5, 2, 15, 200), (32, 4, 192, 96),
+    (0, 0, 8, 8), (3, 0, 8, 8), (2, 2, 0, 5), (2, 2, 5, 0),
+]  # fmt: skip
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+
+
+def case(members, per_member, n, m, rank=1, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    x = torch.randn(members * per_member, n).to(dtype)
+    out = torch.randn(members * per_member, m).to(dtype)
+    return out, x, torch.randn(members, m, rank).to(dtype), torch.randn(members, n, rank).to(dtype)
+
+
+def exact(out, x, a, b):
+    rows = out.shape[0] // max(len(a), 1)
+    a, b = (part.double().repeat_interleave(rows, 0) for part in (a, b))
+    return out.double() + torch.einsum("rmk,rk->rm", a, torch.einsum("rn,rnk->rk", x.double(), b))
+
+
+def eager(out, x, a, b):
+    members = len(a)
+    if out.numel() == 0:
+        return out
+    rows = len(out) // members
+    low_rank.add_low_rank_(out.view(members, rows, -1), x.view(members, rows, x.shape[-1]), a, b)
+    return out
+
+
+def worst(got, expected):
+    return (got.double() - expected).abs().max().item() if got.numel() else 0.0
+
+
+@pytest.fixture(params=["one thread", "threads"])
+def threads(request, monkeypatch):
+    """Calls on one thread, and shared out however small they are."""
+    before = torch.get_num_threads()
+    if request.param == "threads":
+        torch.set_num_threads(2)
+        monkeypatch.setattr(low_rank_c, "PARALLEL_FROM", 0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the calls of the C library answered: True where it did the work."""
+    answers = []
+    for name in ("add_", "add_gathered_"):
+        real = getattr(low_rank_c, name)
+        monkeypatch.setattr(low_rank_c, name, lambda *args, real=real: answers.append(real(*args)) or answers[-1])
+    return answers
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_term_is_as_exact_as_plain_operations(shape, rank, dtype, threads):
+    out, x, a, b = case(*shape, rank, dtype)
+    expected, plain = exact(out, x, a, b), eager(out.clone(), x, a, b)
+    assert low_rank_c.add_(out, x, a, b)
+    slack = TOLERANCE[dtype] * (expected.abs().max().item() if expected.numel() else 0)
+    assert worst(out, expected) <= max(2 * worst(plain, expected), slack)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_views_that_start_anywhere_in_memory(dtype):
+    """Addresses that are no multiple of a vector's size, and neighbours that stay as they are."""
+    out, x, a, b = case(3, 2, 37, 29, 1, dtype)
+    held = [torch.full((part.numel() + 3,), 7.0, dtype=dtype) for part in (out, x, a, b)]
+    views = [memory[1:-2].view(part.shape).copy_(part) for memory, part in zip(held, (out, x, a, b), strict=True)]
+    expected = exact(out, x, a, b)
+    assert low_rank_c.add_(*views)
+    assert worst(views[0], expected) <= TOLERANCE[dtype] * expected.abs().max()
+    assert all(memory[0] == 7 and (memory[-2:] == 7).all() for memory in held)
+    assert torch.equal(views[1], x)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_infinities_and_nan_stay_what_they_are(value, dtype):
+    out, x, a, b = case(2, 1, 40, 40, 1, dtype)
+    out[0, 3] = value
+    low_rank_c.add_(out, x, a, b)
+    torch.testing.assert_close(out[0, 3].item(), value, equal_nan=True)
+    assert out.isfinite().sum() == out.numel() - 1
+    x[1, 5] = math.nan
+    low_rank_c.add_(out, x, a, b)
+    assert out[1].isnan().all()
+    assert not out[0, :3].isnan().any()
+
+
+@NEEDS_COMPILER
+def test_bfloat16_is_rounded_to_the_nearest_even():
+    one = torch.ones(1, 1, 1, dtype=torch.bfloat16)
+    base = torch.tensor([1.0, 1 + 2**-7, -1.0, -1 - 2**-7, 2**127]).bfloat16().view(5, 1)
+    term = torch.tensor([2.0**-8, 2.0**-8, -(2.0**-8), -(2.0**-8), 2**127]).bfloat16().view(5, 1)
+    expected = (base.float() + term.float()).bfloat16()
+    low_rank_c.add_(base, term, one, one)
+    assert torch.equal(base, expected)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [1, 4, 8, 9])
+@pytest.mark.parametrize("middle", [(), (3,), (2, 3)])
+def test_linear_uses_it_and_agrees_with_plain_operations(middle, rank, dtype, calls, monkeypatch):
+    torch.manual_seed(1)
+    x, weight, bias = torch.randn(8, *middle, 48).to(dtype), torch.randn(33, 48).to(dtype), torch.randn(33).to(dtype)
+    _, _, a, b = case(4, 2, 48, 33, rank, dtype)
+    got = low_rank.linear(x, weight, a, b, bias)
+    assert calls == [rank <= low_rank_c.MAX_RANK]
+    monkeypatch.setattr(low_rank_c, "add_", lambda *args: False)
+    expected = low_rank.linear(x, weight, a, b, bias)
+    assert got.shape == (8, *middle, 33)
+    assert worst(got, expected.double()) <= 4 * TOLERANCE[dtype] * expected.double().abs().max()
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 5)])
+def test_embedding_uses_it_and_agrees_with_plain_operations(shape, rank, dtype, calls, threads, monkeypatch):
+    torch.manual_seed(1)
+    ids, weight = torch.randint(50, shape), torch.randn(50, 19).to(dtype)
+    _, _, a, b = case(3, 1, 19, 50, rank, dtype)
+    got = low_rank.embedding(ids, weight, a, b)
+    assert calls == [True]
+    rows = a.double()[torch.arange(6) // 2].reshape(6, 1, 50, rank).expand(6, ids.numel() // 6, 50, rank)
+    chosen = rows.gather(2, ids.view(6, -1, 1, 1).expand(-1, -1, 1, rank)).squeeze(2)
+    reference = F.embedding(ids.view(6, -1), weight).double() + chosen @ b.double()[torch.arange(6) // 2].mT
+    monkeypatch.setattr(low_rank_c, "add_gathered_", lambda *args: False)
+    plain = low_rank.embedding(ids, weight, a, b)
+    slack = TOLERANCE[dtype] * reference.abs().max().item()
+    reference = reference.view(got.shape)
+    assert worst(got, reference) <= max(2 * worst(plain, reference), slack)
+
+
+@NEEDS_COMPILER
+def test_rows_that_are_not_one_block_of_memory_are_left_to_plain_operations():
+    out, x, a, b = case(4, 1, 16, 16)
+    before = out.clone()
+    wide = torch.randn(4, 32)
+    assert not low_rank_c.add_(out, wide[:, ::2], a, b)
+    assert not low_rank_c.add_(out, x, torch.randn(4, 32, 1)[:, ::2], b)
+    assert not low_rank_c.add_(out, x, a, torch.randn(1, 16, 1).expand(4, 16, 1))
+    assert not low_rank_c.add_(out.t(), x, a, b)
+    assert not low_rank_c.add_(out, x.double(), a.double(), b.double())
+    assert not low_rank_c.add_(out, x.bfloat16(), a, b)
+    assert not low_rank_c.add_(out, x, a.bfloat16(), b)
+    assert not low_rank_c.add_(out.half(), x.half(), a.half(), b.half())
+    assert not low_rank_c.add_gathered_(out, torch.zeros(4, dtype=torch.int32), a, b)
+    assert torch.equal(out, before)
+
+
+@NEEDS_COMPILER
+@torch.enable_grad()
+def test_gradients_flow_where_they_are_asked_for(calls):
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    a, b = torch.randn(2, 5, 1, requires_grad=True), torch.randn(2, 6, 1)
+    low_rank.linear(x, weight, a, b).sum().backward()
+    assert a.grad is not None
+    low_rank.linear(x, weight.requires_grad_(), a.detach(), b).sum().backward()
+    assert weight.grad is not None
+    assert calls == [False, False]
+    with torch.no_grad():
+        low_rank.linear(x, weight, a, b)
+    assert calls[-1]
+
+
+@NEEDS_COMPILER
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_transforms_and_traces_see_plain_operations(calls):
+    torch.manual_seed(0)
+    x, weight, a, b = torch.randn(3, 4, 6), torch.randn(5, 6), torch.randn(2, 5, 1), torch.randn(2, 6, 1)
+    expected = torch.stack([low_rank.linear(part, weight, a, b) for part in x])
+    assert all(calls)
+    calls.clear()
+    torch.testing.assert_close(torch.vmap(lambda part: low_rank.linear(part, weight, a, b))(x), expected)
+    traced = torch.jit.trace(lambda part: low_rank.linear(part, weight, a, b), x[:1].reshape(4, 6), check_trace=False)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0], x[1])
+        tangent = forward_ad.unpack_dual(low_rank.linear(dual, weight, a, b)).tangent
+    first = x[0]
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(part) for part in (first, weight, a, b)]
+        assert low_rank.linear(*fake).shape == (4, 5)
+    assert calls == [False] * 4
+    torch.testing.assert_close(traced(x[2]), expected[2])
+    torch.testing.assert_close(tangent, expected[1])
+    compiled = torch.compile(lambda part: low_rank.linear(part, weight, a, b), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x[0]), expected[0])
+
+
+def run_python(code, **environment):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_environment_variable_turns_it_off():
+    code = """
+        import torch
+        from eggroll.torch import low_rank
+        from eggroll.torch.kernels import low_rank_c, threefry_c
+        x, w, a, b = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4, 1), torch.ones(2, 3, 1)
+        assert torch.equal(low_rank.linear(x, w, a, b), torch.full((2, 4), 6.0))
+        print(low_rank_c.why_not(), threefry_c.why_not(), sep=", ")
+    """
+    assert run_python(code, EGGROLL_NO_C="1") == "EGGROLL_NO_C is set, EGGROLL_NO_C is set"
+
+
+def test_import_compiles_nothing():
+    code = """
+        from eggroll.torch import low_rank
+        print(low_rank.low_rank_c._library.cache_info().currsize)
+    """
+    assert run_python(code) == "0"
