@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.parameters import kept_tensors, place, restore_tensors
+from eggroll.torch.parameters import Kept, place
 from eggroll.torch.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim, relative_difference
 from eggroll.torch.rows import tolerance as rounding
 from eggroll.torch.values import MemberContext, MemberTensor, Value
@@ -42,7 +42,7 @@ def learn_and_check(population: Population, active: Active, module: nn.Module, i
         UnsupportedOperationError: rows do not hold the members of this model.
     """
     share = None
-    kept = kept_tensors(population.model)
+    kept = Kept(population.model)
     context = active.context
     own_rows = (context.rows or 0) // active.members
     try:
@@ -52,8 +52,8 @@ def learn_and_check(population: Population, active: Active, module: nn.Module, i
                 share = None if probe is None else probe.share_of_effect()
                 break
     finally:
+        kept.restore(lambda _: True)
         place(population.sites, active.placed)
-        restore_tensors(population.model, kept, only_values=False)
     if share is not None:
         size = f"{share:.0%} of" if share < math.inf else "more than"
         raise UnsupportedOperationError(

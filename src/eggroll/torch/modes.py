@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.learning import sigma_for_checks
-from eggroll.torch.parameters import kept_tensors, restore_tensors
+from eggroll.torch.parameters import Kept
 from eggroll.torch.rows import Inputs, count_rows, cut, join, largest_difference, member_dim, plain_outputs
 from eggroll.torch.values import MemberContext, MemberTensor, PerturbedWeight
 
@@ -105,16 +105,16 @@ def run_vmap(call: Call) -> Any:
                 own[name] = PerturbedWeight(value.base, *pieces, name=name, kind=value.kind, context=single)
             else:
                 own[name] = pieces[0]
-        with population.swapped(own):
+        with population.swapped(own, single=True):
             leaves, structures["outputs"] = tree_flatten(population.model(*member_inputs[0], **member_inputs[1]))
         others.update((slot, leaf) for slot, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    kept = kept_tensors(population.model)
+    kept = Kept(population.model)
     try:
         tensors = torch.vmap(one, in_dims=(0, dims), randomness="error")(parts, inputs)
     finally:
-        restore_tensors(population.model, kept, only_values=False)  # tensors of the vmap mean nothing after it
+        kept.restore(lambda _: True)  # tensors of the vmap mean nothing after it
     outputs = []
     for p in range(count):
         leaves = [tensor[p] for tensor in tensors]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +70,13 @@ def parameter_sites(model: nn.Module) -> dict[str, list[Site]]:
 
 
 @contextmanager
-def swapped(model: nn.Module, sites: Mapping[str, list[Site]], values: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped(
+    model: nn.Module, sites: Mapping[str, list[Site]], values: Mapping[str, Tensor], *, single: bool
+) -> Iterator[None]:
     """Put values in the place of parameters for the length of the block; the parameters themselves stay untouched.
 
-    What the model keeps in attributes and buffers during the block is put back too where it holds values, which mean
-    nothing afterwards.
+    Modules that keep something in their attributes or buffers during the block get those back as they were where it
+    means nothing afterwards: values, and whatever tensors a single member leaves (caches made from its weights).
 
     Raises:
         UnsupportedOperationError: a parameter is not the one that the population was made with.
@@ -82,8 +84,7 @@ def swapped(model: nn.Module, sites: Mapping[str, list[Site]], values: Mapping[s
     for name in values:
         for site in sites[name]:
             _check_slot(name, site)
-    flat_weights = _flat_weights(sites, values)
-    kept = kept_tensors(model)
+    kept = Kept(model)
     try:
         place(sites, values)
         yield
@@ -91,16 +92,18 @@ def swapped(model: nn.Module, sites: Mapping[str, list[Site]], values: Mapping[s
         for name in values:
             for site in sites[name]:
                 site.module._parameters[site.attribute] = site.parameter
-        for module, original in flat_weights:
-            module._flat_weights = original
-        restore_tensors(model, kept, only_values=True)
+        kept.restore(lambda tensor: single or _is_member(tensor))
+
+
+def _is_member(tensor: Tensor) -> bool:
+    return isinstance(tensor, Value) or getattr(tensor, "_is_member", False)
 
 
 def _check_slot(name: str, site: Site) -> None:
     current = site.module._parameters.get(site.attribute)
     if current is site.parameter:
         return
-    if isinstance(current, Value) or getattr(current, "_is_member", False):
+    if current is not None and _is_member(current):
         raise UnsupportedOperationError(
             f"parameter {name!r} is perturbed by another population already; leave its block before the next"
         )
@@ -126,30 +129,44 @@ def place(sites: Mapping[str, list[Site]], values: Mapping[str, Tensor]) -> None
         module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]  # type: ignore[misc]
 
 
-def _flat_weights(sites: Mapping[str, list[Site]], values: Mapping[str, Tensor]) -> list[tuple[nn.RNNBase, list]]:
-    modules = {site.module for name in values for site in sites[name] if isinstance(site.module, nn.RNNBase)}
-    return [(module, module._flat_weights) for module in modules]
+class Kept:
+    """What the modules of a model hold in attributes, buffers and slots at one moment (references, no copies)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = {
+            module: (dict(module.__dict__), dict(module._buffers), dict(module._parameters))
+            for module in model.modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+        }
+
+    def restore(self, is_undone: Callable[[Tensor], bool]) -> None:
+        """Give back everything to modules that hold a new tensor for which ``is_undone``.
+
+        Everything, because attributes belong together: a cache and the flag that says that it is filled.
+        """
+        for module, (attributes, buffers, parameters) in self._held.items():
+            if isinstance(module, nn.RNNBase):
+                # Lists of its weights (and of references to them) that it makes anew when it finds other weights.
+                for name in ("_flat_weights", "_flat_weight_refs"):
+                    if name in attributes:
+                        module.__dict__[name] = attributes[name]
+            now: list[tuple[dict[str, Any], dict[str, Any]]] = [
+                (module.__dict__, attributes),
+                (module._buffers, buffers),
+                (module._parameters, parameters),
+            ]  # type: ignore[list-item]
+            if any(_has_new(held, before, is_undone) for held, before in now):
+                for held, before in now:
+                    held.update(before)
+                    for key in held.keys() - before.keys():
+                        del held[key]
 
 
-Kept = dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]]
-
-
-def kept_tensors(model: nn.Module) -> Kept:
-    """What a model's modules hold in plain attributes and buffers (references, no copies)."""
-    return {module: (dict(module.__dict__), dict(module._buffers)) for module in model.modules()}
-
-
-def restore_tensors(model: nn.Module, kept: Kept, *, only_values: bool) -> None:
-    """Undo assignments to attributes and buffers: of all tensors, or of values (old-style weight_norm, caches)."""
-    for module, befores in kept.items():
-        for held, before in zip((module.__dict__, module._buffers), befores, strict=True):
-            for key in [key for key, now in held.items() if isinstance(now, Tensor)]:
-                if held[key] is before.get(key) or (only_values and not isinstance(held[key], Value)):
-                    continue
-                if key in before:
-                    held[key] = before[key]
-                else:
-                    del held[key]
+def _has_new(held: Mapping[str, Any], before: Mapping[str, Any], is_undone: Callable[[Tensor], bool]) -> bool:
+    return any(
+        isinstance(tensor, Tensor) and tensor is not before.get(key) and is_undone(tensor)
+        for key, tensor in held.items()
+    )
 
 
 _RATES = (

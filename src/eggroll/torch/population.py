@@ -182,7 +182,7 @@ class Population:
         if len(chosen) == 1:
             context = MemberContext(None)
             values = self.values(generation, chosen, context, sigma=sigma)
-            with self.swapped(values):
+            with self.swapped(values, single=True):
                 yield Active(self, values, context, 1)
             return
         rows = None if rows_per_member is None else len(chosen) * rows_per_member
@@ -191,7 +191,7 @@ class Population:
         )
         values = self.values(generation, chosen, context, sigma=sigma)
         active = Active(self, values, context, len(chosen))
-        with self.swapped(values), rows_from_input(self.model, context, partial(self._learn, active)):
+        with self.swapped(values, single=False), rows_from_input(self.model, context, partial(self._learn, active)):
             yield active
 
     @contextmanager
@@ -207,11 +207,11 @@ class Population:
             self._learned.add(id(module))
 
     @contextmanager
-    def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+    def swapped(self, values: dict[str, Tensor], *, single: bool) -> Iterator[None]:
         """Put values in the place of the model's parameters for the length of the block."""
         self._active = True
         try:
-            with _batched_experts(self.model), swapped(self.model, self.sites, values):
+            with _batched_experts(self.model), swapped(self.model, self.sites, values, single=single):
                 yield
         finally:
             self._active = False
