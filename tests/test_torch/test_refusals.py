@@ -181,7 +181,7 @@ def test_the_text_names_parameter_operation_and_ways_out():
         population.model(torch.randn(4, 8))
     assert str(error.value) == (
         "parameter 'linear.bias' is perturbed and TensorBase.item turns it into float, which would have to differ "
-        "between members. Ways out: leave the parameter alone (exclude='linear.bias'), or evaluate one member at a "
+        "between members. Ways out: leave the parameter alone (exclude=['linear.bias']), or evaluate one member at a "
         'time (mode="loop"), which works for every operation.'
     )
     excluded = Population(population.model, population_size=4, exclude=["linear.bias"])

@@ -90,6 +90,8 @@ class Population:
         self.population_size = population_size
         self.sigma = sigma
         self.antithetic = antithetic
+        exclude = [exclude] if isinstance(exclude, str) else exclude
+        target_modules = [target_modules] if isinstance(target_modules, str) else target_modules
         if mode not in get_args(Mode):
             raise ConfigError(f"mode (={mode!r}) must be one of: {', '.join(get_args(Mode))}")
         if batch_dim not in (0, 1):

@@ -31,7 +31,7 @@ Layout = Literal["rows", "time_major", "shared", "mixed", "rows_or_constant"]
 ``rows_or_constant``: the leading dimension, or nowhere where the model's own buffers and parameters are used."""
 
 WAYS_OUT = (
-    "Ways out: leave the parameter alone (exclude={name!r}), or evaluate one member at a time "
+    "Ways out: leave the parameter alone (exclude=[{name!r}]), or evaluate one member at a time "
     '(mode="loop"), which works for every operation.'
 )
 
@@ -196,6 +196,11 @@ class MemberTensor(Value):
 
     def __init__(self, data: Tensor, *, name: str, context: MemberContext) -> None:
         self.data_P, self.parameter, self.context = data, name, context
+
+    @property
+    def member_shape(self) -> torch.Size:
+        """The shape that the model sees, without the detour of asking for ``shape``."""
+        return self.data_P.shape[1:]
 
     def like(self, data: Tensor) -> MemberTensor:
         """The same origin with other contents."""

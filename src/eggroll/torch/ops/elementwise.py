@@ -15,9 +15,10 @@ from eggroll.torch.values import MemberTensor, Value
 
 def spread(value: MemberTensor, x: Tensor) -> Tensor:
     """The value's data shaped to broadcast against rows ``x`` viewed as ``(P, batch, ...)``."""
-    missing = x.ndim - value.ndim
+    data = value.data_P
+    missing = x.ndim - data.ndim + 1
     assert missing >= 0, (value, x.shape)
-    return value.data_P.reshape(value.data_P.shape[0], *([1] * missing), *value.shape)
+    return data.reshape(data.shape[0], *([1] * missing), *data.shape[1:]) if missing else data
 
 
 def with_rows(
@@ -30,14 +31,14 @@ def with_rows(
         x, data = x.transpose(0, 1), data.transpose(1, 2)
     x_PB = x.view(members, -1, *x.shape[1:]) if x.is_contiguous() else x.reshape(members, -1, *x.shape[1:])
     out = flatten_rows(func(data, x_PB) if reverse else func(x_PB, data))
-    if value.ndim == 0 and out.is_floating_point() and x.is_floating_point():
+    if value.data_P.ndim == 1 and out.is_floating_point() and x.is_floating_point():
         out = out.to(x.dtype)  # a scalar parameter does not promote what it meets
     return out.transpose(0, 1) if time_major else out
 
 
 def combine(func: Callable[..., Tensor], x: Tensor, value: MemberTensor, *, reverse: bool = False) -> Any:
     """``func(x, value)`` (or reversed) for a plain tensor in whichever layout it has."""
-    layout = layout_in_broadcast(value.context, value.parameter, x, tuple(value.shape))
+    layout = layout_in_broadcast(value.context, value.parameter, x, value.member_shape)
     if layout == "shared":
         return NotImplemented
     return with_rows(func, x, value, reverse=reverse, time_major=layout == "time_major")

@@ -88,6 +88,8 @@ def layout_of_ids(context: MemberContext, name: str, ids: Tensor) -> Layout:
 def layout_in_broadcast(context: MemberContext, name: str, x: Tensor, value_shape: tuple[int, ...]) -> Layout:
     """Where the population sits in a tensor that is broadcast with a value of a shape (as the model sees it)."""
     missing = x.ndim - len(value_shape)
+    if missing > 0 and x.shape[0] == context.rows and context.layouts.get((name, "elementwise", x.ndim)) == "rows":
+        return "rows"
     if x.ndim == 0 or missing < 0:
         return "shared"
     free = missing
@@ -144,5 +146,5 @@ def ambiguous(context: MemberContext, name: str, use: str, x: Tensor) -> Unsuppo
     return UnsupportedOperationError(
         f"parameter {name!r} is {what} of shape {tuple(x.shape)}, made inside the model, and with {context.rows} rows "
         "its sizes do not tell whether it holds the members. Another batch size or sequence length may; or leave the "
-        f'parameter alone (exclude={name!r}), or evaluate one member at a time (mode="loop").'
+        f'parameter alone (exclude=[{name!r}]), or evaluate one member at a time (mode="loop").'
     )

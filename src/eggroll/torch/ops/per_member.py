@@ -121,7 +121,7 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], nam
     if isinstance(target, PerturbedWeight) or getattr(target, "_is_param", False):
         raise UnsupportedOperationError(
             f"parameter {target.parameter!r} is perturbed and would be changed in place by {name_of(func)}; a "
-            f"parameter is never changed during an evaluation. Leave it alone (exclude={target.parameter!r})"
+            f"parameter is never changed during an evaluation. Leave it alone (exclude=[{target.parameter!r}])"
         )
     if func is Tensor.__setitem__ and not isinstance(target, Value) and not _keeps_rows(target, args[1]):
         raise _no_rule(name, func, "where rows are addressed by an index, so that a row's member is not known")
