@@ -146,15 +146,21 @@ class Loop:
                 if start == 0:
                     self._log_start()
                 for generation in range(start, self.config.generations):
-                    metrics = self._generation(generation)
+                    sigma = self.config.sigma_at(generation)
+                    evaluate_start = time.perf_counter()
+                    evaluation = self.evaluate(generation, sigma)
+                    seconds = time.perf_counter() - evaluate_start
+                    metrics: dict[str, Any] = {}
                     try:
+                        with _uninterrupted():
+                            metrics = self._update(generation, sigma, evaluation, seconds)
                         self._evaluate_when_due(metrics, generation + 1)
                     finally:
-                        # Also when Ctrl-C came during the held-out evaluation: the update has been taken by then.
-                        metrics["elapsed_s"] = time.perf_counter() - began
-                        self.history.append(metrics)
-                        with _uninterrupted():
-                            self._log(metrics)
+                        if metrics:  # the update has been taken, even if Ctrl-C has come since
+                            metrics["elapsed_s"] = time.perf_counter() - began
+                            self.history.append(metrics)
+                            with _uninterrupted():
+                                self._log(metrics)
                     if self._due(generation + 1, self.checkpoint_every):
                         self._checkpoint(generation + 1)
                     if self.stop is not None and self.stop(metrics):
@@ -165,12 +171,10 @@ class Loop:
             self._checkpoint(self.applied)
         return self.history
 
-    def _generation(self, generation: int) -> dict[str, Any]:
-        config = self.config
-        sigma, lr = config.sigma_at(generation), config.lr_at(generation)
-        evaluate_start = time.perf_counter()
-        evaluation = self.evaluate(generation, sigma)
-        update_start = time.perf_counter()
+    def _update(self, generation: int, sigma: float, evaluation: Evaluation, seconds: float) -> dict[str, Any]:
+        """Shape, log, apply: from the log entry to the new weights and their metrics there is no way out half-way."""
+        config, lr = self.config, self.config.lr_at(generation)
+        start = time.perf_counter()
         shaped = shape_fitness(
             evaluation.fitness,
             method=config.fitness_shaping,
@@ -179,15 +183,13 @@ class Loop:
             elite_k=config.elite_k,
         )
         record = UpdateRecord.make(generation, sigma, lr, shaped)
-        with _uninterrupted():
-            # From the log entry to the new weights there is no way out half-way.
-            if self.run is not None:
-                self.run.append_update(record)
-            norm = self.learner.apply(record)
-            self.applied = generation + 1
-        end = time.perf_counter()
-        seconds = update_start - evaluate_start
-        metrics: dict[str, Any] = {
+        if self.run is not None:
+            self.run.append_update(record)
+        norm = self.learner.apply(record)
+        self.applied = generation + 1
+        if self.run is not None and evaluation.samples:
+            self.run.append_samples([{"generation": generation + 1, **row} for row in evaluation.samples])
+        return {
             "generation": generation + 1,
             **fitness_metrics(evaluation.fitness),
             "sigma": sigma,
@@ -196,12 +198,9 @@ class Loop:
             "members_per_s": config.population_size / max(seconds, 1e-9),
             **({"tokens_per_s": evaluation.tokens / max(seconds, 1e-9)} if evaluation.tokens else {}),
             "evaluate_s": seconds,
-            "update_s": end - update_start,
+            "update_s": time.perf_counter() - start,
             **evaluation.metrics,
         }
-        if self.run is not None and evaluation.samples:
-            self.run.append_samples([{"generation": generation + 1, **row} for row in evaluation.samples])
-        return metrics
 
     def _evaluate_when_due(self, metrics: dict[str, Any], generation: int) -> None:
         last = generation == self.config.generations
