@@ -131,7 +131,8 @@ def test_linear_uses_it_and_agrees_with_plain_operations(middle, rank, dtype, ca
     x, weight, bias = torch.randn(8, *middle, 48).to(dtype), torch.randn(33, 48).to(dtype), torch.randn(33).to(dtype)
     _, _, a, b = case(4, 2, 48, 33, rank, dtype)
     got = low_rank.linear(x, weight, a, b, bias)
-    assert calls == [rank <= low_rank_c.MAX_RANK]
+    many = dtype == torch.bfloat16 and rank > 1 and rank * 2 * math.prod(middle) > low_rank_c.MAX_COLUMNS_BF16
+    assert calls == [rank <= low_rank_c.MAX_RANK and not many]
     monkeypatch.setattr(low_rank_c, "add_", lambda *args: False)
     expected = low_rank.linear(x, weight, a, b, bias)
     assert got.shape == (8, *middle, 33)

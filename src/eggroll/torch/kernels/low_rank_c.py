@@ -24,8 +24,10 @@ from eggroll.torch.kernels import compile_c
 # the whole process treats denormal numbers.
 FLAGS = ("-fassociative-math", "-fno-signed-zeros", "-ffp-contract=fast")
 MAX_RANK = 8
-PARALLEL_FROM = 1 << 16
+PARALLEL_FROM = 1 << 17
 """Calls of at least this many multiply-adds are shared out to threads."""
+MAX_COLUMNS_BF16 = 64
+"""In bfloat16, a member's rows times a rank above 1, beyond which a batched product (with its tiles) is faster."""
 
 _SOURCE = """
 #include <stdint.h>
@@ -125,6 +127,8 @@ def add_(out_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) -> bool:
     if rank > MAX_RANK or x_Rn.dtype != out_Rm.dtype or not _is_plain(x_Rn) or not _usable(out_Rm, a_Pmr, b_Pnr):
         return False
     members, m, n = a_Pmr.shape[0], a_Pmr.shape[1], b_Pnr.shape[1]
+    if rank > 1 and x_Rn.dtype == torch.bfloat16 and x_Rn.numel() * rank > MAX_COLUMNS_BF16 * members * n:
+        return False
     return _call(out_Rm, x_Rn.data_ptr(), a_Pmr.data_ptr(), b_Pnr.data_ptr(), None, members, n, m, rank, n + m)
 
 
