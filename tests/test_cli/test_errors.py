@@ -109,8 +109,8 @@ def test_data_that_is_not_there_or_empty(eggroll):
     )
     assert refused(
         eggroll(*tune),
-        "--reward score.py needs prompts to answer: give --prompts with a .jsonl or .txt file, a folder or a hub id. Without "
-        "it wikitext-2 would be taken, but data set 'Salesforce/wikitext:wikitext-2-raw-v1'",
+        "--reward score.py needs prompts to answer: give --prompts with a .jsonl or .txt file, a folder or a hub id. "
+        "Without it wikitext-2 would be taken, but data set 'Salesforce/wikitext:wikitext-2-raw-v1'",
     )
     assert refused(
         eggroll(*tune, "--prompts", "prompts.txt", "-d", "texts.txt"),

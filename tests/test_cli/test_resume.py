@@ -1,5 +1,6 @@
 """Runs that are stopped in every way and continued end as if nothing had happened, bit for bit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -122,6 +123,17 @@ def test_changed_settings_are_refused(eggroll):
     (eggroll.work / "tiny2").symlink_to(eggroll.work / "tiny")
     assert 'MODEL: "tiny" in the run, "tiny2" now' in eggroll("tune", "tiny2", "--resume", "run").err
     assert len(RunDir.open("run").updates()) == 2
+
+
+def test_runs_from_before_an_option_existed(eggroll):
+    assert eggroll.tune("-g", "1", "-o", "run").status == 0
+    path = eggroll.work / "run/config.json"
+    config = json.loads(path.read_text())
+    del config["options"]["noise_reuse"]
+    path.write_text(json.dumps(config))
+    done = eggroll("tune", "--resume", "run", "-g", "2")
+    assert done.status == 0, done.err
+    assert "--noise-reuse: 1 in the run, 2 now" in eggroll("tune", "--resume", "run", "--noise-reuse", "2").err
 
 
 def test_no_run_to_resume(eggroll):

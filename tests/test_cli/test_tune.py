@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll.cli.main import COMMANDS
+from eggroll.cli.session import _cell
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
 
@@ -19,8 +21,14 @@ FLAGS = {
         MODEL --reward/-r --task --dataset/-d --prompts --eval-prompts --output/-o --resume --generations/-g
         --population/-p/--population-size --rank --sigma --lr --target-modules --exclude --embeddings --head --vectors
         --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
-        --weight-decay --fitness-shaping --batch-size --max-tokens --max-length --temperature --system --batch-members
-        --eval-every --checkpoint-every --dtype --device --backend --report-to --seed --trust-remote-code
+        --weight-decay --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
+        --batch-members --eval-every --checkpoint-every --dtype --device --backend --report-to --seed
+        --trust-remote-code
+    """,
+    "info": """
+        MODEL --population/-p/--population-size --rank --target-modules --exclude --embeddings --head --vectors
+        --optimizer --sampling --batch-size --prompt-tokens --max-tokens --max-length --batch-members --dtype --device
+        --trust-remote-code
     """,
     "replay": "RUN --to --output/-o",
     "report": "RUN",
@@ -270,6 +278,11 @@ def test_a_task_brings_its_settings(eggroll):
     done = eggroll("tune", "tiny", "--task", "one_sentence", *given, "--eval-prompts", "held.txt", "-o", "other")
     assert done.status == 1
     assert done.err.startswith('error: the reward "one_sentence" needs a column "answer"')
+
+
+def test_what_models_write_does_not_command_the_terminal(capsys):
+    Console(width=80).print(_cell("\x1b[2J\x1b]0;gone\x07 [bold]as it is[/]\n\ttwo  lines\x00", 0.5))
+    assert capsys.readouterr().out == "\ufffd[2J\ufffd]0;gone\ufffd [bold]as it is[/] two lines\ufffd  (0.50)\n"
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ arg = tyro.conf.arg
 class InfoOptions:
     """What ``eggroll info`` can be told: settings of ``eggroll tune`` that change what a run needs."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Hub id, local directory, .gguf file, or smollm2-135m."""
     population: Annotated[int, arg(aliases=["-p", "--population-size"])] = 64
     """Members per generation."""

@@ -33,7 +33,7 @@ def replay(options: ReplayOptions) -> int:
     """Rebuild the weights of a generation from the base model and the run's log."""
     from rich.progress import track
 
-    from eggroll.cli.tune import _options_of_run
+    from eggroll.cli.tune import options_of_run
     from eggroll.core.records import UpdateRecord
     from eggroll.llm import models
     from eggroll.llm.export import load_line, save_pretrained
@@ -43,7 +43,7 @@ def replay(options: ReplayOptions) -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     run = RunDir.open(options.run)
-    settings = _options_of_run(options.run)
+    settings = options_of_run(options.run)
     with console.status(f"loading {settings.model} ..."):
         loaded = models.load(settings.model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     replica = replica_for(loaded.model, settings.config())

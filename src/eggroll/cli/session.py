@@ -14,7 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eggroll.cli.tune import DEFAULT_DATASET, RESUME_FREE, TuneOptions, command_line, option_dict, run_path
+from eggroll.cli.tune import (
+    DEFAULT_DATASET,
+    RESUME_FREE,
+    TuneOptions,
+    command_line,
+    option_dict,
+    options_of_run,
+    run_path,
+)
 from eggroll.errors import ConfigError, DataError, EggrollError
 from eggroll.llm import models
 from eggroll.llm.data import load_examples
@@ -232,7 +240,8 @@ def _load(source: str, options: TuneOptions) -> list[Any]:
 
 def _check_resumed(run: RunDir, settings: dict[str, Any]) -> None:
     """Refuse changed settings, one line for each, under the names of the command line."""
-    stored = RunDir(run.path, _as_flags(run.config["options"]), run.environment)
+    # Read as options, so that a run from before an option existed has its default.
+    stored = RunDir(run.path, _as_flags(option_dict(options_of_run(str(run.path)))), run.environment)
     stored.check_config(_as_flags(settings["options"]), may_change=[_flag(name) for name in RESUME_FREE])
 
 
@@ -255,7 +264,8 @@ def _text(sample: Any) -> tuple[str, float | None]:
 
 
 def _cell(text: Any, reward: float | None) -> str:
-    shown = escape(" ".join(str(text).split()))
+    # What a model writes may hold control characters, which a terminal would obey.
+    shown = escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(text).split())))
     return shown if reward is None else f"{shown}  [dim]({reward:.2f})[/]"
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from eggroll.core.config import OptimizerName, Sampling, Shaping
+from eggroll.core.config import OptimizerName, Rounding, Sampling, Shaping
 from eggroll.core.schedules import ScheduleName
 from eggroll.errors import ConfigError, RunError
 from eggroll.llm.config import Dtype, EggrollConfig
@@ -82,6 +82,8 @@ class TuneOptions:
     """L2 regularisation."""
     fitness_shaping: Shaping = "centered_rank"
     """How scores become weights."""
+    rounding: Rounding = "auto"
+    """How steps reach 16-bit weights: float32 master copies (auto), stochastic rounding, or nearest (loses most)."""
     batch_size: int = 8
     """Prompts or texts per generation."""
     max_tokens: int = 128
@@ -135,11 +137,12 @@ def resumed_options(arguments: list[str]) -> TuneOptions | None:
             continue
         if not value and index + 1 < len(arguments):
             value = arguments[index + 1]
-        return dataclasses.replace(_options_of_run(value), resume=value)
+        return dataclasses.replace(options_of_run(value), resume=value)
     return None
 
 
-def _options_of_run(path: str) -> TuneOptions:
+def options_of_run(path: str) -> TuneOptions:
+    """The options that a run was started with."""
     from eggroll.run.run_dir import RunDir
 
     stored = RunDir.open(path).config.get("options")
