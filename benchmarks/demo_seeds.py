@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import RESULTS, hardware, slug
+from common import RESULTS, ROOT, hardware, slug
 
 from eggroll.run.provenance import git_revision, versions
 
@@ -71,7 +71,7 @@ def main() -> None:
         return
     today = datetime.date.today().isoformat()
     path = RESULTS / f"demo_{slug(hardware())}_{today}.json"
-    facts = {"hardware": hardware(), "date": today, "revision": git_revision(), "versions": versions()}
+    facts = {"hardware": hardware(), "date": today, "revision": git_revision(ROOT), "versions": versions()}
     path.write_text(json.dumps({"what": "demo", **facts, "summary": summary, "seeds": results}, indent=2) + "\n")
     print(path)
 

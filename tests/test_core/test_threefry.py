@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eggroll.core import threefry
+from eggroll.core import normal, threefry
 
 # NumPy's and XLA's log1p differ in the last place, which the polynomial carries to at most 3 ulp.
 NORMAL_ULPS = 4
@@ -111,7 +111,7 @@ def test_normals_of_part_of_a_draw():
 
 def test_every_word_gives_a_finite_normal():
     bits = np.array([0, 1, 511, 512, 2**31 - 1, 2**31, 2**32 - 512, 2**32 - 1], np.uint32)
-    normals = threefry.bits_to_normal(bits)
+    normals = normal.bits_to_normal(bits)
     assert normals.dtype == np.float32
     assert np.isfinite(normals).all()
     # sqrt(2) * erfinv of the lowest and the highest uniform, 2**-24 above -1 and 3 * 2**-24 below 1.

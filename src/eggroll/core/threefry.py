@@ -12,6 +12,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from eggroll.core.normal import bits_to_normal
+
 NOISE_VERSION = 1
 
 Key = tuple[int, int]
@@ -20,7 +22,6 @@ Key = tuple[int, int]
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 _MASK = 0xFFFFFFFF
-_LOWEST_UNIFORM = np.nextafter(np.float32(-1.0), np.float32(0.0))
 
 
 def threefry2x32(
@@ -76,15 +77,6 @@ def random_bits(key: Key, count: int, *, start: int = 0) -> NDArray[np.uint32]:
     return x0 ^ x1
 
 
-def bits_to_normal(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Standard normals (float32) from 32-bit words: ``sqrt(2) * erfinv(u)``, u uniform on [nextafter(-1, 0), 1)."""
-    mantissa = (bits >> np.uint32(9)) | np.uint32(0x3F800000)
-    unit = mantissa.view(np.float32) - np.float32(1.0)
-    span = np.float32(1.0) - _LOWEST_UNIFORM
-    uniform = np.maximum(_LOWEST_UNIFORM, unit * span + _LOWEST_UNIFORM)
-    return (np.float32(np.sqrt(2.0)) * _erfinv(uniform)).astype(np.float32)
-
-
 def normal(key: Key, shape: tuple[int, ...], *, start: int = 0) -> NDArray[np.float32]:
     """Standard normals of ``shape`` in float32, in C order, as ``jax.random.normal(key, shape)``.
 
@@ -92,18 +84,3 @@ def normal(key: Key, shape: tuple[int, ...], *, start: int = 0) -> NDArray[np.fl
     """
     count = int(np.prod(shape, dtype=np.int64))
     return bits_to_normal(random_bits(key, count, start=start)).reshape(shape)
-
-
-def _erfinv(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Inverse error function in float32: Giles' two polynomials (2010), the ones that XLA evaluates."""
-    small = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503,
-             -0.00417768164, 0.246640727, 1.50140941)  # fmt: skip
-    large = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773, -0.0076224613,
-             0.00943887047, 1.00167406, 2.83297682)  # fmt: skip
-    w = -np.log1p(-x * x)
-    is_small = w < np.float32(5.0)
-    shifted = np.where(is_small, w - np.float32(2.5), np.sqrt(w) - np.float32(3.0)).astype(np.float32)
-    result = np.where(is_small, np.float32(small[0]), np.float32(large[0]))
-    for low, high in zip(small[1:], large[1:], strict=True):
-        result = np.where(is_small, np.float32(low), np.float32(high)) + result * shifted
-    return (result * x).astype(np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from eggroll.core.config import ESConfig
+from eggroll.core.config import ESConfig, OptimizerName
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -21,6 +21,9 @@ class EggrollConfig(ESConfig):
         ConfigError: one or several settings cannot work; the message lists all of them.
     """
 
+    optimizer: OptimizerName = "adam"
+    """How the estimate becomes a step. Adam's step does not depend on the scale of scores or the population's size, so
+    the default ``lr`` is a size per entry; it keeps two float32 numbers per evolved entry, ``sgd`` keeps none."""
     max_tokens: int = 128
     """Longest completion, in tokens."""
     temperature: float = 0.0

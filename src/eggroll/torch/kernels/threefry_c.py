@@ -2,7 +2,7 @@
 
 The source below compiles in a tenth of a second (:mod:`eggroll.torch.kernels.compile_c`), where torch.compile takes
 half a minute for the same loop (and then runs at half the speed). The floats are those of ``threefry_eager``, bit for
-bit (``threefry_spec`` says why); that is checked on loading.
+bit (``core/normal.py`` says why); that is checked on loading.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eggroll.core import normal as spec
 from eggroll.torch.kernels import compile_c, threefry_eager
-from eggroll.torch.kernels import threefry_spec as spec
 
 FLAGS = ("-ffp-contract=off",)
 """No fused multiply-add, so that every compiler rounds alike."""

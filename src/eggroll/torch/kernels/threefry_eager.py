@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eggroll.core.normal import CENTRE, LOG, MINUS_LN_2, SQRT_2, SQRT_HALF_BITS, TAIL, TAIL_FROM
 from eggroll.core.threefry import PARITY, ROTATIONS
-from eggroll.torch.kernels.threefry_spec import CENTRE, LOG, MINUS_LN_2, SQRT_2, SQRT_HALF_BITS, TAIL, TAIL_FROM
 
 BLOCK_PER_THREAD = 1 << 16
 BLOCK_ON_DEVICE = 1 << 24

@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eggroll.torch.kernels import threefry_spec as spec
+from eggroll.core import normal as spec
 
 MAX_BLOCK = 1024
 

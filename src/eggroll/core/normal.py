@@ -1,4 +1,4 @@
-"""The numbers of the noise specification (docs/noise-spec.md, version 1) that every kernel shares.
+"""From random bits to normals: the recipe and the numbers of the noise specification (docs/noise-spec.md, version 1).
 
 A normal is made from its 32 bits by additions, multiplications, divisions and square roots in float32 alone, each
 rounded once and none fused, so every implementation that follows the recipe gives the same float, bit for bit:
@@ -15,6 +15,7 @@ CENTRE and TAIL are Giles' polynomials for the inverse error function, the ones 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def _rounded(*values: float) -> tuple[float, ...]:
@@ -34,3 +35,27 @@ TAIL = _rounded(
 )  # fmt: skip
 MINUS_LN_2, SQRT_2 = _rounded(-np.log(2.0), np.sqrt(2.0))
 TAIL_FROM = 5.0
+
+
+def bits_to_normal(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Standard normals (float32) from 32-bit words, ``sqrt(2) * erfinv(u)``, operation for operation as above."""
+    one = np.float32(1.0)
+    n = (bits ^ np.uint32(0x80000000)).view(np.int32) >> 9
+    x = n.astype(np.float32) * np.float32(2.0**-22) + np.float32(2.0**-24)
+    s_bits = (one - x * x).view(np.int32)
+    exponent = (s_bits - np.int32(SQRT_HALF_BITS)) >> 23
+    m = (s_bits - (exponent << 23)).view(np.float32)
+    g: NDArray[np.float32] = (m - one) / (m + one)
+    w = exponent.astype(np.float32) * np.float32(MINUS_LN_2) + g * _horner(LOG, g * g)
+    in_tail = w >= np.float32(TAIL_FROM)
+    centre = _horner(CENTRE, w - np.float32(2.5))
+    tail = _horner(TAIL, np.sqrt(np.maximum(w, np.float32(0.0))) - np.float32(3.0))
+    return np.where(in_tail, tail, centre) * x * np.float32(SQRT_2)
+
+
+def _horner(coefficients: tuple[float, ...], z: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The polynomial, highest power first, each product and each sum rounded to float32."""
+    result = np.full_like(z, coefficients[0])
+    for coefficient in coefficients[1:]:
+        result = result * z + np.float32(coefficient)
+    return result
