@@ -161,7 +161,7 @@ def test_what_a_person_reads(eggroll):
     assert "tiny on score.py: generation 0 of 2" in out
     assert sum(line.startswith("generation 2/2 | fitness mean -") for line in out) == 1
     assert any(line.startswith("held-out reward  -") and " before, " in line for line in out)
-    assert "the same held-out prompts, before and after" in done.out
+    assert "that changed, with their rewards" in done.out
     assert "model    run/model" in out
     assert 'load it  AutoModelForCausalLM.from_pretrained("run/model")' in out
     assert done.err == ""

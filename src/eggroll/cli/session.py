@@ -201,10 +201,12 @@ class Session:
         scores = [line["heldout_reward"] for line in run.metrics() if "heldout_reward" in line]
         if len(scores) >= 2:
             self.console.print(f"\nheld-out reward  [bold]{scores[0]:.3f} before, {scores[-1]:.3f} after[/]")
-        rows = [row for row in before_and_after(run.samples()) if row.before is not None and row.after is not None]
+        compared = [row for row in before_and_after(run.samples()) if row.before is not None and row.after is not None]
+        rows = [row for row in compared if _text(row.before)[0] != _text(row.after)[0]]
         if not rows:
             return
-        table = Table(title="the same held-out prompts, before and after", title_justify="left", expand=True)
+        title = f"the first of {len(rows)} held-out answers (of {len(compared)}) that changed, with their rewards"
+        table = Table(title=title, title_justify="left", expand=True)
         table.add_column("prompt", ratio=2)
         table.add_column("before", ratio=3)
         table.add_column("after", ratio=3)
