@@ -70,7 +70,7 @@ def main() -> None:
     if options.quick:
         return
     today = datetime.date.today().isoformat()
-    path = RESULTS / f"demo_{slug(hardware())}_{today}.json"
+    path = RESULTS / "demo" / f"demo_{slug(hardware())}_{today}.json"
     facts = {"hardware": hardware(), "date": today, "revision": git_revision(ROOT), "versions": versions()}
     path.write_text(json.dumps({"what": "demo", **facts, "summary": summary, "seeds": results}, indent=2) + "\n")
     print(path)
