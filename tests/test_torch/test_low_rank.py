@@ -65,7 +65,7 @@ def threads(request, monkeypatch):
 def calls(monkeypatch):
     """What the calls of the C library answered: True where it did the work."""
     answers = []
-    for name in ("add_", "add_gathered_"):
+    for name in ("can_add", "add_gathered_"):
         real = getattr(low_rank_c, name)
         monkeypatch.setattr(low_rank_c, name, lambda *args, real=real: answers.append(real(*args)) or answers[-1])
     return answers
@@ -124,7 +124,7 @@ def test_bfloat16_is_rounded_to_the_nearest_even():
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rank", [1, 4, 8, 9])
+@pytest.mark.parametrize("rank", [1, 4, 8, 17])
 @pytest.mark.parametrize("middle", [(), (3,), (2, 3)])
 def test_linear_uses_it_and_agrees_with_plain_operations(middle, rank, dtype, calls, monkeypatch):
     torch.manual_seed(1)
@@ -165,8 +165,6 @@ def test_rows_that_are_not_one_block_of_memory_are_left_to_plain_operations():
     before = out.clone()
     wide = torch.randn(4, 32)
     assert not low_rank_c.add_(out, wide[:, ::2], a, b)
-    assert not low_rank_c.add_(out, x, torch.randn(4, 32, 1)[:, ::2], b)
-    assert not low_rank_c.add_(out, x, a, torch.randn(1, 16, 1).expand(4, 16, 1))
     assert not low_rank_c.add_(out.t(), x, a, b)
     assert not low_rank_c.add_(out, x.double(), a.double(), b.double())
     assert not low_rank_c.add_(out, x.bfloat16(), a, b)
@@ -174,6 +172,54 @@ def test_rows_that_are_not_one_block_of_memory_are_left_to_plain_operations():
     assert not low_rank_c.add_(out.half(), x.half(), a.half(), b.half())
     assert not low_rank_c.add_gathered_(out, torch.zeros(4, dtype=torch.int32), a, b)
     assert torch.equal(out, before)
+
+
+@NEEDS_COMPILER
+def test_factors_may_lie_in_any_order_in_memory():
+    out, x, _, _ = case(4, 3, 24, 40, 3)
+    strided, repeated = torch.randn(4, 80, 3)[:, ::2], torch.randn(1, 24, 3).expand(4, 24, 3)
+    expected = exact(out, x, strided, repeated)
+    assert low_rank_c.add_(out, x, strided, repeated)
+    assert worst(out, expected) <= TOLERANCE[torch.float32] * expected.abs().max()
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [1, 3, 16])
+@pytest.mark.parametrize("kind", ["none", "shared", "own"])
+def test_linear_in_blocks_adds_the_bias_of_all_members_or_of_each(kind, rank, dtype, monkeypatch):
+    """Blocks of three members, so that the last one is smaller; against float64, and as exact as plain operations."""
+    monkeypatch.setattr(low_rank, "BLOCK_BYTES", 3 * 5 * (19 + 33) * dtype.itemsize)
+    torch.manual_seed(2)
+    x, weight = torch.randn(8 * 5, 19).to(dtype), torch.randn(33, 19).to(dtype)
+    _, _, a, b = case(8, 5, 19, 33, rank, dtype)
+    bias = {"none": None, "shared": torch.randn(33).to(dtype), "own": torch.randn(8, 33).to(dtype)}[kind]
+    added = 0 if bias is None else (bias if kind == "shared" else bias.repeat_interleave(5, 0)).double()
+    expected = exact(x.double() @ weight.double().T + added, x, a, b)
+    got = low_rank.linear(x, weight, a, b, bias)
+    monkeypatch.setattr(low_rank_c, "can_add", lambda *args: False)
+    plain = low_rank.linear(x, weight, a, b, bias)
+    assert worst(got, expected) <= max(2 * worst(plain, expected), TOLERANCE[dtype] * expected.abs().max().item())
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [1, 3, 17])
+@pytest.mark.parametrize("kind", ["none", "shared", "own"])
+@pytest.mark.parametrize("batch", [(), (1,), (7,), (2, 3)])
+def test_an_input_of_all_members_is_multiplied_once(batch, kind, rank, dtype, threads, monkeypatch):
+    torch.manual_seed(3)
+    x, weight = torch.randn(*batch, 19).to(dtype), torch.randn(33, 19).to(dtype)
+    _, _, a, b = case(4, 1, 19, 33, rank, dtype)
+    bias = {"none": None, "shared": torch.randn(33).to(dtype), "own": torch.randn(4, 33).to(dtype)}[kind]
+    rows = x.reshape(-1, 19).repeat(4, 1)
+    added = 0 if bias is None else (bias.expand(4, 33)).double().repeat_interleave(len(rows) // 4, 0)
+    expected = exact(rows.double() @ weight.double().T + added, rows, a, b).view(4, *batch, 33)
+    got = low_rank.linear_shared(x, weight, a, b, bias)
+    monkeypatch.setattr(low_rank_c, "add_shared", lambda *args: False)
+    plain = low_rank.linear_shared(x, weight, a, b, bias)
+    assert got.shape == plain.shape == expected.shape
+    assert worst(got, expected) <= max(2 * worst(plain, expected), TOLERANCE[dtype] * expected.abs().max().item())
 
 
 @NEEDS_COMPILER

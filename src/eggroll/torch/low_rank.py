@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from eggroll.torch.kernels import low_rank_c
 
+BLOCK_BYTES = 2**22
+"""Inputs and outputs of a block of members, which are still in cache when the term is added to the base product."""
+
 
 def add_low_rank_(out_PRm: Tensor, x_PRn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) -> Tensor:
     """``out += (x b) a^T`` in place, member by member.
@@ -31,25 +34,62 @@ def add_low_rank_(out_PRm: Tensor, x_PRn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) 
 
 
 def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m: Tensor | None = None) -> Tensor:
-    """Rows ``(P * batch, ..., n)`` through ``weight + a_p b_p^T``: ``(P * batch, ..., m)``."""
-    members = a_Pmr.shape[0]
+    """Rows ``(P * batch, ..., n)`` through ``weight + a_p b_p^T``: ``(P * batch, ..., m)``.
+
+    ``bias`` is ``(m,)``, or ``(P, m)``: one for each member.
+    """
     x_Rn = x_Rn.contiguous()  # strided rows would be multiplied one by one, each with a copy of the weight in bfloat16
-    out = F.linear(x_Rn, weight_mn, bias_m)
-    if low_rank_c.add_(out, x_Rn, a_Pmr, b_Pnr) or out.numel() == 0:
+    if low_rank_c.can_add(x_Rn, a_Pmr, b_Pnr, bias_m, weight_mn):
+        return _linear_in_blocks(x_Rn, weight_mn, a_Pmr, b_Pnr, bias_m)
+    members = a_Pmr.shape[0]
+    own_bias = bias_m is not None and bias_m.ndim > 1
+    out = F.linear(x_Rn, weight_mn, None if own_bias else bias_m)
+    if out.numel() == 0:
         return out
-    x_PRn = x_Rn.reshape(members, -1, x_Rn.shape[-1])
     out_PRm = out.view(members, -1, out.shape[-1])
-    add_low_rank_(out_PRm, x_PRn, a_Pmr, b_Pnr)
+    add_low_rank_(out_PRm, x_Rn.reshape(members, -1, x_Rn.shape[-1]), a_Pmr, b_Pnr)
+    if own_bias:
+        assert bias_m is not None
+        out_PRm.add_(bias_m.unsqueeze(1))
+    return out
+
+
+def _linear_in_blocks(
+    x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m: Tensor | None
+) -> Tensor:
+    """Block after block of members, so that the term is added while the base product is still in cache."""
+    members, m, n = a_Pmr.shape[0], a_Pmr.shape[1], b_Pnr.shape[1]
+    out = x_Rn.new_empty((*x_Rn.shape[:-1], m))
+    if out.numel() == 0:
+        return out
+    x_PRn, out_PRm, weight_nm = x_Rn.view(members, -1, n), out.view(members, -1, m), weight_mn.detach().t()
+    per_member = (n + m) * out_PRm.shape[1] * x_Rn.element_size()
+    step = max(1, BLOCK_BYTES // per_member)
+    if members <= step + step // 2:
+        step = members
+    own_bias = bias_m is not None and bias_m.ndim > 1
+    for first in range(0, members, step):
+        part = slice(first, first + step)
+        x, y = x_PRn[part], out_PRm[part]
+        torch.mm(x.view(-1, n), weight_nm, out=y.view(-1, m))
+        low_rank_c.add_unchecked_(y, x, a_Pmr[part], b_Pnr[part], bias_m[part] if own_bias else bias_m)
     return out
 
 
 def linear_shared(x_n: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m: Tensor | None = None) -> Tensor:
-    """One input ``(..., n)`` for all members: ``(P, ..., m)``."""
-    members = a_Pmr.shape[0]
-    base = F.linear(x_n, weight_mn, bias_m)
+    """One input ``(..., n)`` for all members: ``(P, ..., m)``. ``bias`` is ``(m,)`` or ``(P, m)``.
+
+    The base product is made once, whatever the number of members.
+    """
+    members, m = a_Pmr.shape[0], a_Pmr.shape[1]
     x_Rn = x_n.reshape(-1, x_n.shape[-1])
-    low = (x_Rn @ b_Pnr) @ a_Pmr.transpose(1, 2)
-    return base.unsqueeze(0) + low.reshape(members, *base.shape)
+    base_Rm = F.linear(x_Rn, weight_mn)
+    out = torch.empty((members, *base_Rm.shape), dtype=base_Rm.dtype, device=base_Rm.device)
+    if not low_rank_c.add_shared(out, base_Rm, x_Rn, a_Pmr, b_Pnr, bias_m):
+        out = torch.baddbmm(base_Rm.unsqueeze(0), x_Rn @ b_Pnr, a_Pmr.transpose(1, 2))
+        if bias_m is not None:
+            out = out + (bias_m.unsqueeze(1) if bias_m.ndim > 1 else bias_m)
+    return out.view(members, *x_n.shape[:-1], m)
 
 
 def matmul_single(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

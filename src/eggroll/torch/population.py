@@ -146,10 +146,11 @@ class Population:
     ) -> Tensor:
         center = self.parameter(spec.name).detach()
         if spec.low_rank:
-            a, b = self.noise.factors(spec, draws)
+            # The rank before the long dimension in memory: see PerturbedWeight.
+            a, b = (factor.transpose(-1, -2) for factor in self.noise.factors(spec, draws))
             scale = (signs * (sigma / self.noise.rank**0.5)).view(-1, *([1] * (a.ndim - 1)))
-            a = (a[index] * scale).to(center.dtype)
-            b = b.to(center.dtype)[index]
+            a = (a[index] * scale).to(center.dtype, memory_format=torch.contiguous_format).transpose(-1, -2)
+            b = b.to(center.dtype, memory_format=torch.contiguous_format)[index].transpose(-1, -2)
             if context.single:
                 a, b = a[0], b[0]
             return PerturbedWeight(center, a, b, name=spec.name, kind=spec.kind, context=context)

@@ -132,7 +132,8 @@ class PerturbedWeight(Value):
 
     Args:
         base: the centre, shape ``(m, n)``, ``(E, m, n)`` for experts, or a convolution kernel ``(m, C, *k)``.
-        a: ``(P, *batch, m, r)``, or without ``P`` for a single member; sigma, 1/sqrt(r) and the sign are in it.
+        a: ``(P, *batch, m, r)``, or without ``P`` for a single member; sigma, 1/sqrt(r) and the sign are in it. In
+            memory the rank comes before ``m`` (and before ``n`` in ``b``), so that products run along long rows.
         b: ``(P, *batch, n, r)``, likewise.
     """
 
@@ -155,7 +156,7 @@ class PerturbedWeight(Value):
 
     def chosen(self, index: Tensor) -> PerturbedWeight:
         """The factors of members at ``index`` (a subset, any order)."""
-        return self.like(self.base, self.a[index], self.b[index])
+        return self.like(self.base, _chosen(self.a, index), _chosen(self.b, index))
 
     def transposed(self) -> PerturbedWeight:
         """The last two dimensions swapped: ``W^T + b a^T``."""
@@ -183,6 +184,11 @@ class PerturbedWeight(Value):
             *(() if context.single else self.a.shape[:1]), *self.base.shape
         )
         return (self.base.to(wide) + noise).to(self.base.dtype)
+
+
+def _chosen(factor: Tensor, index: Tensor) -> Tensor:
+    """Members of a factor, with the rank before the long dimension in memory as before."""
+    return factor.transpose(-1, -2)[index].transpose(-1, -2)
 
 
 class MemberTensor(Value):

@@ -4,6 +4,8 @@ In decoding a product has one or a few rows per member, and the three or four la
 PyTorch cost as much as its arithmetic ten times over. Here it is one call. Sums are made in float32 also for bfloat16,
 and a result is rounded once, so it is closer to the exact one than what plain operations give.
 
+The source (``low_rank.c``) is compiled on first use, half a second for each dtype that is used.
+
 Large calls share rows out to threads: to those that PyTorch itself keeps for its products (``GOMP_parallel``, found
 through its library), as a second set of threads would fight with them over the cores.
 """
@@ -20,137 +22,86 @@ from torch.autograd import forward_ad
 
 from eggroll.torch.kernels import compile_c
 
+SOURCE = Path(__file__).with_name("low_rank.c")
 # Sums in any order, so that they can be vectors. Not -ffast-math: it would also drop infinities and NaN, and change how
-# the whole process treats denormal numbers.
-FLAGS = ("-fassociative-math", "-fno-signed-zeros", "-ffp-contract=fast")
-MAX_RANK = 8
+# the whole process treats denormal numbers. The source spells its vectors out, so -O3 would only take longer.
+FLAGS = ("-O2", "-Wno-psabi", "-fassociative-math", "-fno-signed-zeros", "-ffp-contract=fast")
+MAX_RANK = 16
 PARALLEL_FROM = 1 << 17
 """Calls of at least this many multiply-adds are shared out to threads."""
 MAX_COLUMNS_BF16 = 64
 """In bfloat16, a member's rows times a rank above 1, beyond which a batched product (with its tiles) is faster."""
 
-_SOURCE = """
-#include <stdint.h>
-
-typedef void parallel_t(void (*)(void *), void *, unsigned, unsigned);
-typedef struct {
-    void *out; const void *x, *a, *b; const int64_t *ids;
-    int64_t rows, per_member, n, m, rank, step, next;
-} job_t;
-
-static inline float load_f32(float value) { return value; }
-static inline float store_f32(float value) { return value; }
-static inline float load_bf16(uint16_t value) {
-    union { uint32_t u; float f; } v; v.u = (uint32_t)value << 16;
-    return v.f;
-}
-static inline uint16_t store_bf16(float value) {
-    union { uint32_t u; float f; } v; v.f = value;
-    uint32_t rounded = (v.u + 0x7FFFu + ((v.u >> 16) & 1u)) >> 16;
-    return (uint16_t)((v.u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
-
-#define ROW(NAME, TYPE, LOAD, STORE) \\
-    static inline __attribute__((always_inline)) void NAME##_row( \\
-        TYPE *restrict out, const TYPE *restrict x, const TYPE *restrict a, const TYPE *restrict b, \\
-        const TYPE *restrict scales, int64_t n, int64_t m, const int64_t rank) { \\
-        float s[@MAX_RANK@] = {0}; \\
-        if (scales) { \\
-            for (int64_t k = 0; k < rank; k++) s[k] = LOAD(scales[k]); \\
-        } else if (rank == 1) { \\
-            float s0 = 0, s1 = 0, s2 = 0, s3 = 0; \\
-            int64_t i = 0; \\
-            for (; i + 64 <= n; i += 64) \\
-                for (int64_t j = i; j < i + 16; j++) { \\
-                    s0 += LOAD(x[j]) * LOAD(b[j]); s1 += LOAD(x[j + 16]) * LOAD(b[j + 16]); \\
-                    s2 += LOAD(x[j + 32]) * LOAD(b[j + 32]); s3 += LOAD(x[j + 48]) * LOAD(b[j + 48]); \\
-                } \\
-            for (; i < n; i++) s0 += LOAD(x[i]) * LOAD(b[i]); \\
-            s[0] = (s0 + s1) + (s2 + s3); \\
-        } else { \\
-            for (int64_t i = 0; i < n; i++) \\
-                for (int64_t k = 0; k < rank; k++) s[k] += LOAD(x[i]) * LOAD(b[i * rank + k]); \\
-        } \\
-        for (int64_t j = 0; j < m; j++) { \\
-            float sum = LOAD(out[j]); \\
-            for (int64_t k = 0; k < rank; k++) sum += s[k] * LOAD(a[j * rank + k]); \\
-            out[j] = STORE(sum); \\
-        } \\
-    } \\
-    static void NAME##_work(void *data) { \\
-        job_t *job = data; \\
-        const int64_t n = job->n, m = job->m, rank = job->rank; \\
-        for (;;) { \\
-            int64_t row = __atomic_fetch_add(&job->next, job->step, __ATOMIC_RELAXED), end = row + job->step; \\
-            if (row >= job->rows) return; \\
-            if (end > job->rows) end = job->rows; \\
-            for (; row < end; row++) { \\
-                int64_t member = row / job->per_member; \\
-                TYPE *out = (TYPE *)job->out + row * m; \\
-                const TYPE *x = 0, *scales = 0, *b = 0, *a = (const TYPE *)job->a + member * m * rank; \\
-                if (job->ids) \\
-                    scales = (const TYPE *)job->b + (member * n + job->ids[row]) * rank; \\
-                else { \\
-                    x = (const TYPE *)job->x + row * n; \\
-                    b = (const TYPE *)job->b + member * n * rank; \\
-                } \\
-                switch (rank) { \\
-                    case 1: NAME##_row(out, x, a, b, scales, n, m, 1); break; \\
-                    case 2: NAME##_row(out, x, a, b, scales, n, m, 2); break; \\
-                    case 4: NAME##_row(out, x, a, b, scales, n, m, 4); break; \\
-                    case 8: NAME##_row(out, x, a, b, scales, n, m, 8); break; \\
-                    default: NAME##_row(out, x, a, b, scales, n, m, rank); \\
-                } \\
-            } \\
-        } \\
-    } \\
-    void eggroll_##NAME(void *out, const void *x, const void *a, const void *b, const int64_t *ids, int64_t rows, \\
-                        int64_t per_member, int64_t n, int64_t m, int64_t rank, int64_t parts, parallel_t *share) { \\
-        job_t job = {out, x, a, b, ids, rows, per_member, n, m, rank, (rows + parts - 1) / parts, 0}; \\
-        if (parts > 1) share(NAME##_work, &job, 0, 0); \\
-        else NAME##_work(&job); \\
-    }
-
-ROW(f32, float, load_f32, store_f32)
-ROW(bf16, uint16_t, load_bf16, store_bf16)
-"""
-
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NAMES = {torch.float32: "eggroll_f32", torch.bfloat16: "eggroll_bf16"}
 
 
-def add_(out_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) -> bool:
-    """``out += (x b) a^T`` for rows ``(P * batch, ...)``, member by member; False if it was not done.
+def add_(out_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias: Tensor | None = None) -> bool:
+    """``out += (x b) a^T + bias`` for rows ``(P * batch, ...)``, member by member; False if it was not done.
 
-    ``out`` and ``x`` may have more dimensions between the rows and the features.
+    ``out`` and ``x`` may have more dimensions between the rows and the features. ``bias`` is ``(m,)``, or ``(P, m)``.
+    """
+    if not can_add(x_Rn, a_Pmr, b_Pnr, bias) or out_Rm.dtype != x_Rn.dtype:
+        return False
+    if not _is_plain(out_Rm) or out_Rm.requires_grad:
+        return False
+    add_unchecked_(out_Rm, x_Rn, a_Pmr, b_Pnr, bias)
+    return True
+
+
+def can_add(x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias: Tensor | None = None, *others: Tensor) -> bool:
+    """Whether :func:`add_unchecked_` may be called with these and an output of their kind.
+
+    ``others`` are what else the output is made of: nobody may ask for their gradients either.
     """
     rank = a_Pmr.shape[2]
-    if rank > MAX_RANK or x_Rn.dtype != out_Rm.dtype or not _is_plain(x_Rn) or not _usable(out_Rm, a_Pmr, b_Pnr):
+    if rank > MAX_RANK or not _is_plain(x_Rn) or not _usable(x_Rn, a_Pmr, b_Pnr, bias, *others):
         return False
-    members, m, n = a_Pmr.shape[0], a_Pmr.shape[1], b_Pnr.shape[1]
-    if rank > 1 and x_Rn.dtype == torch.bfloat16 and x_Rn.numel() * rank > MAX_COLUMNS_BF16 * members * n:
+    many = x_Rn.numel() * rank > MAX_COLUMNS_BF16 * a_Pmr.shape[0] * b_Pnr.shape[1]
+    return not (rank > 1 and x_Rn.dtype == torch.bfloat16 and many)
+
+
+def add_unchecked_(out_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias: Tensor | None = None) -> None:
+    """As :func:`add_`, for what :func:`can_add` has allowed."""
+    a, b = _rank_major(a_Pmr), _rank_major(b_Pnr)
+    _call(out_Rm, a, b, x=x_Rn, bias=bias, width=a.shape[2] + b.shape[2])
+
+
+def add_shared(out_PRm: Tensor, base_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias: Tensor | None) -> bool:
+    """``out[p] = base + (x b_p) a_p^T + bias`` for an input that is the same for all members; False if not done.
+
+    ``base`` is ``x W^T``, of shape ``(batch, m)``; ``out`` is ``(P, batch, m)``.
+    """
+    if a_Pmr.shape[2] > MAX_RANK or not (_is_plain(out_PRm) and _is_plain(base_Rm)):
         return False
-    return _call(out_Rm, x_Rn.data_ptr(), a_Pmr.data_ptr(), b_Pnr.data_ptr(), None, members, n, m, rank, n + m)
+    if not _usable(base_Rm, a_Pmr, b_Pnr, bias, x_Rn):
+        return False
+    a, b = _rank_major(a_Pmr), _rank_major(b_Pnr)
+    scales_RPr = x_Rn @ b.view(-1, b.shape[2]).T  # one product for all members
+    _call(out_PRm, a, b, base=base_Rm, scales=scales_RPr.contiguous(), bias=bias, width=a.shape[2])
+    return True
 
 
 def add_gathered_(out_Rd: Tensor, ids_R: Tensor, a_PVr: Tensor, b_Pdr: Tensor) -> bool:
     """``out += a[ids] b^T``, likewise. The ids have to be valid, which gathering the base from them checked."""
-    rank = a_PVr.shape[2]
-    if rank > MAX_RANK or ids_R.dtype != torch.long or not _is_plain(ids_R) or not _usable(out_Rd, a_PVr, b_Pdr):
+    if a_PVr.shape[2] > MAX_RANK or ids_R.dtype != torch.long or not _is_plain(ids_R) or not _is_plain(out_Rd):
         return False
-    members, vocabulary, d = a_PVr.shape[0], a_PVr.shape[1], b_Pdr.shape[1]
-    a, b = a_PVr.data_ptr(), b_Pdr.data_ptr()
-    return _call(out_Rd, None, b, a, ids_R.data_ptr(), members, vocabulary, d, rank, d)
+    if out_Rd.requires_grad or not _usable(out_Rd, a_PVr, b_Pdr):
+        return False
+    vocabulary, d = _rank_major(a_PVr), _rank_major(b_Pdr)
+    _call(out_Rd, d, vocabulary, ids=ids_R, width=d.shape[2])
+    return True
 
 
-def why_not() -> str | None:
-    """Why the compiled library cannot be used here, or None. The first call compiles it."""
-    found = _library()
+def why_not(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the compiled library for a dtype cannot be used here, or None. The first call compiles it."""
+    found = _library(dtype)
     return found if isinstance(found, str) else None
 
 
 def source() -> str:
     """The C source."""
-    return _SOURCE.replace("@MAX_RANK@", str(MAX_RANK))
+    return SOURCE.read_text(encoding="utf-8").replace("@MAX_RANK@", str(MAX_RANK))
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -158,50 +109,65 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and x.is_contiguous()
 
 
-def _usable(out: Tensor, a: Tensor, b: Tensor) -> bool:
+def _rank_major(factor_Pmr: Tensor) -> Tensor:
+    """A factor as contiguous ``(P, r, m)``: a view where it lies so in memory, as the values' factors do."""
+    return factor_Pmr.transpose(1, 2).contiguous()
+
+
+def _usable(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *others: Tensor) -> bool:
     """Whether nobody but the result needs to know of the call: no autograd, tracing, batching or dispatch mode."""
-    dtype = out.dtype
+    dtype = x.dtype
+    parts = (a, b, *others) if bias is None else (a, b, bias, *others)
     return (
         dtype in _NAMES
-        and a.dtype == dtype == b.dtype
-        and _is_plain(out)
-        and _is_plain(a)
-        and _is_plain(b)
-        and not out.requires_grad
-        and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        and all(part.dtype == dtype and part.is_cpu and type(part) in _PLAIN_TYPES for part in parts)
+        and (bias is None or bias.is_contiguous())
+        and not (torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts)))
         and not torch.compiler.is_compiling()
         and torch._C._functorch.maybe_current_level() is None
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_tracing()
         and forward_ad._current_level < 0
-        and not isinstance(_library(), str)
+        and not isinstance(_library(dtype), str)
     )
 
 
 def _call(
-    out: Tensor, x: int | None, a: int, b: int, ids: int | None, members: int, n: int, m: int, rank: int, width: int
-) -> bool:
-    entries = _library()
+    out: Tensor,
+    a_Prm: Tensor,
+    b_Prn: Tensor,
+    *,
+    width: int,
+    base: Tensor | None = None,
+    x: Tensor | None = None,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    ids: Tensor | None = None,
+) -> None:
+    """One job of ``low_rank.c``; ``width`` is the number of multiply-adds per row and rank."""
+    entries = _library(out.dtype)
     assert not isinstance(entries, str)
+    members, rank, m = a_Prm.shape
     rows = out.numel() // m if m else 0
+    if not rows:
+        return
     parts = 1
     if rows * width * rank >= PARALLEL_FROM and entries.parallel:
         threads = torch.get_num_threads()
         parts = 1 if threads == 1 else min(rows, 4 * threads)
-    if rows:
-        entry = entries.f32 if out.dtype == torch.float32 else entries.bf16
-        entry(out.data_ptr(), x, a, b, ids, rows, rows // members, n, m, rank, parts, entries.parallel)
-    return True
+    pointers = [None if t is None else t.data_ptr() for t in (base, x, a_Prm, b_Prn, scales, bias, ids)]
+    step = m if bias is not None and bias.ndim > 1 else 0
+    sizes = (rows, rows // members, b_Prn.shape[2], m, rank, step, parts)
+    entries.run(out.data_ptr(), *pointers, *sizes, entries.parallel)
 
 
 class _Entries:
-    """The functions of the loaded library, and PyTorch's way into its threads (None if it has no such)."""
+    """The function of the loaded library, and PyTorch's way into its threads (None if it has no such)."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.f32, self.bf16 = library.eggroll_f32, library.eggroll_bf16
-        for entry in (self.f32, self.bf16):
-            entry.argtypes = (*(ctypes.c_void_p,) * 5, *(ctypes.c_int64,) * 6, ctypes.c_void_p)
-            entry.restype = None
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.run = getattr(library, _NAMES[dtype])
+        self.run.argtypes = (*(ctypes.c_void_p,) * 8, *(ctypes.c_int64,) * 7, ctypes.c_void_p)
+        self.run.restype = None
         self.parallel = _parallel()
 
 
@@ -214,7 +180,8 @@ def _parallel() -> int | None:
 
 
 @functools.cache
-def _library() -> _Entries | str:
-    """The functions, or the reason why there are none."""
-    library = compile_c.load("low_rank", source(), FLAGS)
-    return library if isinstance(library, str) else _Entries(library)
+def _library(dtype: torch.dtype) -> _Entries | str:
+    """The function for a dtype, or the reason why there is none."""
+    chosen = ("-DBF16",) if dtype == torch.bfloat16 else ()
+    library = compile_c.load("low_rank", source(), (*FLAGS, *chosen))
+    return library if isinstance(library, str) else _Entries(library, dtype)

@@ -32,7 +32,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
             out = low_rank.matmul_single(x, weight.base.transpose(-1, -2), weight.b, weight.a)
             out = out if plain_bias is None else out + plain_bias
         else:
-            out = low_rank.linear(x, weight.base, weight.a, weight.b, plain_bias)
+            return _linear_of_population(x, weight, bias)
     elif isinstance(weight, MemberTensor):
         members = weight.data_P.shape[0]
         x_PRn = x.reshape(members, -1, x.shape[-1])
@@ -40,13 +40,15 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         out = out if plain_bias is None else out + plain_bias
     else:
         out = F.linear(x, weight, plain_bias)
-    if isinstance(bias, MemberTensor):
-        b_Pm = bias.data_P
-        if b_Pm.ndim == 2 and out.dtype == b_Pm.dtype and isinstance(weight, PerturbedWeight) and out.is_contiguous():
-            out.view(b_Pm.shape[0], -1, out.shape[-1]).add_(b_Pm.unsqueeze(1))  # ours alone: no copy is needed
-            return out
-        return with_rows(torch.add, out, bias)
-    return out
+    return with_rows(torch.add, out, bias) if isinstance(bias, MemberTensor) else out
+
+
+def _linear_of_population(x: Tensor, weight: PerturbedWeight, bias: Tensor | None) -> Tensor:
+    """Rows through a perturbed matrix; the bias, of all members or of each, is added in the same pass."""
+    if isinstance(bias, MemberTensor) and (bias.data_P.ndim != 2 or bias.dtype != weight.dtype):
+        return with_rows(torch.add, low_rank.linear(x, weight.base, weight.a, weight.b), bias)
+    b_Pm = bias.data_P if isinstance(bias, MemberTensor) else bias
+    return low_rank.linear(x, weight.base, weight.a, weight.b, b_Pm)
 
 
 def _autocast(x: Any, device_type: str) -> Any:
@@ -74,10 +76,8 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return linear_rows(x.transpose(0, 1), weight, bias).transpose(0, 1)
     if not isinstance(weight, PerturbedWeight):
         return per_member(F.linear, (x, weight, bias), {}, layout="shared")
-    plain_bias = None if isinstance(bias, Value) else bias
-    out = low_rank.linear_shared(x, weight.base, weight.a, weight.b, plain_bias)
-    if isinstance(bias, MemberTensor):
-        out = out + bias.data_P.reshape(bias.data_P.shape[0], *([1] * (x.ndim - 1)), -1)
+    b_Pm = bias.data_P if isinstance(bias, MemberTensor) else bias
+    out = low_rank.linear_shared(x, weight.base, weight.a, weight.b, b_Pm)
     return MemberTensor(out, name=weight.parameter, context=context)
 
 
