@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
+from eggroll.core.check import is_number, numbers, whole
 from eggroll.core.schedules import Schedule, ScheduleName
 from eggroll.errors import ConfigError
 
@@ -91,13 +91,13 @@ class ESConfig:
         found = [
             *_choices(self, fitness_shaping=Shaping, sampling=Sampling, optimizer=OptimizerName, rounding=Rounding),
             *_choices(self, lr_schedule=ScheduleName, sigma_schedule=ScheduleName),
-            *_whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0, seed=0),
-            *_numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
-            *_numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False)),
+            *whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0, seed=0),
+            *numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
+            *numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False)),
             *_decay_rates(momentum=(self.momentum,), betas=self.betas),
             *_patterns(target_modules=self.target_modules, exclude=self.exclude),
         ]
-        if not _whole(self, population_size=1, group_size=0, elite_k=0, seed=0):
+        if not whole(self, population_size=1, group_size=0, elite_k=0, seed=0):
             found += self._combinations()
         return found
 
@@ -164,7 +164,7 @@ def _decay_rates(**fields: Any) -> list[str]:
     found = []
     for name, rates in fields.items():
         valid = isinstance(rates, tuple) and len(rates) == expected[name]
-        if not valid or not all(_is_number(rate) and 0 <= rate < 1 for rate in rates):
+        if not valid or not all(is_number(rate) and 0 <= rate < 1 for rate in rates):
             what = "two numbers" if expected[name] == 2 else "a number"
             value = rates[0] if expected[name] == 1 else rates
             found.append(f"{name} (={value!r}) must be {what} of at least 0 and below 1")
@@ -185,10 +185,6 @@ def _is_pattern(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip(". "))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _choices(config: Any, **fields: Any) -> list[str]:
     found = []
     for name, literal in fields.items():
@@ -198,22 +194,4 @@ def _choices(config: Any, **fields: Any) -> list[str]:
             near = difflib.get_close_matches(str(value), get_args(literal), n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             found.append(f"{name} (={value!r}) must be one of: {allowed}{hint}")
-    return found
-
-
-def _whole(config: Any, **minima: int) -> list[str]:
-    found = []
-    for name, minimum in minima.items():
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            found.append(f"{name} (={value!r}) must be a whole number of at least {minimum}")
-    return found
-
-
-def _numbers(config: Any, **bounds: tuple[float, bool]) -> list[str]:
-    found = []
-    for name, (bound, inclusive) in bounds.items():
-        value = getattr(config, name)
-        if not _is_number(value) or value < bound or (value == bound and not inclusive):
-            found.append(f"{name} (={value!r}) must be {'at least' if inclusive else 'above'} {bound:g}")
     return found

@@ -54,9 +54,7 @@ def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m
     return out
 
 
-def _linear_in_blocks(
-    x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m: Tensor | None
-) -> Tensor:
+def _linear_in_blocks(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m: Tensor | None) -> Tensor:
     """Block after block of members, so that the term is added while the base product is still in cache."""
     members, m, n = a_Pmr.shape[0], a_Pmr.shape[1], b_Pnr.shape[1]
     out = x_Rn.new_empty((*x_Rn.shape[:-1], m))
@@ -67,12 +65,12 @@ def _linear_in_blocks(
     step = max(1, BLOCK_BYTES // per_member)
     if members <= step + step // 2:
         step = members
-    own_bias = bias_m is not None and bias_m.ndim > 1
     for first in range(0, members, step):
         part = slice(first, first + step)
         x, y = x_PRn[part], out_PRm[part]
+        bias = bias_m[part] if bias_m is not None and bias_m.ndim > 1 else bias_m
         torch.mm(x.view(-1, n), weight_nm, out=y.view(-1, m))
-        low_rank_c.add_unchecked_(y, x, a_Pmr[part], b_Pnr[part], bias_m[part] if own_bias else bias_m)
+        low_rank_c.add_unchecked_(y, x, a_Pmr[part], b_Pnr[part], bias)
     return out
 
 

@@ -182,20 +182,29 @@ class Population:
         chosen = range(self.population_size) if members is None else members
         self.check(chosen)
         sigma = self.sigma if sigma is None else sigma
-        if len(chosen) == 1:
-            context = MemberContext(None)
-            values = self.values(generation, chosen, context, sigma=sigma)
-            with self.swapped(values, single=True):
-                yield Active(self, values, context, 1)
-            return
-        rows = None if rows_per_member is None else len(chosen) * rows_per_member
-        context = MemberContext(
-            len(chosen), rows, self.layouts, batch_dim=self.batch_dim, constants=constants_of(self.model)
-        )
+        count = None if len(chosen) == 1 else len(chosen)
+        rows = None if count is None or rows_per_member is None else count * rows_per_member
+        context = self.context(count, rows)
         values = self.values(generation, chosen, context, sigma=sigma)
-        active = Active(self, values, context, len(chosen))
-        with self.swapped(values, single=False), rows_from_input(self.model, context, partial(self._learn, active)):
+        with self.standing_in(values, context, len(chosen)) as active:
             yield active
+
+    def context(self, members: int | None, rows: int | None = None) -> MemberContext:
+        """What the values of one forward share; ``members`` is ``None`` for a single one."""
+        if members is None:
+            return MemberContext(None)
+        return MemberContext(members, rows, self.layouts, batch_dim=self.batch_dim, constants=constants_of(self.model))
+
+    @contextmanager
+    def standing_in(self, values: dict[str, Tensor], context: MemberContext, members: int) -> Iterator[Active]:
+        """Inside the block, ``values`` (of :meth:`values`, or made elsewhere) stand in the place of parameters."""
+        active = Active(self, values, context, members)
+        with self.swapped(values, single=context.single):
+            if context.single:
+                yield active
+                return
+            with rows_from_input(self.model, context, partial(self._learn, active)):
+                yield active
 
     @contextmanager
     def member(self, generation: int, index: int, *, sigma: float | None = None) -> Iterator[nn.Module]:

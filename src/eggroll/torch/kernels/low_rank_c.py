@@ -67,7 +67,9 @@ def add_unchecked_(out_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, b
     _call(out_Rm, a, b, x=x_Rn, bias=bias, width=a.shape[2] + b.shape[2])
 
 
-def add_shared(out_PRm: Tensor, base_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias: Tensor | None) -> bool:
+def add_shared(
+    out_PRm: Tensor, base_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias: Tensor | None
+) -> bool:
     """``out[p] = base + (x b_p) a_p^T + bias`` for an input that is the same for all members; False if not done.
 
     ``base`` is ``x W^T``, of shape ``(batch, m)``; ``out`` is ``(P, batch, m)``.
