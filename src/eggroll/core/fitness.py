@@ -61,6 +61,7 @@ def shape_fitness(
     sampling: Sampling = "antithetic",
     group_size: int = 0,
     elite_k: int = 0,
+    group_std: bool = False,
 ) -> NDArray[np.float32]:
     """The weights ``s_p`` of the estimate ``(1/N) sum_p s_p E_p``.
 
@@ -73,6 +74,7 @@ def shape_fitness(
         sampling: how the members were drawn.
         group_size: consecutive members that are centred together; 0 means all.
         elite_k: if positive, only the k best members count, each with its margin over the best of the rest.
+        group_std: with ``normalized``, divide by the standard deviation of the group instead of the global one.
 
     Returns:
         ``(N,)`` float32. NaN and infinite scores count as the worst of the generation, with a warning.
@@ -84,7 +86,8 @@ def shape_fitness(
     if method == "centered_rank":
         shaped = np.stack([centered_rank(group) for group in groups])
     elif method == "normalized":
-        shaped = (groups - groups.mean(axis=1, keepdims=True)) / np.sqrt(table.var() + VARIANCE_EPSILON)
+        variance = groups.var(axis=1, keepdims=True) if group_std else table.var()
+        shaped = (groups - groups.mean(axis=1, keepdims=True)) / np.sqrt(variance + VARIANCE_EPSILON)
     elif sampling == "one_sided":
         members = groups.shape[1]
         shaped = (groups - groups.mean(axis=1, keepdims=True)) * (members / max(members - 1, 1))

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eggroll.torch.es import Replica
     from eggroll.torch.population import Population
+    from eggroll.torch.trainer import EGGROLL
 
 # The library is loaded with the first of these names, so that reading eggroll.torch costs nothing.
-_LOCATIONS = {"Population": "eggroll.torch.population", "Replica": "eggroll.torch.es"}
+_LOCATIONS = {
+    "EGGROLL": "eggroll.torch.trainer",
+    "Population": "eggroll.torch.population",
+    "Replica": "eggroll.torch.es",
+}
 
-__all__ = ["Population", "Replica"]
+__all__ = ["EGGROLL", "Population", "Replica"]
 
 
 def __getattr__(name: str) -> Any:

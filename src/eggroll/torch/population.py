@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import eggroll.torch.ops  # noqa: F401  (installs the rules)
 from eggroll.core.address import member_of
 from eggroll.core.select import ParameterSpec, select
-from eggroll.errors import ConfigError, UnsupportedOperationError
+from eggroll.errors import ConfigError, RewardError, UnsupportedOperationError
 from eggroll.torch.learning import learn_and_check
 from eggroll.torch.modes import RUNS, Call, run_auto, verify
 from eggroll.torch.noise import CACHE_BYTES, Noise
+from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.parameters import (
     Site,
     batch_statistics,
@@ -252,6 +253,47 @@ class Population:
                 'normalises over all members together. Evaluate one member at a time (mode="loop")'
             )
 
+    @torch.no_grad()
+    def scores(
+        self,
+        fitness_fn: Callable[[Active], Tensor],
+        generation: int,
+        *,
+        sigma: float | None = None,
+        members_per_forward: int | None = None,
+    ) -> Tensor:
+        """Fitness of all members, ``(population_size,)``: ``fitness_fn`` is called while the model is (some of) them.
+
+            >>> def fitness(active):
+            ...     logits = active.split(model(active.expand(x)))  # (members, batch, classes)
+            ...     return (logits.argmax(-1) == labels).float().mean(1)
+            >>> population.scores(fitness, generation=0, members_per_forward=128)
+
+        Args:
+            fitness_fn: gets the :class:`Active` population, returns one score for each of its ``members``.
+            generation: whose noise it is; the draws are kept for the update if they are small.
+            sigma: instead of the population's own.
+            members_per_forward: how many members are evaluated at once; all by default. A number whose activations
+                stay in cache is the fastest. Results do not depend on it.
+
+        Raises:
+            RewardError: another number of scores.
+        """
+        step = members_per_forward or self.population_size
+        self.noise.prepare(generation, self.num_pairs, self.device)
+        parts = []
+        for first in range(0, self.population_size, step):
+            members = range(first, min(first + step, self.population_size))
+            with self.perturbed(generation, members, sigma=sigma) as active:
+                scores = fitness_fn(active)
+            if not isinstance(scores, Tensor) or scores.shape != (len(members),):
+                given = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+                raise RewardError(
+                    f"fitness_fn must return a tensor ({len(members)},), one score for each member; got {given}"
+                )
+            parts.append(scores)
+        return torch.cat(parts)
+
     def forward(
         self,
         *args: Any,
@@ -306,8 +348,15 @@ class Active:
         self.values = self.placed = values
 
     def expand(self, x: Tensor) -> Tensor:
-        """One batch for every member: ``(batch, ...)`` to ``(members * batch, ...)``, member by member."""
+        """One batch for every member: ``(batch, ...)`` to ``(members * batch, ...)``, member by member.
+
+        Numbers are not copied before a layer needs the copies: the model's first product is made once for all members.
+        """
         dim = self._batch_dim(x)
+        if self.context.single:
+            return x
+        if dim == 0 and x.ndim > 1 and x.is_floating_point() and not x.requires_grad and len(x) > 0:
+            return SharedRows(x, self.context)
         return x.repeat(*([1] * dim), self.members, *([1] * (x.ndim - dim - 1)))
 
     def split(self, y: Tensor) -> Tensor:
@@ -316,6 +365,8 @@ class Active:
         Raises:
             UnsupportedOperationError: the output does not hold the members.
         """
+        if isinstance(y, SharedRows):
+            y = y.written_out()
         if isinstance(y, PerturbedWeight):
             y = MemberTensor(y.dense(), name=y.parameter, context=y.context)
         if isinstance(y, MemberTensor):

@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 
+from eggroll.torch.ops import shared
 from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.registry import METADATA, RULES
+from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.values import set_handler
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a torch function some of whose arguments are values."""
+    if any(isinstance(arg, SharedRows) for arg in (*args, *kwargs.values())):
+        return shared.apply(func, args, kwargs)
     implementation = RULES.get(func)
     if implementation is not None:
         result = implementation(*args, **kwargs)

@@ -114,8 +114,7 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], nam
         raise _no_rule(name, func, "with out=")
     if func in _WRITES_ROWS and not isinstance(args[0], Value):
         raise _no_rule(name, func, "where rows are addressed by an index, so that a row's member is not known")
-    in_place = func in _in_place_functions() or getattr(func, "__name__", "") == "__set__"
-    if not in_place:
+    if not is_write(func):
         return False
     target = args[0]
     if isinstance(target, PerturbedWeight) or getattr(target, "_is_param", False):
@@ -126,6 +125,11 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], nam
     if func is Tensor.__setitem__ and not isinstance(target, Value) and not _keeps_rows(target, args[1]):
         raise _no_rule(name, func, "where rows are addressed by an index, so that a row's member is not known")
     return True
+
+
+def is_write(func: Any) -> bool:
+    """Whether a function changes its first argument."""
+    return func in _in_place_functions() or getattr(func, "__name__", "") == "__set__"
 
 
 def _keeps_rows(target: Tensor, index: Any) -> bool:
