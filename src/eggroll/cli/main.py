@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 
 from eggroll.cli.info import InfoOptions, info
+from eggroll.cli.recipe import recipe
 from eggroll.cli.replay import ReplayOptions, replay
 from eggroll.cli.report import ReportOptions, report
 from eggroll.cli.tune import TuneOptions, resumed_options, tune
@@ -29,6 +30,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
 USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
 
   tune MODEL     evolve a language model on a reward
+  recipe NAME    run a published result: cartpole, mnist, mnist_cnn, profile, hyperscale, or all
   info MODEL     show a model's parameters and what a population of it needs
   replay RUN     rebuild the weights of any generation of a run
   report RUN     write a run's report.html again
@@ -46,15 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"eggroll {__version__}")
         return 0
-    if given[0] not in COMMANDS:
-        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+    if given[0] not in COMMANDS and given[0] != "recipe":
+        near = difflib.get_close_matches(given[0], [*COMMANDS, "recipe"], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"eggroll: there is no command {given[0]!r}{hint}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     # tokenizers warns about forks otherwise; completions are decoded in one process anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    kind, run = COMMANDS[given[0]]
     try:
+        if given[0] == "recipe":
+            return recipe(given[1:])
+        kind, run = COMMANDS[given[0]]
         default: Any = resumed_options(given[1:]) if given[0] == "tune" else None
         absent: Any = tyro.MISSING_NONPROP
         options = tyro.cli(

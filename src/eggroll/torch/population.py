@@ -188,6 +188,7 @@ class Population:
         context = self.context(count, rows)
         values = self.values(generation, chosen, context, sigma=sigma)
         with self.standing_in(values, context, len(chosen)) as active:
+            active.first = chosen[0]
             yield active
 
     def context(self, members: int | None, rows: int | None = None) -> MemberContext:
@@ -281,7 +282,8 @@ class Population:
         """
         step = members_per_forward or self.population_size
         self.noise.prepare(generation, self.num_pairs, self.device)
-        parts = []
+        # One tensor for all scores: small ones that outlive each part would split the memory that the next part needs.
+        found: Tensor | None = None
         for first in range(0, self.population_size, step):
             members = range(first, min(first + step, self.population_size))
             with self.perturbed(generation, members, sigma=sigma) as active:
@@ -291,8 +293,11 @@ class Population:
                 raise RewardError(
                     f"fitness_fn must return a tensor ({len(members)},), one score for each member; got {given}"
                 )
-            parts.append(scores)
-        return torch.cat(parts)
+            if found is None:
+                found = scores.new_empty(self.population_size)
+            found[first : members.stop] = scores
+        assert found is not None
+        return found
 
     def forward(
         self,
@@ -341,10 +346,15 @@ class Population:
 
 
 class Active:
-    """A population while it stands in the place of the model's parameters."""
+    """A population while it stands in the place of the model's parameters.
+
+    Attributes:
+        members: how many members there are.
+        first: the first of them; the others follow it.
+    """
 
     def __init__(self, population: Population, values: dict[str, Tensor], context: MemberContext, members: int) -> None:
-        self.population, self.context, self.members = population, context, members
+        self.population, self.context, self.members, self.first = population, context, members, 0
         self.values = self.placed = values
 
     def expand(self, x: Tensor) -> Tensor:

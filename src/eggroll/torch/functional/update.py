@@ -169,15 +169,19 @@ def eggroll_step(
         get_weight_shapes(params), size, config.rank, sigma, source, config.dtype,
         device=device, antithetic=config.antithetic,
     )  # fmt: skip
-    parts = []
+    # One tensor for all scores: small ones that outlive each part would split the memory that the next part needs.
+    fitness: Tensor | None = None
+    first = 0
     for part in split_perturbations(perts, config.members_per_forward or size):
         scores = fitness_fn(params, part)
         members = next(iter(part.values()))["U"].shape[0]
         if not isinstance(scores, Tensor) or scores.shape != (members,):
             given = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
             raise RewardError(f"fitness_fn must return a tensor ({members},), one score for each member; got {given}")
-        parts.append(scores)
-    fitness = torch.cat(parts)
+        fitness = scores.new_empty(size) if fitness is None else fitness
+        fitness[first : first + members] = scores
+        first += members
+    assert fitness is not None
     grads = compute_gradients(normalize_fitnesses(fitness), perts, size)
     update_params(params, grads, config.lr * config.lr_decay**generation)
     return fitness

@@ -1,0 +1,1 @@
+"""Recipes: one readable file per published result, run with ``eggroll recipe NAME`` or ``python recipes/NAME.py``."""

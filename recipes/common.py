@@ -1,0 +1,180 @@
+"""What recipes share: their options, and a run with a live display, a log, checkpoints, a report and a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor
+
+from eggroll.core.config import ESConfig
+from eggroll.errors import ConfigError
+from eggroll.loop import Evaluation, Heldout, Loop
+from eggroll.run.console import Display, duration
+from eggroll.run.report import write_report
+from eggroll.run.run_dir import RunDir
+from eggroll.run.trackers import make_trackers
+from eggroll.torch.es import Replica
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every recipe that trains can be told; each has defaults of its own."""
+
+    population: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 1024
+    """Members per generation; both signs of a pair count."""
+    generations: Annotated[int, tyro.conf.arg(aliases=["-g"])] = 100
+    """Updates."""
+    rank: int = 1
+    """Rank of the perturbations."""
+    sigma: float = 0.05
+    """Standard deviation of the perturbations."""
+    lr: float = 0.01
+    """Learning rate of the first generation."""
+    members_per_forward: int = 256
+    """Members evaluated at once: so many that their activations stay in cache."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto takes a GPU if there is one."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Run directory (default: runs/NAME-TIME)."""
+    resume: str | None = None
+    """Continue the run in this directory (give the other options as before)."""
+    report_to: str = "tensorboard"
+    """tensorboard, wandb, none, or several separated by commas."""
+
+    def place(self) -> torch.device:
+        """The device.
+
+        Raises:
+            ConfigError: there is no such device here.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            place = torch.device(self.device)
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--device {self.device}: {str(error).splitlines()[0]}; use cpu or auto") from None
+        return place
+
+
+def evolve(
+    name: str,
+    options: Options,
+    replica: Replica,
+    evaluate: Callable[[int, float], Tensor],
+    heldout: Callable[[], float],
+    *,
+    eval_every: int,
+    stop: Callable[[dict[str, Any]], bool] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> tuple[RunDir, float]:
+    """Run all generations of a recipe; returns the run and the seconds they took.
+
+    Args:
+        name: of the recipe.
+        options: of the recipe; they are the run's ``config.json``.
+        replica: what is evolved.
+        evaluate: ``(generation, sigma) -> (population,)`` scores.
+        heldout: the centre's score on data that is not trained on.
+        eval_every: generations between calls of ``heldout``.
+        stop: ends the run early, given a generation's metrics.
+        extra: facts for ``environment.json``.
+    """
+    config: ESConfig = replica.config
+    run = _run_dir(name, options, config, extra or {})
+    resumed = options.resume is not None
+    console.print(
+        f"[bold]{name}[/]  {sum(s.size for s in replica.population.specs)} parameters evolved, on {options.place()}"
+    )
+    console.print(
+        f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, lr "
+        f"{config.lr:g}, {config.optimizer}, seed {config.seed}\n[dim]run directory: {escape(str(run.path))}[/]\n"
+    )
+    tracker = make_trackers(options.report_to, run)
+    done = len(run.updates()) if resumed else 0
+    display = Display(config.generations, start=done, title=name, history=run.metrics(), console=console)
+    loop = Loop(
+        config=config,
+        learner=replica,
+        evaluate=lambda generation, sigma: Evaluation(evaluate(generation, sigma).double().cpu().numpy()),
+        heldout=lambda: Heldout(heldout()),
+        eval_every=eval_every,
+        run=run,
+        checkpoint_every=max(1, config.generations // 10),
+        listeners=[display, _Tracked(tracker)],
+        stop=stop,
+    )
+    start = loop.resume() if resumed else 0
+    began = time.perf_counter()
+    with display:
+        loop.go(start)
+    seconds = time.perf_counter() - began
+    tracker.close()
+    if loop.interrupted:
+        command = f"eggroll recipe {name} --resume {shlex.quote(str(run.path))}"
+        console.print(f"\ninterrupted after generation {loop.applied}; continue with {command}, and the other options")
+        raise SystemExit(130)
+    return run, seconds
+
+
+def finish(run: RunDir, seconds: float, result: dict[str, Any]) -> dict[str, Any]:
+    """Write ``result.json`` and the report, and print both; returns the result."""
+    result = {"recipe_s": round(seconds, 2), **result}
+    run.write_file("result.json", (json.dumps(result, indent=1) + "\n").encode())
+    report = write_report(run)
+    console.print()
+    for key, value in result.items():
+        shown = duration(value) if key.endswith("_s") else f"{value:.4g}" if isinstance(value, float) else value
+        console.print(f"  {key.removesuffix('_s').replace('_', ' '):32} [bold]{shown}[/]")
+    console.print(f"\nreport   {escape(str(report))}")
+    return result
+
+
+def _run_dir(name: str, options: Options, config: ESConfig, extra: dict[str, Any]) -> RunDir:
+    settings = {
+        "recipe": name,
+        "options": dataclasses.asdict(options),
+        "population_size": config.population_size,
+        "rank": config.rank,
+        "generations": config.generations,
+        "config": config.to_dict(),
+    }
+    if options.resume is None:
+        path = Path(options.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return RunDir.create(path, settings, extra={"model": name, "device": str(options.place()), **extra})
+    run = RunDir.open(options.resume)
+    before, now = run.config.get("config", {}), config.to_dict()
+    changed = [key for key in now if key != "generations" and before.get(key) != now[key]]
+    if changed or run.config.get("recipe") != name:
+        raise ConfigError(
+            f"{run.path} is a run of {run.config.get('recipe')} with other settings "
+            f"({', '.join(f'{key}={before.get(key)!r}' for key in changed) or 'another recipe'}); give the same ones"
+        )
+    run.note_resume(len(run.updates()))
+    return run
+
+
+class _Tracked:
+    """Hands a run's metrics to TensorBoard and its relatives."""
+
+    def __init__(self, tracker: Any) -> None:
+        self.tracker = tracker
+
+    def generation(self, metrics: dict[str, Any]) -> None:
+        """Log one generation."""
+        self.tracker.log(int(metrics["generation"]), metrics)

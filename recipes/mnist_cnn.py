@@ -1,0 +1,46 @@
+"""mnist_cnn: two convolutions and a linear layer learn MNIST; kernels are perturbed as matrices.
+
+    eggroll recipe mnist_cnn [--data DIR] [--population 1024] [--generations N] [--backprop]
+
+Expected: EXPECTED
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+from eggroll.recipes.mnist import MnistOptions, train
+from torch import nn
+
+
+@dataclass(frozen=True)
+class MnistCnnOptions(MnistOptions):
+    """Two convolutions on MNIST."""
+
+    population: int = 512
+    generations: int = 600
+    sigma: float = 0.02
+    lr: float = 0.1
+    members_per_forward: int = 32
+
+
+def network() -> nn.Sequential:
+    """1-16-32 channels of 3 x 3 kernels, each followed by 2 x 2 pooling, then 1568-10."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 7 * 7, 10),
+    )  # fmt: skip
+
+
+def run(options: MnistCnnOptions) -> dict[str, Any]:
+    """Evolve the convolutional network; returns what is in ``result.json``."""
+    return train("mnist_cnn", network, options)
+
+
+if __name__ == "__main__":
+    run(tyro.cli(MnistCnnOptions, description=__doc__))
+    sys.exit(0)

@@ -1,0 +1,120 @@
+"""profile: where the time of a generation goes, part by part, beside plain inference over the same rows.
+
+    eggroll recipe profile [--population 2048] [--batch 64] [--width 256] [--rank 1]
+
+A perceptron with three layers of one width, through the functional API and through Population (the unmodified module);
+medians of several generations, in turns with plain inference. The JAX half of eggroll is not in this version, so there
+is one framework to compare.
+
+Expected: EXPECTED
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tyro
+from eggroll.recipes.common import console
+from rich.table import Table
+from torch import Tensor, nn
+
+from eggroll.torch import functional as f
+from eggroll.torch.population import Population
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Time by part."""
+
+    population: int = 2048
+    """Members."""
+    batch: int = 64
+    """Rows of each member."""
+    width: int = 256
+    """Inputs and outputs of each of the three layers."""
+    rank: int = 1
+    """Rank of the perturbations."""
+    turns: int = 7
+    """Generations that are measured."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+
+def run(options: ProfileOptions) -> dict[str, float]:
+    """Measure the parts of a generation; returns medians in seconds."""
+    place, size, width = torch.device(options.device), options.population, options.width
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(width, width, bias=False), nn.ReLU())))
+    model = model.eval().to(place)
+    params = f.get_params_dict(model)
+    shapes = f.get_weight_shapes(params)
+    population = Population(model, population_size=size, rank=options.rank)
+    x = torch.randn(size, options.batch, width, device=place)
+    rows, fitness = x.flatten(0, 1), torch.randn(size, device=place)
+
+    def draw() -> f.Perturbations:
+        return f.generate_perturbations(shapes, size, options.rank, 0.05, f.NoiseKey(0), device=place)
+
+    perts = draw()
+
+    def forward() -> Tensor:
+        h = x
+        for key in params:
+            h = torch.relu(f.perturbed_forward(h, params[key], None, perts, key))
+        return h
+
+    def module_forward() -> Tensor:
+        with population.perturbed(0):
+            return model(rows)
+
+    population.noise.prepare(0, population.num_pairs, place)
+    shaped = f.normalize_fitnesses(fitness)
+    parts: dict[str, Callable[[], Any]] = {
+        "plain inference, same rows": lambda: model(rows),
+        "draw noise (by address)": draw,
+        "forward, functional API": forward,
+        "forward, Population": module_forward,
+        "shape fitness": lambda: f.normalize_fitnesses(fitness),
+        "gradients": lambda: f.compute_gradients(shaped, perts, size),
+        "update": lambda: f.update_params(params, {k: torch.zeros(s, device=place) for k, s in shapes.items()}, 0.1),
+    }
+    with torch.no_grad():
+        medians = _medians(parts, options.turns, place)
+    plain = medians["plain inference, same rows"]
+    table = Table(
+        title=f"{size} members x {options.batch} rows, 3 x {width}, rank {options.rank}", title_justify="left"
+    )
+    for column in ("part", "ms", "of plain inference"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, seconds in medians.items():
+        table.add_row(part, f"{seconds * 1e3:.2f}", f"{seconds / plain:.1%}")
+    console.print(table)
+    whole = sum(medians[part] for part in parts if part not in ("plain inference, same rows", "forward, Population"))
+    console.print(f"plain inference / population forward  [bold]{plain / medians['forward, functional API']:.3f}[/]")
+    console.print(f"plain inference / whole generation    [bold]{plain / whole:.3f}[/]")
+    console.print(f"members per second, whole generation  [bold]{size / whole:,.0f}[/]")
+    return medians
+
+
+def _medians(parts: dict[str, Callable[[], Any]], turns: int, place: torch.device) -> dict[str, float]:
+    measured: dict[str, list[float]] = {part: [] for part in parts}
+    for turn in range(turns + 1):  # the first is a warm-up
+        for part, function in parts.items():
+            start = time.perf_counter()
+            function()
+            if place.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                measured[part].append(time.perf_counter() - start)
+    return {part: statistics.median(values) for part, values in measured.items()}
+
+
+if __name__ == "__main__":
+    run(tyro.cli(ProfileOptions, description=__doc__))
+    sys.exit(0)
