@@ -18,6 +18,8 @@ import common
 
 TITLES = {
     "population_forward": "Population forward",
+    "functional": "Small networks, functional API",
+    "kernels_cuda": "Fused kernels on a GPU",
     "generation": "A whole generation",
     "one_member_at_a_time": "Against one member at a time",
     "memory": "Memory",

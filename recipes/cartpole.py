@@ -65,16 +65,21 @@ def returns(policy: nn.Module, count: int, seed: int, device: torch.device) -> N
     return total
 
 
-def run(options: CartPoleOptions) -> dict[str, Any]:
-    """Evolve the policy; returns what is in ``result.json``."""
-    device = options.place()
+def replica_for(options: CartPoleOptions) -> Replica:
+    """The policy with its first weights, and how it is evolved."""
     torch.manual_seed(options.seed)
-    policy = network().eval().to(device)
     config = ESConfig(
         population_size=options.population, generations=options.generations, rank=options.rank, sigma=options.sigma,
         lr=options.lr, optimizer="adam", fitness_shaping="centered_rank", seed=options.seed,
     )  # fmt: skip
-    replica = Replica(policy, config, kinds=("matrix", "vector"))
+    return Replica(network().eval().to(options.place()), config, kinds=("matrix", "vector"))
+
+
+def run(options: CartPoleOptions) -> dict[str, Any]:
+    """Evolve the policy; returns what is in ``result.json``."""
+    device = options.place()
+    replica = replica_for(options)
+    policy = replica.model
     seeds = np.random.SeedSequence(options.seed).generate_state(options.generations + 2).tolist()
     env_steps = 0.0
 

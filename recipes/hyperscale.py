@@ -79,9 +79,8 @@ def run(options: HyperscaleOptions) -> dict[str, Any]:
                 console.print(f"{WAYS[way]:34} {population:>9,} members: beyond {limit:.1f} GiB")
                 break
             found[way].append(measured)
-            console.print(
-                f"{WAYS[way]:34} {population:>9,} members: {measured['gib']:6.2f} GiB, {measured['generation_s']:7.2f} s"
-            )
+            taken = f"{measured['gib']:6.2f} GiB, {measured['generation_s']:7.2f} s"
+            console.print(f"{WAYS[way]:34} {population:>9,} members: {taken}")
             if measured["generation_s"] > options.seconds:
                 console.print(f"{'':34} a generation takes more than {options.seconds:g} s, so this curve ends here")
                 break

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,23 +47,32 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
+def replica_for(options: MnistOptions) -> Replica:
+    """The perceptron as a run begins with it."""
+    return classifier(network, options)
+
+
 def run(options: MnistOptions) -> dict[str, Any]:
     """Evolve the perceptron; returns what is in ``result.json``."""
     return train("mnist", network, options)
 
 
-def train(name: str, make: Any, options: MnistOptions) -> dict[str, Any]:
-    """Evolve an image classifier: the mean log-likelihood of a fresh minibatch is the fitness of every member."""
-    device = options.place()
-    images = load(options.data, device)
-    console.print(f"data     {images.name}")
+def classifier(make: Callable[[], nn.Module], options: MnistOptions) -> Replica:
+    """A network with its first weights, and how it is evolved."""
     torch.manual_seed(options.seed)
-    model = make().eval().to(device)
     config = ESConfig(
         population_size=options.population, generations=options.generations, rank=options.rank, sigma=options.sigma,
         lr=options.lr, lr_schedule="cosine", optimizer="momentum", fitness_shaping="normalized", seed=options.seed,
     )  # fmt: skip
-    replica = Replica(model, config, kinds=("matrix", "conv", "vector"))
+    return Replica(make().eval().to(options.place()), config, kinds=("matrix", "conv", "vector"))
+
+
+def train(name: str, make: Callable[[], nn.Module], options: MnistOptions) -> dict[str, Any]:
+    """Evolve an image classifier: the mean log-likelihood of a fresh minibatch is the fitness of every member."""
+    images = load(options.data, options.place())
+    console.print(f"data     {images.name}")
+    replica = classifier(make, options)
+    model = replica.model
 
     def evaluate(generation: int, sigma: float) -> Tensor:
         x, labels = images.minibatch(options.batch, options.seed, generation)
@@ -100,7 +110,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((torch.cat(answers) == labels).double().mean())
 
 
-def backprop(make: Any, images: Images, seed: int) -> dict[str, float]:
+def backprop(make: Callable[[], nn.Module], images: Images, seed: int) -> dict[str, float]:
     """The same network with backpropagation and Adam: 3 passes over the training set, batches of 64."""
     torch.manual_seed(seed)
     x, labels = images.train

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from eggroll.recipes.mnist import MnistOptions, train
+from eggroll.recipes.mnist import MnistOptions, classifier, train
 from torch import nn
+
+from eggroll.torch.es import Replica
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ def network() -> nn.Sequential:
         nn.Conv2d(16, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
         nn.Flatten(), nn.Linear(32 * 7 * 7, 10),
     )  # fmt: skip
+
+
+def replica_for(options: MnistCnnOptions) -> Replica:
+    """The network as a run begins with it."""
+    return classifier(network, options)
 
 
 def run(options: MnistCnnOptions) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def test_evolution_climbs_a_quadratic():
 def test_public_names():
     import eggroll.torch
 
-    assert dir(eggroll.torch) == ["Population", "Replica"]
+    assert dir(eggroll.torch) == ["EGGROLL", "Population", "Replica"]
     assert eggroll.torch.Population is Population
     with pytest.raises(AttributeError, match=r"module 'eggroll.torch' has no attribute 'Populations'"):
         _ = eggroll.torch.Populations

@@ -222,6 +222,33 @@ def test_an_input_of_all_members_is_multiplied_once(batch, kind, rank, dtype, th
     assert worst(got, expected) <= max(2 * worst(plain, expected), TOLERANCE[dtype] * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("kind", ["none", "shared", "own"])
+def test_the_fused_kernel_is_called_as_it_wants_to_be(kind, monkeypatch):
+    """What stands between a product on a GPU and the Triton kernel; the kernel itself is tested in the interpreter."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 3, 6).double(), torch.randn(5, 6).double()
+    _, _, a, b = case(4, 1, 6, 5, 2, torch.float64)
+    bias = {"none": None, "shared": torch.randn(5).double(), "own": torch.randn(4, 5).double()}[kind]
+    expected = low_rank.linear(x, weight, a, b, bias)
+    shapes = []
+
+    def kernel(x_PBn, weight_mn, u_Prm, v_Prn, bias_m):
+        shapes.append((x_PBn.shape, u_Prm.shape, v_Prn.shape))
+        out = x_PBn @ weight_mn.T + x_PBn @ v_Prn.mT @ u_Prm
+        return out if bias_m is None else out + bias_m
+
+    monkeypatch.setattr(low_rank, "_fused_kernel", lambda *parts: kernel)
+    torch.testing.assert_close(low_rank.linear(x, weight, a, b, bias), expected)
+    assert shapes == [((4, 6, 6), (4, 2, 5), (4, 2, 6))]
+
+
+def test_the_fused_kernel_is_used_only_where_it_is_asked_for(monkeypatch):
+    x = torch.randn(2, 3)
+    for setting in ("", "0", "1"):
+        monkeypatch.setenv(low_rank.FUSED_VARIABLE, setting)
+        assert low_rank._fused_kernel(x, x) is None, "these are no tensors of a GPU"
+
+
 @NEEDS_COMPILER
 @torch.enable_grad()
 def test_gradients_flow_where_they_are_asked_for(calls):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
 
 from eggroll._optional import require
-from eggroll.errors import MissingExtraError
+from eggroll.errors import ConfigError, MissingExtraError, RunError
+
+if TYPE_CHECKING:
+    from eggroll.run.run_dir import RunDir
+    from eggroll.torch.es import Replica
 
 RECIPES = {
     "cartpole": ("CartPoleOptions", "a policy learns to balance a pole; all members play at once"),
@@ -36,9 +42,58 @@ def recipe(arguments: Sequence[str]) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"eggroll recipe: there is no recipe {name!r}{hint}\n\n{usage()}", end="", file=sys.stderr)
         return 2
-    kind, run = load(name)
-    run(tyro.cli(kind, args=rest, prog=f"eggroll recipe {name}", description=run.__doc__))
+    module = load(name)
+    kind = getattr(module, RECIPES[name][0])
+    absent: Any = tyro.MISSING_NONPROP
+    default = _resumed(name, kind, rest)
+    module.run(
+        tyro.cli(
+            kind,
+            args=rest,
+            prog=f"eggroll recipe {name}",
+            description=module.__doc__,
+            default=absent if default is None else default,
+        )
+    )
     return 0
+
+
+def _resumed(name: str, kind: type[Any], arguments: Sequence[str]) -> Any | None:
+    """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
+    for index, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--resume":
+            path = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
+            return dataclasses.replace(options_of_run(path, kind, name), resume=path)
+    return None
+
+
+def options_of_run(path: str, kind: type[Any], name: str) -> Any:
+    """The options that a recipe's run was started with.
+
+    Raises:
+        RunError: it is a run of something else.
+        ConfigError: options that this version does not know.
+    """
+    from eggroll.run.run_dir import RunDir
+
+    config = RunDir.open(path).config
+    if config.get("recipe") != name:
+        what = f"of the recipe {config['recipe']}" if "recipe" in config else "of no recipe"
+        raise RunError(f"{path} is a run {what}, so eggroll recipe {name} cannot continue it")
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(config["options"]) - known)
+    if unknown:
+        raise ConfigError(f"{path}/config.json has settings that this version does not know: {', '.join(unknown)}")
+    return kind(**config["options"])
+
+
+def replica_of_run(run: RunDir) -> Replica:
+    """The replica that a recipe's run began with, for a replay."""
+    name = run.config["recipe"]
+    module = load(name)
+    replica: Replica = module.replica_for(options_of_run(str(run.path), getattr(module, RECIPES[name][0]), name))
+    return replica
 
 
 def run_all(arguments: Sequence[str]) -> int:
@@ -52,15 +107,15 @@ def run_all(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load(name: str) -> tuple[type[Any], Callable[[Any], Any]]:
-    """The options and the function of a recipe.
+def load(name: str) -> ModuleType:
+    """The module of a recipe.
 
     Raises:
         MissingExtraError: torch, or another library that it needs, is not installed.
     """
     require("torch", extra="recipes")
     try:
-        module = importlib.import_module(f"eggroll.recipes.{name}")
+        return importlib.import_module(f"eggroll.recipes.{name}")
     except ModuleNotFoundError as error:
         if error.name is not None and not error.name.startswith("eggroll"):
             raise MissingExtraError(
@@ -68,7 +123,6 @@ def load(name: str) -> tuple[type[Any], Callable[[Any], Any]]:
                 "Install it with: pip install 'eggroll-es[recipes]'"
             ) from error
         raise
-    return getattr(module, RECIPES[name][0]), module.run
 
 
 def usage() -> str:

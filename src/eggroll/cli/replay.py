@@ -31,26 +31,57 @@ class ReplayOptions:
 
 def replay(options: ReplayOptions) -> int:
     """Rebuild the weights of a generation from the base model and the run's log."""
-    from rich.progress import track
-
-    from eggroll.cli.tune import options_of_run
-    from eggroll.core.records import UpdateRecord
-    from eggroll.llm import models
-    from eggroll.llm.export import load_line, save_pretrained
-    from eggroll.llm.trainer import replica_for
-    from eggroll.run.replay import replay_run
     from eggroll.run.run_dir import RunDir
 
     console = Console(soft_wrap=True, highlight=False)
     run = RunDir.open(options.run)
-    settings = options_of_run(options.run)
-    with console.status(f"loading {settings.model} ..."):
-        loaded = models.load(settings.model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
-    replica = replica_for(loaded.model, settings.config())
+    return _replay_recipe(run, options, console) if "recipe" in run.config else _replay_tune(run, options, console)
+
+
+def _replay_recipe(run: RunDir, options: ReplayOptions, console: Console) -> int:
+    """A recipe's network, made again from its seed."""
+    from safetensors.torch import save_file
+
+    from eggroll.cli.recipe import replica_of_run
+
+    replica = replica_of_run(run)
+    done = _apply(run, replica, options, console)
+    directory = Path(options.output) if options.output else run.path / f"replay-{done}"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "model.safetensors"
+    save_file({name: value.contiguous() for name, value in replica.model.state_dict().items()}, path)
+    console.print(f"generation {done} of {len(run.updates())}{_compared(run, replica, done)}")
+    line = f'eggroll.recipes.{run.config["recipe"]}.network().load_state_dict(safetensors.torch.load_file("{path}"))'
+    console.print(f"weights  {escape(str(path))}\nload it  [bold]{escape(line)}[/]")
+    return 0
+
+
+def _apply(run: RunDir, replica: Replica, options: ReplayOptions, console: Console) -> int:
+    """Take the updates of the run's log; returns how many there were."""
+    from rich.progress import track
+
+    from eggroll.core.records import UpdateRecord
+    from eggroll.run.replay import replay_run
+
     records: list[UpdateRecord] = []
     done = replay_run(run, records.append, to=options.to)
     for record in track(records, description="replaying", console=console, disable=not console.is_terminal):
         replica.apply(record)
+    return done
+
+
+def _replay_tune(run: RunDir, options: ReplayOptions, console: Console) -> int:
+    """A language model's run, from the base model."""
+    from eggroll.cli.tune import options_of_run
+    from eggroll.llm import models
+    from eggroll.llm.export import load_line, save_pretrained
+    from eggroll.llm.trainer import replica_for
+
+    settings = options_of_run(options.run)
+    with console.status(f"loading {settings.model} ..."):
+        loaded = models.load(settings.model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+    replica = replica_for(loaded.model, settings.config())
+    done = _apply(run, replica, options, console)
     directory = Path(options.output) if options.output else run.path / f"replay-{done}"
     save_pretrained(loaded.model, loaded.tokenizer, directory, metadata={"replayed_generations": done})
     console.print(f"generation {done} of {len(run.updates())}{_compared(run, replica, done)}")

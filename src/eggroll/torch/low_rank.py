@@ -8,12 +8,17 @@ call (:mod:`eggroll.torch.kernels.low_rank_c`); elsewhere there are as few as ea
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eggroll.torch.kernels import low_rank_c
 
+FUSED_VARIABLE = "EGGROLL_FUSED_LINEAR"
 BLOCK_BYTES = 2**22
 """Inputs and outputs of a block of members, which are still in cache when the term is added to the base product."""
 
@@ -43,7 +48,15 @@ def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m
         return _linear_in_blocks(x_Rn, weight_mn, a_Pmr, b_Pnr, bias_m)
     members = a_Pmr.shape[0]
     own_bias = bias_m is not None and bias_m.ndim > 1
-    out = F.linear(x_Rn, weight_mn, None if own_bias else bias_m)
+    plain_bias = None if own_bias else bias_m
+    fused = _fused_kernel(x_Rn, weight_mn, a_Pmr, b_Pnr, plain_bias)
+    if fused is not None:
+        out_PRm = fused(x_Rn.view(members, -1, x_Rn.shape[-1]), weight_mn, a_Pmr.mT, b_Pnr.mT, plain_bias)
+        if own_bias:
+            assert bias_m is not None
+            out_PRm.add_(bias_m.unsqueeze(1))
+        return out_PRm.view(*x_Rn.shape[:-1], -1)
+    out = F.linear(x_Rn, weight_mn, plain_bias)
     if out.numel() == 0:
         return out
     out_PRm = out.view(members, -1, out.shape[-1])
@@ -52,6 +65,34 @@ def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m
         assert bias_m is not None
         out_PRm.add_(bias_m.unsqueeze(1))
     return out
+
+
+def _fused_kernel(*parts: Tensor | None) -> Callable[..., Tensor] | None:
+    """The Triton kernel that adds the term in the epilogue of the base product, where it is wanted and can be used.
+
+    It is wanted with ``EGGROLL_FUSED_LINEAR=1``: its speed has not been measured on a GPU yet
+    (``benchmarks/bench_kernels_cuda.py`` does), so plain operations are the default.
+    """
+    if os.environ.get(FUSED_VARIABLE, "0") in ("", "0"):
+        return None
+    tensors = [part for part in parts if part is not None]
+    if not all(part.is_cuda and type(part) in (Tensor, torch.nn.Parameter) for part in tensors):
+        return None
+    needs_grad = torch.is_grad_enabled() and any(part.requires_grad for part in tensors)
+    if needs_grad or torch.compiler.is_compiling() or tensors[0].numel() == 0:
+        return None
+    if torch._C._functorch.maybe_current_level() is not None or len({part.dtype for part in tensors}) > 1:
+        return None
+    return _triton_linear()
+
+
+@functools.cache
+def _triton_linear() -> Callable[..., Tensor] | None:
+    try:
+        from eggroll.torch.kernels import linear_triton
+    except ImportError:
+        return None
+    return linear_triton.linear
 
 
 def _linear_in_blocks(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m: Tensor | None) -> Tensor:

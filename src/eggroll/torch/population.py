@@ -135,11 +135,12 @@ class Population:
     ) -> dict[str, Tensor]:
         """What stands in the place of each selected parameter for the given members."""
         device = self.device
-        which = [member_of(member, antithetic=self.antithetic) for member in members]
-        pairs = range(which[0].pair, which[-1].pair + 1) if which else range(0)
-        draws = self.noise.draw(generation, pairs, device)
-        index = torch.tensor([member.pair - pairs.start for member in which], device=device)
-        signs = torch.tensor([float(member.sign) for member in which], device=device)
+        first, last = (member_of(member, antithetic=self.antithetic).pair for member in (members[0], members[-1]))
+        draws = self.noise.draw(generation, range(first, last + 1), device)
+        # Consecutive members, as member_of says: which draw each has, and with which sign.
+        index = torch.arange(members[0], members[-1] + 1, device=device)
+        signs = 1.0 - 2.0 * (index % 2) if self.antithetic else torch.ones(len(members), device=device)
+        index = (index // 2 if self.antithetic else index) - first
         return {spec.name: self._value(spec, draws[spec.name], index, signs, sigma, context) for spec in self.specs}
 
     def _value(
@@ -150,8 +151,8 @@ class Population:
             # The rank before the long dimension in memory: see PerturbedWeight.
             a, b = (factor.transpose(-1, -2) for factor in self.noise.factors(spec, draws))
             scale = (signs * (sigma / self.noise.rank**0.5)).view(-1, *([1] * (a.ndim - 1)))
-            a = (a[index] * scale).to(center.dtype, memory_format=torch.contiguous_format).transpose(-1, -2)
-            b = b.to(center.dtype, memory_format=torch.contiguous_format)[index].transpose(-1, -2)
+            a = (a.index_select(0, index) * scale).to(center.dtype).contiguous().transpose(-1, -2)
+            b = b.to(center.dtype).index_select(0, index).contiguous().transpose(-1, -2)
             if context.single:
                 a, b = a[0], b[0]
             return PerturbedWeight(center, a, b, name=spec.name, kind=spec.kind, context=context)

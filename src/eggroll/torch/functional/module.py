@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from eggroll.errors import ConfigError
 from eggroll.torch.population import Population
@@ -80,9 +81,17 @@ class PerturbedForward:
             inputs = active.expand(x[0]) if x.shape[0] == 1 else x.flatten(0, 1)
             outputs = self.module(inputs)
         if single:
-            return torch.utils._pytree.tree_map(lambda y: y.unsqueeze(0) if isinstance(y, Tensor) else y, outputs)
+            return tree_map(lambda y: y.unsqueeze(0) if isinstance(y, Tensor) else y, outputs)
         outputs = plain_outputs(outputs, members, rows, population.batch_dim)
-        return torch.utils._pytree.tree_map(lambda y: active.split(y) if isinstance(y, Tensor) else y, outputs)
+
+        def split(y: Any) -> Any:
+            if not isinstance(y, Tensor) or y.ndim == 0:
+                return y
+            # A recurrent layer's last state has the rows in its second dimension.
+            dim = next((dim for dim in range(min(y.ndim, 2)) if y.shape[dim] == rows), 0)
+            return y.unflatten(dim, (members, -1)).movedim(dim, 0)
+
+        return tree_map(split, outputs)
 
     def _population(self, keys: frozenset[str]) -> Population:
         """The population that knows where the perturbed parameters are, made once for each set of them."""

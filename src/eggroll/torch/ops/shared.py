@@ -62,7 +62,7 @@ def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if func in METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if is_write(func) and args and isinstance(args[0], SharedRows):
+    if (is_write(func) or kwargs.get("inplace")) and args and isinstance(args[0], SharedRows):
         raise UnsupportedOperationError(
             f"the input that active.expand made is the same for all members and would be changed in place by "
             f"{name_of(func)}; change it before, or give the model a copy: active.expand(x).clone()"
