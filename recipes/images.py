@@ -32,6 +32,7 @@ class Images:
     """Images ``(count, 28, 28)`` float32, normalised, and labels ``(count,)`` int64, on one device."""
 
     name: str
+    source: str
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -52,16 +53,16 @@ def load(data: str | None, device: torch.device) -> Images:
     """
     folder = _folder(data)
     if folder is not None:
-        name = f"MNIST from {folder}"
+        source = f"from {folder}"
         raw = {part: tuple(_read(folder, file) for file in files) for part, files in FILES.items()}
     else:
         found = _from_hub()
         if found is None:
             return _digits(device)
-        name, raw = f"MNIST from the hub ({HUB})", found
+        source, raw = f"from the hub ({HUB})", found
     (images, labels), test = (_tensors(*raw[part], device) for part in ("train", "test"))
     held = len(images) - VALIDATION
-    return Images(name, (images[:held], labels[:held]), (images[held:], labels[held:]), test)
+    return Images("MNIST", source, (images[:held], labels[:held]), (images[held:], labels[held:]), test)
 
 
 def _folder(data: str | None) -> Path | None:
@@ -129,4 +130,4 @@ def _digits(device: torch.device) -> Images:
     images = images.sub_(MEAN).div_(STD).to(device)
     labels = torch.from_numpy(digits.target[order].astype(np.int64)).to(device)
     parts = [(images[part], labels[part]) for part in (slice(0, 1200), slice(1200, 1397), slice(1397, None))]
-    return Images("scikit-learn's digits, as no MNIST was found (results are not comparable with MNIST's)", *parts)
+    return Images("digits", "of scikit-learn, as no MNIST was found: results are not comparable with MNIST's", *parts)

@@ -70,7 +70,7 @@ def classifier(make: Callable[[], nn.Module], options: MnistOptions) -> Replica:
 def train(name: str, make: Callable[[], nn.Module], options: MnistOptions) -> dict[str, Any]:
     """Evolve an image classifier: the mean log-likelihood of a fresh minibatch is the fitness of every member."""
     images = load(options.data, options.place())
-    console.print(f"data     {images.name}")
+    console.print(f"data     {images.name} {images.source}")
     replica = classifier(make, options)
     model = replica.model
 
@@ -88,7 +88,7 @@ def train(name: str, make: Callable[[], nn.Module], options: MnistOptions) -> di
 
     run_dir, seconds = evolve(
         name, options, replica, evaluate, lambda: accuracy(model, *images.validation), eval_every=50,
-        extra={"data": images.name},
+        extra={"data": f"{images.name} {images.source}"},
     )  # fmt: skip
     evaluated = options.population * options.batch * options.generations
     result = {

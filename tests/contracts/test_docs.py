@@ -10,6 +10,7 @@ import pytest
 import tyro
 
 from eggroll.cli.main import COMMANDS
+from eggroll.cli.recipe import RECIPES, load
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,7 +22,7 @@ COMMAND_LINES = [
 ]
 
 
-@pytest.mark.parametrize("page", ["docs/population.md"])
+@pytest.mark.parametrize("page", ["docs/population.md", "docs/functional.md", "docs/trainer.md"])
 def test_examples_of_a_page_run(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
@@ -30,15 +31,24 @@ def test_examples_of_a_page_run(page):
         exec(compile(block, f"{page}, example {number + 1}", "exec"), names)
 
 
-def test_the_population_example_of_the_readme_runs():
+def test_the_examples_of_modules_in_the_readme_run():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names = {}
-    exec(compile(next(block for block in blocks if "Population" in block), "README.md", "exec"), names)
+    for word in ("Population", "EGGROLL"):
+        block = next(block for block in blocks if f"import {word}" in block)
+        exec(compile(block, f"README.md, {word}", "exec"), names)
     assert names["y"].shape == (256, 10, 2)
+    assert names["accuracy"](names["model"]) >= 0.9
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_command_lines_are_understood(line):
     _, command, *arguments = shlex.split(line, comments=True)
-    kind, _ = COMMANDS[command]
+    if command == "recipe":
+        name, *arguments = arguments
+        if name == "all":
+            return
+        kind = getattr(load(name), RECIPES[name][0])
+    else:
+        kind, _ = COMMANDS[command]
     assert isinstance(tyro.cli(kind, args=arguments), kind)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_only_the_command_line_prints(path):
 
 
 def test_no_file_is_longer_than_500_lines():
-    files = [*FILES, *(path for name in ("tests", "benchmarks", "examples") for path in (ROOT / name).rglob("*.py"))]
+    files = [*FILES, *(path for name in ("tests", "benchmarks", "examples", "recipes") for path in (ROOT / name).rglob("*.py"))]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {name: length for name, length in lengths.items() if length > 500} == {}
 
@@ -101,3 +102,10 @@ def test_nothing_is_pickled():
     words = ("import pickle", "pickle.load", "torch.load(", "torch.save(")
     offenders = [path.name for path in FILES if any(word in path.read_text(encoding="utf-8") for word in words)]
     assert offenders == []
+
+
+def test_every_package_is_installed():
+    """The list in pyproject.toml, which recipes need (they lie outside of src), against the folders."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = [".".join(("eggroll", *path.parent.relative_to(SOURCE).parts)) for path in SOURCE.rglob("__init__.py")]
+    assert sorted(listed) == sorted([*found, "eggroll.recipes"])

@@ -41,6 +41,16 @@ def hyperscale_es():
     return LR * POPULATION**0.5 * (total / POPULATION)
 
 
+def functional():
+    # Members in halves of opposite sign: members 2 k are its first half, 2 k + 1 its second.
+    torch = pytest.importorskip("torch")
+    f = pytest.importorskip("eggroll.torch.functional")
+    key = f.NoiseKey(SEED)
+    perts = f.generate_perturbations({"w": SPEC.matrix_shape}, POPULATION, RANK, SIGMA, key, torch.float64)
+    halves = torch.from_numpy(np.concatenate([SHAPED[0::2], SHAPED[1::2]]))
+    return LR * f.compute_gradients(halves, perts, POPULATION)["w"].numpy()
+
+
 def eggroll_vllm():
     # Differences over pairs; the adapters carry sqrt(sigma) and sqrt(sigma / r).
     total = np.zeros(SPEC.shape)
@@ -63,6 +73,7 @@ ROWS = {
     "The paper": (paper, LR, "`α`"),
     "ES at Scale": (paper, LR, "`α`"),
     "HyperscaleES, SGD": (hyperscale_es, LR * SIGMA * POPULATION**0.5, "`lr · σ · √N`"),
+    "`eggroll.torch.functional`": (functional, LR * SIGMA * POPULATION**0.5, "`lr · σ · √N`"),
     "eggroll-vllm": (eggroll_vllm, LR, "`lr`"),
     "eggroll-vllm, `--scale-lr-in-grad`": (eggroll_vllm_scaled, LR * POPULATION**0.5, "`lr · √N`"),
     "OpenAI-ES": (openai_es, LR / SIGMA, "`α / σ`"),

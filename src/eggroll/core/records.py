@@ -24,8 +24,9 @@ class UpdateRecord:
 
     @classmethod
     def make(cls, generation: int, sigma: float, lr: float, shaped_fitness: NDArray[np.float32]) -> UpdateRecord:
-        """A record from an array; float32 values survive JSON exactly."""
-        return cls(generation, float(sigma), float(lr), tuple(float(value) for value in shaped_fitness))
+        """A record from an array: the shortest decimals that are the float32 values again, half as long in the log."""
+        decimals = tuple(float(str(value)) for value in np.asarray(shaped_fitness, dtype=np.float32))
+        return cls(generation, float(sigma), float(lr), decimals)
 
     @property
     def weights(self) -> NDArray[np.float32]:

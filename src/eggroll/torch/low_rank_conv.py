@@ -5,7 +5,8 @@ activations that they meet, and a convolution to ``r`` channels costs almost as 
 float32 and float64 on a CPU the members' kernels are made, and members are convolved one by one where each has enough
 rows to fill the cores (which keeps their activations in cache: faster than one convolution over all rows), or as groups
 of one convolution where they have few. In 16 bit a kernel would lose its perturbation to rounding, and on a GPU
-groups are slow: there the term is added to the base product.
+groups are slow: there the term is added to the base product. So it is everywhere for an input that all members share:
+its base product is made once, and the members' ``B`` are the output channels of one convolution.
 
 Shapes: P members, R rows of a member, C channels, ``...`` one to three dimensions of space.
 """
@@ -53,7 +54,9 @@ def convolution(
     """
     settings = {"stride": stride, "padding": padding, "dilation": dilation}
     wide = x_PRC.dtype in (torch.float32, torch.float64)
-    if groups == 1 and not (wide and x_PRC.device.type == "cpu"):
+    if groups == 1 and x_PRC.shape[0] == 1:
+        out = _shared(x_PRC[0], weight, a_Pmr, b_Pnr, settings)
+    elif groups == 1 and not (wide and x_PRC.device.type == "cpu"):
         out = _base_and_term(x_PRC, weight, a_Pmr, b_Pnr, settings)
     else:
         out = _by_kernels(x_PRC, weight, a_Pmr, b_Pnr, groups, settings)
@@ -63,34 +66,46 @@ def convolution(
     return out + bias.view(*((bias.shape[0], 1) if bias.ndim > 1 else ()), -1, *spatial)
 
 
+def _shared(x_RC: Tensor, weight: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, settings: dict[str, Any]) -> Tensor:
+    """``conv(x, W) + A conv(x, B)`` for one input: one pass over the result for each rank."""
+    conv = CONVOLUTIONS[weight.ndim - 2]
+    members, channels, rank = a_Pmr.shape
+    kernels = b_Pnr.transpose(1, 2).reshape(-1, *weight.shape[1:])
+    base_RC = conv(x_RC, weight, **settings)
+    low_PrR = conv(x_RC, kernels, **settings).unflatten(1, (members, rank)).movedim(0, 2).unsqueeze(3)
+    a_rP = a_Pmr.view(members, 1, channels, rank, *[1] * (weight.ndim - 2)).movedim(3, 0)
+    out = torch.addcmul(base_RC.unsqueeze(0), a_rP[0], low_PrR[:, 0])
+    for k in range(1, rank):
+        out.addcmul_(a_rP[k], low_PrR[:, k])
+    return out
+
+
 def _by_kernels(
     x_PRC: Tensor, weight: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, groups: int, settings: dict[str, Any]
 ) -> Tensor:
     """The members' kernels, made and applied: one member after the other, or as groups of one convolution."""
     conv = CONVOLUTIONS[weight.ndim - 2]
-    members, shared = a_Pmr.shape[0], x_PRC.shape[0] == 1
+    members = a_Pmr.shape[0]
+    x_PRC = x_PRC.expand(members, *x_PRC.shape[1:])
     work = x_PRC[0].numel() * weight.shape[0] * weight[0, 0].numel() // groups
     step = max(1, KERNEL_BYTES // (weight.numel() * weight.element_size()))
-    parts = []
+    found: Tensor | None = None
     for first in range(0, members, step):
-        a, b = a_Pmr[first : first + step], b_Pnr[first : first + step]
-        x = x_PRC if shared else x_PRC[first : first + step]
+        a, b, x = (part[first : first + step] for part in (a_Pmr, b_Pnr, x_PRC))
+        count = len(a)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        noise = torch.bmm(a.to(wide), b.to(wide).transpose(1, 2)).view(-1, *weight.shape)
+        noise = torch.bmm(a.to(wide), b.to(wide).transpose(1, 2)).view(count, *weight.shape)
         kernels = (weight.to(wide) + noise).to(weight.dtype)
-        if work >= MIN_WORK_ALONE and x_PRC.device.type == "cpu":
-            each = [conv(x[0 if shared else p], kernels[p], groups=groups, **settings) for p in range(len(kernels))]
-            parts.append(torch.stack(each))
-            continue
-        count = len(kernels)
-        flat = kernels.flatten(0, 1)
-        if shared and groups == 1:  # one input: further output channels
-            out = conv(x[0], flat, **settings)
+        if work >= MIN_WORK_ALONE and x.device.type == "cpu":
+            each = (conv(x[p], kernels[p], groups=groups, **settings) for p in range(count))
         else:
-            x_R = x.expand(count, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-            out = conv(x_R, flat, groups=groups * count, **settings)
-        parts.append(out.unflatten(1, (count, -1)).transpose(0, 1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+            together = conv(x.transpose(0, 1).flatten(1, 2), kernels.flatten(0, 1), groups=groups * count, **settings)
+            each = iter(together.unflatten(1, (count, -1)).unbind(1))
+        for p, out in enumerate(each, start=first):
+            found = out.new_empty((members, *out.shape)) if found is None else found
+            found[p] = out
+    assert found is not None
+    return found
 
 
 def _base_and_term(x_PRC: Tensor, weight: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -99,10 +114,7 @@ def _base_and_term(x_PRC: Tensor, weight: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, 
     members = a_Pmr.shape[0]
     base = conv(x_PRC.flatten(0, 1), weight, **settings).unflatten(0, x_PRC.shape[:2])
     kernels = b_Pnr.transpose(1, 2).reshape(-1, *weight.shape[1:])
-    if x_PRC.shape[0] == 1:
-        low = conv(x_PRC[0], kernels, **settings)
-    else:
-        low = conv(x_PRC.transpose(0, 1).flatten(1, 2), kernels, groups=members, **settings)
+    low = conv(x_PRC.transpose(0, 1).flatten(1, 2), kernels, groups=members, **settings)
     low_PRr = low.unflatten(1, (members, -1)).transpose(0, 1)
     term = torch.matmul(a_Pmr.unsqueeze(1), low_PRr.flatten(3))
     return base + term.view(*term.shape[:3], *base.shape[3:])

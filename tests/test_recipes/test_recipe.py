@@ -1,0 +1,203 @@
+"""``eggroll recipe``: each one from start to end in small, resumed, replayed, and with the mistakes that people make."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eggroll.cli.recipe import RECIPES, load
+from eggroll.recipes import cartpole, images, mnist
+from eggroll.run.run_dir import RunDir
+
+TRAIN = {"-p": "16", "-g": "3", "--report-to": "none", "--members-per-forward": "8"}
+SMALL = {
+    "cartpole": TRAIN,
+    "mnist": {**TRAIN, "--batch": "8"},
+    "mnist_cnn": {**TRAIN, "--batch": "4"},
+}
+# A flag here is a promise to users: none may go, and a new one is added here on purpose.
+SHARED = {"population", "generations", "rank", "sigma", "lr", "members_per_forward", "seed", "device", "output", "resume"}
+SHARED |= {"report_to"}
+FLAGS = {
+    "cartpole": SHARED | {"episodes"},
+    "mnist": SHARED | {"batch", "data", "backprop"},
+    "mnist_cnn": SHARED | {"batch", "data", "backprop"},
+    "profile": {"population", "batch", "width", "rank", "turns", "device"},
+    "hyperscale": {"memory_gib", "rank", "seconds", "device", "output"},
+}
+
+
+def small(name, **more):
+    options = SMALL[name] | more
+    return [name, *(word for pair in options.items() for word in pair)]
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch):
+    monkeypatch.setattr(images, "_from_hub", lambda: None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_options_are_frozen_and_documented(name, recipe):
+    kind = getattr(load(name), RECIPES[name][0])
+    assert {field.name for field in dataclasses.fields(kind)} == FLAGS[name]
+    shown = recipe(name, "--help")
+    assert shown.status == 0
+    assert f"usage: eggroll recipe {name}" in shown.out
+    assert load(name).__doc__.splitlines()[0].split(": ")[1][:40] in " ".join(shown.out.split())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipe_from_start_to_end(name, recipe, tmp_path):
+    done = recipe(*small(name), "-o", "out")
+    assert (done.status, done.err) == (0, "")
+    for text in (f"{name}  ", "parameters evolved, on cpu", "run directory: out", "generation 3/3", "report   out/"):
+        assert text in done.out
+    run = RunDir.open(tmp_path / "out")
+    assert len(run.updates()) == 3
+    assert run.config["recipe"] == name
+    assert (tmp_path / "out" / "report.html").exists()
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    if name == "cartpole":
+        assert 8 <= result["mean_return"] <= 500
+        assert result["generations"] == 3
+        # every step of an episode has the reward 1
+        assert result["env_steps"] == sum(round(16 * line["fitness_mean"]) for line in run.metrics()[1:])
+    else:
+        assert "data     digits of scikit-learn, as no MNIST was found" in done.out
+        assert result["evaluated_samples"] == 16 * 3 * int(SMALL[name]["--batch"])
+        assert 0 <= result["test_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", ["cartpole", "mnist"])
+def test_a_run_is_resumed_with_its_own_options_and_replayed(name, recipe, tmp_path):
+    """Two generations, then two more, against four in one go: the same weights, bit for bit; and again from the log."""
+    recipe(*small(name, **{"-g": "4"}), "--seed", "3", "-o", "whole")
+    recipe(*small(name, **{"-g": "2"}), "--seed", "3", "-o", "parts")
+    if name == "mnist":
+        # The schedule depends on the length, so that a run is longer from the start, and was killed.
+        recipe(*small(name, **{"-g": "4"}), "--seed", "3", "-o", "killed")
+        run = RunDir.open(tmp_path / "killed")
+        run.rewind(2)
+        more = recipe(name, "--resume", "killed")
+        last = "killed"
+    else:
+        more = recipe(name, "--resume", "parts", "-g", "4")
+        last = "parts"
+    assert (more.status, more.err) == (0, "")
+    checkpoints = [RunDir.open(tmp_path / path).latest_checkpoint().load() for path in ("whole", last)]
+    assert checkpoints[0].keys() == checkpoints[1].keys()
+    assert all(torch.equal(checkpoints[0][key], checkpoints[1][key]) for key in checkpoints[0])
+    replayed = recipe(tmp_path / last, command="replay")
+    assert (replayed.status, replayed.err) == (0, "")
+    assert "generation 4 of 4, equal to its checkpoint, bit for bit" in replayed.out
+    weights = load_file(tmp_path / last / "replay-4" / "model.safetensors")
+    network = {"cartpole": cartpole, "mnist": mnist}[name].network()
+    network.load_state_dict(weights)
+    assert all(torch.equal(weights[key], checkpoints[0][f"parameter/{key}"]) for key in weights)
+
+
+def test_returns_are_those_of_episodes_played_one_by_one():
+    """The vectorised environment against gymnasium's single one from the same first states: the pole always pushed right."""
+    import gymnasium
+
+    class Right(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor([0.0, 1.0]).expand(len(x), 2)
+
+    vector = gymnasium.make_vec("CartPole-v1", num_envs=4, vectorization_mode="vector_entry_point")
+    states, _ = vector.reset(seed=5)
+    expected = []
+    for state in states:
+        env = gymnasium.make("CartPole-v1")
+        env.reset()
+        env.unwrapped.state = np.array(state, dtype=np.float64)
+        total, over = 0.0, False
+        while not over:
+            _, reward, terminated, truncated, _ = env.step(1)
+            total, over = total + reward, terminated or truncated
+        expected.append(total)
+    assert cartpole.returns(Right(), 4, 5, torch.device("cpu")).tolist() == expected
+
+
+def test_adam_is_reported_beside(recipe):
+    done = recipe(*small("mnist"), "--backprop", "-o", "out")
+    assert done.status == 0
+    result = json.loads(open("out/result.json").read())
+    assert result["adam_test_accuracy"] > 0.8
+    assert "adam test accuracy" in done.out
+
+
+def test_profile(recipe):
+    done = recipe("profile", "--population", "8", "--batch", "2", "--width", "16", "--turns", "2")
+    assert (done.status, done.err) == (0, "")
+    for part in ("plain inference, same rows", "draw noise", "forward, Population", "gradients", "members per second"):
+        assert part in done.out
+
+
+def test_hyperscale(recipe, tmp_path, monkeypatch):
+    """Full-rank noise of 256 members is 0.26 GiB, so within 0.3 GiB it ends there and EGGROLL goes on."""
+    module = load("hyperscale")
+    monkeypatch.setattr(module, "LAST", 1024)
+    done = recipe("hyperscale", "--memory-gib", "0.3", "-o", "out")
+    assert (done.status, done.err) == (0, "")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["largest_population"] == {"full rank": 256, "at once": 1024, "in parts": 1024}
+    curves = result["curves"]
+    assert curves["full rank"][0]["gib"] > 0.25
+    assert curves["at once"][0]["gib"] < 0.05
+    assert (tmp_path / "out" / "memory.png").stat().st_size > 10_000
+
+
+def test_without_a_name_the_recipes_are_listed(recipe):
+    listed = recipe()
+    assert listed.status == 2
+    assert recipe("--help").status == 0
+    for name in (*RECIPES, "all"):
+        assert f"  {name} " in listed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["mnits"], "there is no recipe 'mnits'; did you mean 'mnist'?"),
+        (["cartpole", "-p", "7"], "population_size (=7) must be even when antithetic=True; use 8"),
+        (["cartpole", "--sigma", "0", "--rank", "0"], "2 problems"),
+        (["mnist", "--data", "nowhere"], "--data nowhere holds no MNIST"),
+        (["mnist", "--device", "cuda:7"], "--device cuda:7: "),
+        (["cartpole", "--resume", "nowhere"], "nowhere does not exist"),
+        (["hyperscale", "--memory-gib", "100000"], "GiB are free"),
+    ],
+)
+def test_mistakes(arguments, text, recipe):
+    done = recipe(*arguments)
+    assert done.status in (1, 2)
+    assert text in " ".join(done.err.split())
+
+
+def test_a_run_is_continued_only_by_its_own_recipe_and_settings(recipe):
+    recipe(*small("cartpole"), "-o", "run")
+    for arguments, text in [
+        (["mnist", "--resume", "run"], "run is a run of the recipe cartpole, so eggroll recipe mnist cannot continue it"),
+        (["cartpole", "--resume", "run", "--sigma", "0.5"], "has sigma=0.2; a run is resumed with the settings it has"),
+        (["cartpole", "--resume", "run", "-p", "32"], "population_size: 16 in the run, 32 now"),
+        (["cartpole", "--resume", "run", "-g", "2"], "has 3 finished generations already"),
+        (small("cartpole") + ["-o", "run"], "run already holds a run"),
+    ]:
+        done = recipe(*arguments)
+        assert done.status == 1
+        assert text in " ".join(done.err.split())
+
+
+def test_a_recipe_is_a_program_of_its_own(tmp_path):
+    arguments = [*small("cartpole")[1:], "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, cartpole.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "result.json").exists()
