@@ -31,9 +31,9 @@ class MnistOptions(Options):
     """A perceptron on MNIST."""
 
     population: int = 2048
-    generations: int = 1000
-    sigma: float = 0.02
-    lr: float = 0.1
+    generations: int = 6000
+    sigma: float = 0.005
+    lr: float = 0.002
     batch: int = 64
     """Images per generation, fresh each time and the same for all members."""
     data: str | None = None
@@ -62,7 +62,8 @@ def classifier(make: Callable[[], nn.Module], options: MnistOptions) -> Replica:
     torch.manual_seed(options.seed)
     config = ESConfig(
         population_size=options.population, generations=options.generations, rank=options.rank, sigma=options.sigma,
-        lr=options.lr, lr_schedule="cosine", optimizer="momentum", fitness_shaping="normalized", seed=options.seed,
+        lr=options.lr, lr_schedule="cosine", optimizer="adam", fitness_shaping="normalized", seed=options.seed,
+        sampling="one_sided",
     )  # fmt: skip
     return Replica(make().eval().to(options.place()), config, kinds=("matrix", "conv", "vector"))
 
@@ -87,7 +88,7 @@ def train(name: str, make: Callable[[], nn.Module], options: MnistOptions) -> di
         )
 
     run_dir, seconds = evolve(
-        name, options, replica, evaluate, lambda: accuracy(model, *images.validation), eval_every=50,
+        name, options, replica, evaluate, lambda: accuracy(model, *images.validation), eval_every=100,
         extra={"data": f"{images.name} {images.source}"},
     )  # fmt: skip
     evaluated = options.population * options.batch * options.generations

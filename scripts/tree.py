@@ -21,7 +21,6 @@ WIDTH = 120
 COLUMN = 30
 FOLDERS = {
     "examples": "ten-minute starts, each under 80 lines",
-    "recipes": "one self-contained file per published result",
     "benchmarks": "scripts that measure the speed claims; results/ holds what they measured, and on what",
     "tests": "test_<package>/ mirrors src; statistics/, contracts/",
     "scripts": "set-up, and this tree",
@@ -60,6 +59,7 @@ def tree() -> str:
     """All rows."""
     rows = ["src/", *package(ROOT / "src" / "eggroll", 1), "docs/"]
     rows += [line(1, path.name, summary(path)) for path in sorted((ROOT / "docs").glob("*.md"))]
+    rows += package(ROOT / "recipes", 0)
     rows += [line(0, f"{name}/", words) for name, words in FOLDERS.items() if any((ROOT / name).glob("*"))]
     return "\n".join(rows) + "\n"
 

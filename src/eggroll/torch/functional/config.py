@@ -1,4 +1,4 @@
-"""The settings of :func:`eggroll.torch.functional.eggroll_step`."""
+"""The settings of `eggroll_step`."""
 
 from __future__ import annotations
 

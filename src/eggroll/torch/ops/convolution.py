@@ -1,4 +1,4 @@
-"""Rules for convolutions; the arithmetic is in :mod:`eggroll.torch.low_rank_conv`."""
+"""Rules for convolutions; their arithmetic is in `eggroll.torch.low_rank_conv`."""
 
 from __future__ import annotations
 
