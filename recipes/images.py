@@ -117,7 +117,7 @@ def _from_hub() -> dict[str, tuple[Any, Any]] | None:
 
 
 def _tensors(images: NDArray[Any], labels: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).float().div_(255).sub_(MEAN).div_(STD)
+    x = torch.from_numpy(np.array(images)).to(device).float().div_(255).sub_(MEAN).div_(STD)
     return x, torch.from_numpy(np.asarray(labels).astype(np.int64)).to(device)
 
 

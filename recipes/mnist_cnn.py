@@ -23,7 +23,7 @@ class MnistCnnOptions(MnistOptions):
     """Two convolutions on MNIST."""
 
     population: int = 256
-    generations: int = 4000
+    generations: int = 10000
     sigma: float = 0.005
     lr: float = 0.005
     members_per_forward: int = 32

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -92,9 +93,15 @@ def test_only_the_command_line_prints(path):
 
 
 def test_no_file_is_longer_than_500_lines():
-    files = [*FILES, *(path for name in ("tests", "benchmarks", "examples", "recipes") for path in (ROOT / name).rglob("*.py"))]
+    folders = ("tests", "benchmarks", "examples", "recipes")
+    files = [*FILES, *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def test_no_device_is_taken_for_granted():
+    offenders = [path.name for path in FILES if re.search(r"""device=["']cuda""", path.read_text(encoding="utf-8"))]
+    assert offenders == []
 
 
 def test_nothing_is_pickled():

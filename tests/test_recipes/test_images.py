@@ -103,7 +103,9 @@ def test_digits_take_the_place_of_mnist_and_it_is_said(monkeypatch):
 
 
 def test_files_that_are_not_there_or_damaged(tmp_path, mnist):
-    with pytest.raises(DataError, match=r"holds no MNIST: expected there or in its folder mnist train-images-idx3-ubyte"):
+    with pytest.raises(
+        DataError, match=r"holds no MNIST: expected there or in its folder mnist train-images-idx3-ubyte"
+    ):
         images.load(str(tmp_path / "nowhere"), CPU)
     write(tmp_path, mnist, gzipped=True)
     labels = tmp_path / "train-labels-idx1-ubyte.gz"

@@ -21,7 +21,18 @@ SMALL = {
     "mnist_cnn": {**TRAIN, "--batch": "4"},
 }
 # A flag here is a promise to users: none may go, and a new one is added here on purpose.
-SHARED = {"population", "generations", "rank", "sigma", "lr", "members_per_forward", "seed", "device", "output", "resume"}
+SHARED = {
+    "population",
+    "generations",
+    "rank",
+    "sigma",
+    "lr",
+    "members_per_forward",
+    "seed",
+    "device",
+    "output",
+    "resume",
+}
 SHARED |= {"report_to"}
 FLAGS = {
     "cartpole": SHARED | {"episodes"},
@@ -183,7 +194,10 @@ def test_mistakes(arguments, text, recipe):
 def test_a_run_is_continued_only_by_its_own_recipe_and_settings(recipe):
     recipe(*small("cartpole"), "-o", "run")
     for arguments, text in [
-        (["mnist", "--resume", "run"], "run is a run of the recipe cartpole, so eggroll recipe mnist cannot continue it"),
+        (
+            ["mnist", "--resume", "run"],
+            "run is a run of the recipe cartpole, so eggroll recipe mnist cannot continue it",
+        ),
         (["cartpole", "--resume", "run", "--sigma", "0.5"], "has sigma=0.2; a run is resumed with the settings it has"),
         (["cartpole", "--resume", "run", "-p", "32"], "population_size: 16 in the run, 32 now"),
         (["cartpole", "--resume", "run", "-g", "2"], "has 3 finished generations already"),

@@ -51,8 +51,14 @@ def _replay_recipe(run: RunDir, options: ReplayOptions, console: Console) -> int
     path = directory / "model.safetensors"
     save_file({name: value.contiguous() for name, value in replica.model.state_dict().items()}, path)
     console.print(f"generation {done} of {len(run.updates())}{_compared(run, replica, done)}")
-    line = f'eggroll.recipes.{run.config["recipe"]}.network().load_state_dict(safetensors.torch.load_file("{path}"))'
-    console.print(f"weights  {escape(str(path))}\nload it  [bold]{escape(line)}[/]")
+    lines = (
+        f"from eggroll.recipes.{run.config['recipe']} import network",
+        "from safetensors.torch import load_file",
+        f'model = network(); model.load_state_dict(load_file("{path}"))',
+    )
+    console.print(f"weights  {escape(str(path))}\nload it  [bold]{escape(lines[0])}[/]")
+    for line in lines[1:]:
+        console.print(f"         [bold]{escape(line)}[/]")
     return 0
 
 

@@ -75,6 +75,7 @@ class Updater:
     def step(self, name: str, gradient: Tensor, *, lr: float, generation: int) -> float:
         """One optimizer step of one parameter. ``gradient`` is float32. Returns the squared norm of the change."""
         parameter, target = self.parameters[name], self._targets[name]
+        self._follow(name, parameter, target)
         if name not in self._optimizers:
             return self._step_stochastic(name, gradient, lr=lr, generation=generation)
         before = target.clone()
@@ -82,6 +83,17 @@ class Updater:
         if name in self.masters:
             parameter.copy_(target)
         return float(before.sub_(target).float().square_().sum())
+
+    def _follow(self, name: str, parameter: nn.Parameter, target: Tensor) -> None:
+        """Notice what was done to a parameter from outside: other numbers are taken over, other memory is refused."""
+        if name in self.masters:
+            if not torch.equal(target.to(parameter.dtype), parameter):
+                target.copy_(parameter)
+        elif target.data_ptr() != parameter.data_ptr() or target.dtype != parameter.dtype:
+            raise ConfigError(
+                f"the memory of parameter {name!r} was replaced since the optimizer was made (model.to(...), .double() "
+                "or vector_to_parameters): move or convert the model first, then make the optimizer"
+            )
 
     def _step(self, optimizer: torch.optim.Optimizer, target: Tensor, gradient: Tensor, lr: float) -> None:
         for group in optimizer.param_groups:
@@ -126,11 +138,19 @@ class Updater:
             )
         for name, master in self.masters.items():
             master.copy_(tensors[f"master/{name}"])
+        for optimizer in self._optimizers.values():
+            optimizer.state.clear()  # a state that was saved before the first step has no entries of its own
+        self._kept_states.clear()
         states: dict[str, dict[str, Any]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 name, _, entry = key.removeprefix("optimizer/").rpartition("/")
                 states.setdefault(name, {})[entry] = value
+        unknown = sorted(set(states) - set(self.parameters))
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint holds optimizer states of parameters that are not here: {unknown[:3]}"
+            )
         for name, state in states.items():
             device = self.parameters[name].device
             # Adam keeps its step counter on the CPU whatever the parameter's device.

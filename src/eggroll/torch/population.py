@@ -241,6 +241,14 @@ class Population:
             )
         if list(members) != list(range(members[0], members[0] + len(members))):
             raise ConfigError(f"members {list(members)} must be consecutive")
+        self.refuse_hazards(len(members))
+
+    def refuse_hazards(self, members: int) -> None:
+        """Refuse a model that draws noise of its own, or mixes ``members`` of it.
+
+        Raises:
+            UnsupportedOperationError: dropout or batch statistics in training mode.
+        """
         hazards = training_hazards(self.model)
         if hazards:
             raise UnsupportedOperationError(
@@ -248,7 +256,7 @@ class Population:
                 f"{' and others' if len(hazards) > 3 else ''}: members would differ by more than their perturbation. "
                 "Call model.eval() first"
             )
-        mixing = batch_statistics(self.model) if len(members) > 1 else []
+        mixing = batch_statistics(self.model) if members > 1 else []
         if mixing:
             raise UnsupportedOperationError(
                 f"{', '.join(mixing[:3])}{' and others' if len(mixing) > 3 else ''} keeps no running statistics and "

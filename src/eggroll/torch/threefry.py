@@ -93,7 +93,7 @@ def _kernels(device: torch.device) -> ModuleType:
     if device.type == "cpu":
         return threefry_c if _use_compiled(os.environ.get(COMPILE_VARIABLE, "")) else threefry_eager
     if device.type == "cuda":
-        return _triton_kernels() or threefry_eager
+        return _triton_kernels(device) or threefry_eager
     return threefry_eager
 
 
@@ -111,12 +111,12 @@ def _use_compiled(setting: str) -> bool:
 
 
 @functools.cache
-def _triton_kernels() -> ModuleType | None:
+def _triton_kernels(device: torch.device) -> ModuleType | None:
     """The Triton version, or None where Triton is missing or cannot compile (it too needs a C compiler)."""
     try:
         from eggroll.torch.kernels import threefry_triton
 
-        threefry_triton.fill_bits(torch.empty((1, 1), dtype=torch.int32, device="cuda"), np.zeros((1, 2), np.uint32), 0)
+        threefry_triton.fill_bits(torch.empty((1, 1), dtype=torch.int32, device=device), np.zeros((1, 2), np.uint32), 0)
     except ImportError:
         return None
     except Exception as error:

@@ -46,7 +46,8 @@ class EGGROLL(torch.optim.Optimizer):
     ``noise_reuse`` says how many evaluations share a draw, with alternating signs:
 
     - ``0`` (or 1): every member has a draw of its own (ours: ``sampling="one_sided"``), and its weight is taken against
-      the mean of the other members (leave-one-out baseline);
+      the mean of the other members (leave-one-out baseline; for z-scores and ranks the mean of all, which is the same
+      up to the factor ``N / (N - 1)``);
     - ``2``: antithetic pairs, members ``2k`` and ``2k + 1`` with ``+E`` and ``-E`` (ours: ``sampling="antithetic"``);
     - ``k``: members ``k d`` to ``k d + k - 1`` are ``+E_d, -E_d, +E_d, ...``, which averages out a noisy fitness.
 
@@ -207,7 +208,7 @@ class EGGROLL(torch.optim.Optimizer):
             population.check(members)
             context = population.context(self.batch_members if self.batch_members > 1 else None)
             values = population.values(self.generation, members, context, sigma=self.sigma)
-            if self.batch_members > 1 and len(members) != len(index):
+            if self.batch_members > 1 and list(members) != index.tolist():
                 chosen = torch.as_tensor(index - members.start, device=population.device)
                 values = {name: value.chosen(chosen) for name, value in values.items()}  # type: ignore[attr-defined]
             with population.standing_in(values, context, self.batch_members) as active:
@@ -219,20 +220,46 @@ class EGGROLL(torch.optim.Optimizer):
             parts.append(_scores(scores, self.batch_members))
         return np.concatenate(parts)
 
+    def _settings(self) -> dict[str, Any]:
+        """What a run must keep to go on as it was; learning rates and sigma may change."""
+        settings = {key: value for key, value in self.config.to_dict().items() if key not in ("lr", "sigma")}
+        return {**settings, "noise_reuse": self.share, "parameters": [spec.name for spec in self.population.specs]}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only when the optimizer is made: the population is made of the groups that it has then.
+
+        Raises:
+            ConfigError: later.
+        """
+        if hasattr(self, "population"):
+            raise ConfigError("parameters cannot be added to an EGGROLL that is made; make a new one with all of them")
+        super().add_param_group(param_group)
+
     def state_dict(self) -> dict[str, Any]:
         """Learning rates, sigma, generation and the inner optimizer's state; with the model's own, all of a run."""
-        own = {"generation": self.generation, "sigma": self.sigma, "tensors": self._updater.state_tensors()}
+        own = {
+            "generation": self.generation,
+            "sigma": self.sigma,
+            "settings": self._settings(),
+            "tensors": self._updater.state_tensors(),
+        }
         return {**super().state_dict(), "eggroll": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; load the model's own state beside it.
 
         Raises:
-            CheckpointError: it is the state of another kind of optimizer.
+            CheckpointError: it is the state of another kind of optimizer, or of one with other settings.
         """
         if "eggroll" not in state_dict:
             raise CheckpointError(f"this is no state of EGGROLL: it has the keys {sorted(state_dict)}, not 'eggroll'")
         own = state_dict["eggroll"]
+        mine, theirs = self._settings(), own["settings"]
+        changed = [f"{key}={theirs.get(key)!r} (here {mine[key]!r})" for key in mine if theirs.get(key) != mine[key]]
+        if changed:
+            raise CheckpointError(
+                f"the state is of an EGGROLL with other settings, and would not go on as it was: {'; '.join(changed)}"
+            )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "eggroll"})
         self._updater.load_state_tensors(own["tensors"])
         self.generation, self.sigma = own["generation"], own["sigma"]

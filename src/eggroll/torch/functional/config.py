@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from eggroll.core.check import numbers, whole
 from eggroll.errors import ConfigError
 
@@ -36,8 +34,6 @@ class EggrollConfig:
     """Seed of the noise."""
     members_per_forward: int | None = None
     """Members that are evaluated at once; ``None`` takes all. Results do not depend on it, memory and speed do."""
-    dtype: torch.dtype = torch.float32
-    """Of the perturbations; that of the weights."""
 
     def __post_init__(self) -> None:
         problems = [

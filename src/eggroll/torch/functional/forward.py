@@ -36,13 +36,19 @@ def perturbed_forward(
     """
     u_Prm, v_Prn = _factors(perts, key)
     members = u_Prm.shape[0]
-    _check(x, W, u_Prm, v_Prn, key, features=x.shape[-1])
+    _check(x, W, b, u_Prm, v_Prn, key, features=x.shape[-1])
     if torch.compiler.is_compiling():
         return linear_op(x, W, b, u_Prm, v_Prn)
     return _linear(x, W, b, u_Prm, v_Prn, members)
 
 
 def _linear(x: Tensor, W: Tensor, b: Tensor | None, u_Prm: Tensor, v_Prn: Tensor, members: int) -> Tensor:
+    place = x.device.type
+    if torch.is_autocast_enabled(place):
+        low = torch.get_autocast_dtype(place)
+        with torch.autocast(place, enabled=False):
+            bias = None if b is None else b.to(low)
+            return _linear(x.to(low), W.to(low), bias, u_Prm.to(low), v_Prn.to(low), members)
     a_Pmr, b_Pnr = u_Prm.transpose(1, 2), v_Prn.transpose(1, 2)
     if members > 1 and (x.shape[0] == 1 or x.stride(0) == 0):
         return low_rank.linear_shared(x[0], W, a_Pmr, b_Pnr, b)
@@ -98,7 +104,7 @@ def perturbed_conv2d(
             f"{tuple(W.shape)} (C_out, C_in/groups, k, k)"
         )
     x_PB = x.unsqueeze(0) if x.ndim == 4 else x
-    _check(x_PB, W, u_Prm, v_Prn, key, features=W.shape[1:].numel())
+    _check(x_PB, W, bias, u_Prm, v_Prn, key, features=W.shape[1:].numel())
     if x_PB.shape[2] != W.shape[1] * groups:
         raise ConfigError(
             f"perturbed_conv2d({key!r}): x {tuple(x.shape)} has {x_PB.shape[2]} channels, W {tuple(W.shape)} with "
@@ -129,9 +135,15 @@ def _factors(perts: Mapping[str, Mapping[str, Tensor]], key: str) -> tuple[Tenso
     return perts[key]["U"], perts[key]["V"]
 
 
-def _check(x: Tensor, W: Tensor, u_Prm: Tensor, v_Prn: Tensor, key: str, *, features: int) -> None:
-    members, _, m = u_Prm.shape
+def _check(x: Tensor, W: Tensor, bias: Tensor | None, u_Prm: Tensor, v_Prn: Tensor, key: str, *, features: int) -> None:
+    members, rank, m = u_Prm.shape
     n = v_Prn.shape[2]
+    if v_Prn.shape[:2] != (members, rank):
+        raise ConfigError(
+            f"{key!r}: U {tuple(u_Prm.shape)} and V {tuple(v_Prn.shape)} must be (pop, rank, out) and (pop, rank, in)"
+        )
+    if bias is not None and bias.shape != (m,):
+        raise ConfigError(f"{key!r}: the bias {tuple(bias.shape)} must be ({m},), one for each output")
     if W.shape[0] != m or W.shape[1:].numel() != n:
         raise ConfigError(
             f"{key!r}: W {tuple(W.shape)} does not fit its perturbations for ({m}, {n}); "
@@ -144,7 +156,7 @@ def _check(x: Tensor, W: Tensor, u_Prm: Tensor, v_Prn: Tensor, key: str, *, feat
         )
     if x.numel() == 0:
         raise ConfigError(f"{key!r}: x {tuple(x.shape)} is an empty batch; give every member at least one row")
-    if not (x.dtype == W.dtype == u_Prm.dtype):
+    if not (x.dtype == W.dtype == u_Prm.dtype) and not torch.is_autocast_enabled(x.device.type):
         raise ConfigError(
             f"{key!r}: x is {x.dtype}, W {W.dtype} and the perturbations {u_Prm.dtype}; they must agree "
             "(generate_perturbations(..., dtype=W.dtype))"

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from eggroll.errors import ConfigError
 from eggroll.torch.population import Population
-from eggroll.torch.rows import plain_outputs
+from eggroll.torch.rows import addresses, plain_outputs
 from eggroll.torch.values import MemberContext, PerturbedWeight
 
 MEMBERS_OF_CHECK = 24
@@ -75,7 +75,16 @@ class PerturbedForward:
             )
         rows = members * x.shape[1]
         single = members == 1
+        unknown = sorted(set(params) - set(population.sites))
+        if unknown:
+            raise ConfigError(
+                f"params has {unknown[:3]}, which the module does not have; its parameters are "
+                f"{', '.join(list(population.sites)[:8])}{', ...' if len(population.sites) > 8 else ''}"
+            )
+        population.refuse_hazards(members)
         context = population.context(None if single else members, None if single else rows)
+        # Other parameters than the module's own are the same for all members as well.
+        context.constants |= addresses(list(params.values()))
         values = self._values(population, params, perts, context)
         with population.standing_in(values, context, members) as active:
             inputs = active.expand(x[0]) if x.shape[0] == 1 else x.flatten(0, 1)
@@ -124,5 +133,7 @@ class PerturbedForward:
             a, b = (perts[spec.name][factor].transpose(1, 2) for factor in ("U", "V"))
             if context.single:
                 a, b = a[0], b[0]
-            values[spec.name] = PerturbedWeight(center, a, b, name=spec.name, kind=spec.kind, context=context)
+            # Experts are one matrix here, (E, m n), so that no rule for a matrix of each expert holds.
+            kind = "other" if spec.kind == "experts" else spec.kind
+            values[spec.name] = PerturbedWeight(center, a, b, name=spec.name, kind=kind, context=context)
         return values

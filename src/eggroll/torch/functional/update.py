@@ -165,10 +165,10 @@ def eggroll_step(
     sigma = config.sigma * config.sigma_decay**generation
     source = NoiseKey(config.seed, generation) if gen is None else gen
     size = config.population_size
-    perts = generate_perturbations(
-        get_weight_shapes(params), size, config.rank, sigma, source, config.dtype,
-        device=device, antithetic=config.antithetic,
-    )  # fmt: skip
+    drawn = generate_perturbations(
+        get_weight_shapes(params), size, config.rank, sigma, source, device=device, antithetic=config.antithetic
+    )
+    perts = {key: {name: x.to(params[key].dtype) for name, x in factors.items()} for key, factors in drawn.items()}
     # One tensor for all scores: small ones that outlive each part would split the memory that the next part needs.
     fitness: Tensor | None = None
     first = 0
@@ -183,5 +183,7 @@ def eggroll_step(
         first += members
     assert fitness is not None
     grads = compute_gradients(normalize_fitnesses(fitness), perts, size)
-    update_params(params, grads, config.lr * config.lr_decay**generation)
+    # The rounding of bfloat16 parameters is a function of seed and generation, too.
+    rounding = torch.Generator(device).manual_seed((config.seed * 1_000_003 + generation) % 2**63)
+    update_params(params, grads, config.lr * config.lr_decay**generation, generator=rounding)
     return fitness

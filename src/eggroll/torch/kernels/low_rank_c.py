@@ -122,6 +122,9 @@ def _usable(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *others
     parts = (a, b, *others) if bias is None else (a, b, bias, *others)
     return (
         dtype in _NAMES
+        and a.shape[0] == b.shape[0]
+        and a.shape[2] == b.shape[2]
+        and (bias is None or bias.shape in (a.shape[1:2], a.shape[:2]))
         and all(part.dtype == dtype and part.is_cpu and type(part) in _PLAIN_TYPES for part in parts)
         and (bias is None or bias.is_contiguous())
         and not (torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts)))

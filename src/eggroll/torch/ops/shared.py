@@ -32,13 +32,14 @@ class SharedRows(Value):
     data_B: Tensor
 
     @staticmethod
-    def __new__(cls, data: Tensor, context: MemberContext) -> SharedRows:  # noqa: D102
+    def __new__(cls, data: Tensor, context: MemberContext, *, owned: bool = False) -> SharedRows:  # noqa: D102
         assert context.members is not None
         shape = (context.members * data.shape[0], *data.shape[1:])
         return Value.__new__(cls, shape, data.dtype, data.device)  # type: ignore[return-value]
 
-    def __init__(self, data: Tensor, context: MemberContext) -> None:
+    def __init__(self, data: Tensor, context: MemberContext, *, owned: bool = False) -> None:
         self.data_B, self.context, self.parameter = data, context, "the input that active.expand made"
+        self.owned = owned  # made by a layer that is not perturbed, so nobody else has the memory
 
     @property
     def members(self) -> int:
@@ -62,14 +63,18 @@ def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if func in METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if (is_write(func) or kwargs.get("inplace")) and args and isinstance(args[0], SharedRows):
+    in_place = bool(is_write(func) or kwargs.get("inplace"))
+    rule = _RULES.get(func)
+    if in_place and args and isinstance(args[0], SharedRows) and not (args[0].owned and rule is not None):
         raise UnsupportedOperationError(
             f"the input that active.expand made is the same for all members and would be changed in place by "
             f"{name_of(func)}; change it before, or give the model a copy: active.expand(x).clone()"
         )
-    rule = _RULES.get(func)
     if rule is not None:
-        result = rule(*args, **kwargs)
+        try:
+            result = rule(*args, **kwargs)
+        except TypeError:  # called with other names of arguments than the rule's
+            result = NotImplemented
         if result is not NotImplemented:
             return result
     return func(*_written_out(args), **_written_out(kwargs))
@@ -97,7 +102,8 @@ def _of_members(bias: Any, weight: PerturbedWeight) -> bool:
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(weight, Value) and not isinstance(bias, Value) and isinstance(x, SharedRows):
-        return SharedRows(F.linear(x.data_B, weight, bias), x.context) if x.ndim > 1 else NotImplemented
+        out = F.linear(x.data_B, weight, bias) if x.ndim > 1 else None
+        return NotImplemented if out is None else SharedRows(out, x.context, owned=True)
     if not _is_population(x, weight) or not _of_members(bias, weight) or x.ndim < 2 or weight.ndim != 2:
         return NotImplemented
     b_Pm = bias.data_P if isinstance(bias, MemberTensor) else bias
@@ -135,7 +141,8 @@ def _rows_kept(func: Callable[..., Tensor]) -> Rule:
         others = any(isinstance(arg, Tensor) for arg in (*args, *kwargs.values()))
         if others or not isinstance(x, SharedRows) or x.ndim == 0:
             return NotImplemented
-        return SharedRows(func(x.data_B, *args, **kwargs), x.context)
+        out = func(x.data_B, *args, **kwargs)
+        return SharedRows(out, x.context, owned=x.owned or out.data_ptr() != x.data_B.data_ptr())
 
     return rule
 
