@@ -9,20 +9,20 @@ row. The result is measured on 100 episodes that the run has not seen.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from eggroll.recipes.common import Options, evolve, finish
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eggroll._optional import require
 from eggroll.core.config import ESConfig
+from eggroll.recipes.common import Options, evolve, finish, program
+from eggroll.run.run_dir import RunDir
 from eggroll.torch.es import Replica
+from eggroll.torch.population import Active
 
 LONGEST = 500
 SOLVED = 475.0
@@ -46,11 +46,20 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
 
 
-def returns(policy: nn.Module, count: int, seed: int, device: torch.device) -> NDArray[np.float32]:
-    """Play ``count`` episodes at once, row ``i`` of the policy's inputs being episode ``i``; their returns."""
+def first_states(count: int, seed: int) -> NDArray[np.float32]:
+    """First states of ``count`` episodes, ``(count, 4)``, uniform within 0.05 as CartPole's own."""
+    return np.random.default_rng(seed).uniform(-0.05, 0.05, (count, 4)).astype(np.float32)
+
+
+def returns(policy: nn.Module, states: NDArray[np.float32], device: torch.device) -> NDArray[np.float32]:
+    """Play an episode from each of ``states`` at once, row ``i`` of the policy's inputs being episode ``i``."""
     gymnasium = require("gymnasium", extra="recipes")
+    count = len(states)
     envs = gymnasium.make_vec("CartPole-v1", num_envs=count, vectorization_mode="vector_entry_point")
-    observations, _ = envs.reset(seed=seed)
+    envs.reset(seed=0)
+    # Its dynamics are not random, so that an episode is a function of its first state, whatever is played beside it.
+    envs.unwrapped.state = states.T.copy()
+    observations = states
     total, running = np.zeros(count, np.float32), np.ones(count, bool)
     with torch.no_grad():
         for _ in range(LONGEST):
@@ -81,48 +90,41 @@ def run(options: CartPoleOptions) -> dict[str, Any]:
     replica = replica_for(options)
     policy = replica.model
     seeds = np.random.SeedSequence(options.seed).generate_state(options.generations + 2).tolist()
-    env_steps = 0.0
 
     def evaluate(generation: int, sigma: float) -> Tensor:
-        nonlocal env_steps
+        states = first_states(options.population * options.episodes, seeds[generation])
 
-        def fitness(active: Any) -> Tensor:
-            # Every member plays the episodes of its own rows: member p has the rows p * episodes and on.
-            count = active.members * options.episodes
-            played = returns(policy, count, seeds[generation] + active.first, device)
+        def fitness(active: Active) -> Tensor:
+            # Member p plays the episodes of its own rows, p * episodes and on.
+            rows = slice(active.first * options.episodes, (active.first + active.members) * options.episodes)
+            played = returns(policy, states[rows], device)
             return torch.from_numpy(played).view(active.members, -1).mean(1)
 
-        scores = replica.population.scores(
+        return replica.population.scores(
             fitness, generation, sigma=sigma, members_per_forward=options.members_per_forward
         )
-        env_steps += float(scores.sum()) * options.episodes
-        return scores
-
-    watched: list[float] = []
 
     def heldout() -> float:
-        watched.append(float(returns(policy, 32, seeds[-2], device).mean()))
-        return watched[-1]
+        return float(returns(policy, first_states(32, seeds[-2]), device).mean())
 
-    run_dir, seconds = evolve(
-        "cartpole", options, replica, evaluate, heldout, eval_every=1,
-        stop=lambda _: watched[-2:] == [LONGEST, LONGEST],
-    )  # fmt: skip
-    final = returns(policy, 100, seeds[-1], device)
+    def is_solved(run: RunDir) -> bool:
+        return [line["heldout_reward"] for line in run.metrics()[-2:]] == [LONGEST, LONGEST]
+
+    done = evolve("cartpole", options, replica, evaluate, heldout, eval_every=1, stop=is_solved)
+    final = returns(policy, first_states(100, seeds[-1]), device)
+    played = [line["fitness_mean"] * options.population * options.episodes for line in done.trained]
     return finish(
-        run_dir,
-        seconds,
+        done,
         {
             "mean_return": float(final.mean()),
             "worst_return": float(final.min()),
             "solved": bool(final.mean() >= SOLVED),
-            "generations": len(run_dir.updates()),
-            "env_steps": int(env_steps),
-            "env_steps_per_s": env_steps / seconds,
+            "generations": len(done.run.updates()),
+            "env_steps": round(sum(played)),
+            "env_steps_per_s": sum(played[-done.generations :]) / done.seconds,
         },
     )
 
 
 if __name__ == "__main__":
-    run(tyro.cli(CartPoleOptions, description=__doc__))
-    sys.exit(0)
+    program("cartpole")

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import json
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,27 @@ class Options:
         return place
 
 
+@dataclass(frozen=True)
+class Done:
+    """A run that is over, and what this process has done of it."""
+
+    run: RunDir
+    seconds: float
+    generations: int
+
+    @property
+    def trained(self) -> list[dict[str, Any]]:
+        """The metrics of every generation, those before a resume included."""
+        return [line for line in self.run.metrics() if "fitness_mean" in line]
+
+
+def program(name: str) -> None:
+    """A recipe as a program of its own: the command line of ``eggroll recipe NAME``."""
+    from eggroll.cli.main import main
+
+    sys.exit(main(["recipe", name, *sys.argv[1:]]))
+
+
 def evolve(
     name: str,
     options: Options,
@@ -86,10 +108,10 @@ def evolve(
     heldout: Callable[[], float],
     *,
     eval_every: int,
-    stop: Callable[[dict[str, Any]], bool] | None = None,
+    stop: Callable[[RunDir], bool] | None = None,
     extra: dict[str, Any] | None = None,
-) -> tuple[RunDir, float]:
-    """Run all generations of a recipe; returns the run and the seconds they took.
+) -> Done:
+    """Run all generations of a recipe.
 
     Args:
         name: of the recipe.
@@ -98,7 +120,7 @@ def evolve(
         evaluate: ``(generation, sigma) -> (population,)`` scores.
         heldout: the centre's score on data that is not trained on.
         eval_every: generations between calls of ``heldout``.
-        stop: ends the run early, given a generation's metrics.
+        stop: asked after each generation; true ends the run early.
         extra: facts for ``environment.json``.
     """
     _keep_freed_memory()
@@ -124,7 +146,7 @@ def evolve(
         run=run,
         checkpoint_every=max(1, config.generations // 10),
         listeners=[display, _Tracked(tracker)],
-        stop=stop,
+        stop=None if stop is None else lambda _: stop(run),
     )
     start = loop.resume() if resumed else 0
     began = time.perf_counter()
@@ -136,12 +158,13 @@ def evolve(
         command = f"eggroll recipe {name} --resume {shlex.quote(str(run.path))}"
         console.print(f"\ninterrupted after generation {loop.applied}; continue with\n         {command}")
         raise SystemExit(130)
-    return run, seconds
+    return Done(run, seconds, loop.applied - start)
 
 
-def finish(run: RunDir, seconds: float, result: dict[str, Any]) -> dict[str, Any]:
+def finish(done: Done, result: dict[str, Any]) -> dict[str, Any]:
     """Write ``result.json`` and the report, and print both; returns the result."""
-    result = {"recipe_s": round(seconds, 2), **result}
+    run = done.run
+    result = {"recipe_s": round(sum(line["evaluate_s"] + line["update_s"] for line in done.trained), 2), **result}
     run.write_file("result.json", (json.dumps(result, indent=1) + "\n").encode())
     report = write_report(run)
     console.print()

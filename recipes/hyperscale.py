@@ -24,12 +24,12 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from eggroll.recipes.common import console
 from rich.table import Table
 from torch import Tensor
 
 from eggroll._optional import require
 from eggroll.errors import ConfigError
+from eggroll.recipes.common import console, program
 
 SIZES = {"layer1.weight": (256, 784), "layer2.weight": (256, 256), "layer3.weight": (10, 256)}
 BATCH = 16
@@ -238,4 +238,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         _child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
     else:
-        run(tyro.cli(HyperscaleOptions, description=__doc__))
+        program("hyperscale")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,14 @@ def load(data: str | None, device: torch.device) -> Images:
         raw = {part: tuple(_read(folder, file) for file in files) for part, files in FILES.items()}
     else:
         found = _from_hub()
-        if found is None:
-            return _digits(device)
+        if isinstance(found, str):
+            return _digits(device, found)
         source, raw = f"from the hub ({HUB})", found
+    for part, (pictures, digits) in raw.items():
+        if len(pictures) != len(digits) or len(digits) < 2:
+            raise DataError(f"MNIST {source}: the {part} set has {len(pictures)} images and {len(digits)} labels")
     (images, labels), test = (_tensors(*raw[part], device) for part in ("train", "test"))
-    held = len(images) - VALIDATION
+    held = len(images) - min(VALIDATION, len(images) // 2)
     return Images("MNIST", source, (images[:held], labels[:held]), (images[held:], labels[held:]), test)
 
 
@@ -90,7 +94,7 @@ def _read(folder: Path, file: str) -> NDArray[np.uint8]:
     assert path is not None
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}); download it again") from error
     dims = content[3] if len(content) > 3 else 0
     sizes = np.frombuffer(content[4 : 4 + 4 * dims], ">u4").astype(int)
@@ -100,20 +104,23 @@ def _read(folder: Path, file: str) -> NDArray[np.uint8]:
     return numbers.reshape(sizes)
 
 
-def _from_hub() -> dict[str, tuple[Any, Any]] | None:
-    """MNIST from the hub; ``None`` where it or the library is not to be had."""
+def _from_hub() -> dict[str, tuple[Any, Any]] | str:
+    """MNIST from the hub, or why it is not to be had from there."""
     from eggroll.llm.hub import offline_if_unreachable
 
     try:
-        datasets = require("datasets", extra="llm")
-        with offline_if_unreachable():
+        datasets = require("datasets", extra="recipes")
+        with offline_if_unreachable() as reachable:
             found = datasets.load_dataset(HUB)
         return {
             part: (np.stack([np.asarray(image) for image in found[part]["image"]]), np.asarray(found[part]["label"]))
             for part in FILES
         }
-    except (ImportError, OSError, ValueError, KeyError):
-        return None
+    except ImportError:
+        return "the package datasets, which gets it from the hub, is not installed"
+    except Exception as error:
+        # The hub's client raises errors of many kinds (its own, those of its HTTP library, of files in its cache).
+        return f"the hub did not give it ({type(error).__name__})" if reachable else "the hub cannot be reached"
 
 
 def _tensors(images: NDArray[Any], labels: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -121,7 +128,7 @@ def _tensors(images: NDArray[Any], labels: NDArray[Any], device: torch.device) -
     return x, torch.from_numpy(np.asarray(labels).astype(np.int64)).to(device)
 
 
-def _digits(device: torch.device) -> Images:
+def _digits(device: torch.device, reason: str) -> Images:
     """The 1,797 digits of 8 x 8 pixels that scikit-learn ships, scaled up: 1,200 to train, 197 validation, 400 test."""
     digits = require("sklearn.datasets", extra="recipes").load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
@@ -130,4 +137,5 @@ def _digits(device: torch.device) -> Images:
     images = images.sub_(MEAN).div_(STD).to(device)
     labels = torch.from_numpy(digits.target[order].astype(np.int64)).to(device)
     parts = [(images[part], labels[part]) for part in (slice(0, 1200), slice(1200, 1397), slice(1397, None))]
-    return Images("digits", "of scikit-learn, as no MNIST was found: results are not comparable with MNIST's", *parts)
+    source = f"of scikit-learn, as no MNIST was found ({reason}): results are not comparable with MNIST's"
+    return Images("digits", source, *parts)

@@ -7,14 +7,13 @@ Expected: EXPECTED
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-from eggroll.recipes.mnist import MnistOptions, classifier, train
 from torch import nn
 
+from eggroll.recipes.common import program
+from eggroll.recipes.mnist import MnistOptions, classifier, train
 from eggroll.torch.es import Replica
 
 
@@ -49,5 +48,4 @@ def run(options: MnistCnnOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(MnistCnnOptions, description=__doc__))
-    sys.exit(0)
+    program("mnist_cnn")

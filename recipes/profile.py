@@ -12,18 +12,16 @@ Expected: EXPECTED
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
-from eggroll.recipes.common import console
 from rich.table import Table
 from torch import Tensor, nn
 
+from eggroll.recipes.common import console, program
 from eggroll.torch import functional as f
 from eggroll.torch.population import Population
 
@@ -116,5 +114,4 @@ def _medians(parts: dict[str, Callable[[], Any]], turns: int, place: torch.devic
 
 
 if __name__ == "__main__":
-    run(tyro.cli(ProfileOptions, description=__doc__))
-    sys.exit(0)
+    program("profile")

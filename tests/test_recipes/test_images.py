@@ -1,6 +1,7 @@
 """MNIST from a folder, the hub, or scikit-learn's digits in its place; and files that are damaged."""
 
 import gzip
+import re
 import sys
 from types import SimpleNamespace
 
@@ -89,12 +90,34 @@ def test_the_hub(mnist, monkeypatch):
     assert (found.name, found.source) == ("MNIST", "from the hub (ylecun/mnist)")
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ImportError("datasets"), "is not installed"), (RuntimeError("closed"), r"RuntimeError|cannot be reached")],
+)
+def test_why_the_hub_did_not_give_it(error, reason, monkeypatch):
+    def fails(name, **_):
+        raise error
+
+    if isinstance(error, ImportError):
+        monkeypatch.setattr(images, "require", fails)
+    else:
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fails, config=None))
+    assert re.search(reason, images._from_hub())
+
+
+def test_a_small_data_set_is_halved(tmp_path, mnist, monkeypatch):
+    monkeypatch.setattr(images, "VALIDATION", 5000)
+    write(tmp_path, mnist, gzipped=True)
+    found = images.load(str(tmp_path), CPU)
+    assert (len(found.train[0]), len(found.validation[0])) == (15, 15)
+
+
 def test_digits_take_the_place_of_mnist_and_it_is_said(monkeypatch):
     monkeypatch.delenv("EGGROLL_DATA_DIR", raising=False)
-    monkeypatch.setattr(images, "_from_hub", lambda: None)
+    monkeypatch.setattr(images, "_from_hub", lambda: "some reason")
     found = images.load(None, CPU)
     assert found.name == "digits"
-    assert "of scikit-learn, as no MNIST was found" in found.source
+    assert "of scikit-learn, as no MNIST was found (some reason)" in found.source
     assert [tuple(part[0].shape) for part in (found.train, found.validation, found.test)] == [
         (1200, 28, 28), (197, 28, 28), (400, 28, 28),
     ]  # fmt: skip
@@ -109,7 +132,11 @@ def test_files_that_are_not_there_or_damaged(tmp_path, mnist):
         images.load(str(tmp_path / "nowhere"), CPU)
     write(tmp_path, mnist, gzipped=True)
     labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    damaged = bytearray(labels.read_bytes())
+    damaged[12:20] = bytes(8)
     for content, text in [
+        (bytes(damaged), "cannot be read .*; download it again"),
+        (gzip.compress(idx(mnist["train"][1][:-1])), "the train set has 30 images and 29 labels"),
         (labels.read_bytes()[:-9], "cannot be read .*; download it again"),
         (gzip.compress(idx(mnist["train"][1])[:-4]), r"is no IDX file of bytes, or is cut short \(34 bytes\)"),
         (gzip.compress(b"<html>"), "is no IDX file"),

@@ -1,4 +1,4 @@
-"""``eggroll recipe``: each one from start to end in small, resumed, replayed, and with the mistakes that people make."""
+"""``eggroll recipe``: each one from start to end in small, resumed, replayed, and with mistakes that people make."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def small(name, **more):
 
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch):
-    monkeypatch.setattr(images, "_from_hub", lambda: None)
+    monkeypatch.setattr(images, "_from_hub", lambda: "the hub cannot be reached")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -80,7 +80,7 @@ def test_a_recipe_from_start_to_end(name, recipe, tmp_path):
         # every step of an episode has the reward 1
         assert result["env_steps"] == sum(round(16 * line["fitness_mean"]) for line in run.metrics()[1:])
     else:
-        assert "data     digits of scikit-learn, as no MNIST was found" in done.out
+        assert "data     digits of scikit-learn, as no MNIST was found (the hub cannot be reached)" in done.out
         assert result["evaluated_samples"] == 16 * 3 * int(SMALL[name]["--batch"])
         assert 0 <= result["test_accuracy"] <= 1
 
@@ -114,15 +114,15 @@ def test_a_run_is_resumed_with_its_own_options_and_replayed(name, recipe, tmp_pa
 
 
 def test_returns_are_those_of_episodes_played_one_by_one():
-    """The vectorised environment against gymnasium's single one from the same first states: the pole always pushed right."""
+    """The vectorised environment against gymnasium's single one from the same first states, pushed right always."""
     import gymnasium
 
     class Right(torch.nn.Module):
         def forward(self, x):
             return torch.tensor([0.0, 1.0]).expand(len(x), 2)
 
-    vector = gymnasium.make_vec("CartPole-v1", num_envs=4, vectorization_mode="vector_entry_point")
-    states, _ = vector.reset(seed=5)
+    states = cartpole.first_states(4, 5)
+    assert np.abs(states).max() <= 0.05
     expected = []
     for state in states:
         env = gymnasium.make("CartPole-v1")
@@ -133,13 +133,21 @@ def test_returns_are_those_of_episodes_played_one_by_one():
             _, reward, terminated, truncated, _ = env.step(1)
             total, over = total + reward, terminated or truncated
         expected.append(total)
-    assert cartpole.returns(Right(), 4, 5, torch.device("cpu")).tolist() == expected
+    assert cartpole.returns(Right(), states, torch.device("cpu")).tolist() == expected
+    assert cartpole.returns(Right(), states[2:], torch.device("cpu")).tolist() == expected[2:]
 
 
-def test_adam_is_reported_beside(recipe):
+def test_results_do_not_depend_on_how_many_members_are_evaluated_at_once(recipe, tmp_path):
+    for members in ("16", "4"):
+        recipe(*small("cartpole", **{"--members-per-forward": members, "--episodes": "2"}), "-o", members)
+    first, second = (RunDir.open(tmp_path / members).updates() for members in ("16", "4"))
+    assert first == second
+
+
+def test_adam_is_reported_beside(recipe, tmp_path):
     done = recipe(*small("mnist"), "--backprop", "-o", "out")
     assert done.status == 0
-    result = json.loads(open("out/result.json").read())
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["adam_test_accuracy"] > 0.8
     assert "adam test accuracy" in done.out
 
@@ -163,6 +171,23 @@ def test_hyperscale(recipe, tmp_path, monkeypatch):
     assert curves["full rank"][0]["gib"] > 0.25
     assert curves["at once"][0]["gib"] < 0.05
     assert (tmp_path / "out" / "memory.png").stat().st_size > 10_000
+
+
+def test_all_of_them_with_the_options_that_each_knows(recipe, tmp_path, monkeypatch):
+    """Everything is checked before the first one starts; here only what would be run is looked at."""
+    begun = {}
+    for name in RECIPES:
+        monkeypatch.setattr(load(name), "run", lambda options, name=name: begun.update({name: options}))
+    done = recipe("all", "--seed", "5", "-o", "out", "--device", "cpu")
+    assert (done.status, done.err) == (0, "")
+    assert list(begun) == list(RECIPES)
+    assert {name: options.seed for name, options in begun.items() if hasattr(options, "seed")} == dict.fromkeys(
+        SMALL, 5
+    )
+    assert begun["mnist"].output == "out/mnist"
+    assert begun["hyperscale"].output == "out/hyperscale"
+    assert all(options.device == "cpu" for options in begun.values())
+    assert recipe("all", "--generations", "3").status == 2
 
 
 def test_without_a_name_the_recipes_are_listed(recipe):
@@ -201,7 +226,7 @@ def test_a_run_is_continued_only_by_its_own_recipe_and_settings(recipe):
         (["cartpole", "--resume", "run", "--sigma", "0.5"], "has sigma=0.2; a run is resumed with the settings it has"),
         (["cartpole", "--resume", "run", "-p", "32"], "population_size: 16 in the run, 32 now"),
         (["cartpole", "--resume", "run", "-g", "2"], "has 3 finished generations already"),
-        (small("cartpole") + ["-o", "run"], "run already holds a run"),
+        ([*small("cartpole"), "-o", "run"], "run already holds a run"),
     ]:
         done = recipe(*arguments)
         assert done.status == 1
@@ -209,9 +234,10 @@ def test_a_run_is_continued_only_by_its_own_recipe_and_settings(recipe):
 
 
 def test_a_recipe_is_a_program_of_its_own(tmp_path):
-    arguments = [*small("cartpole")[1:], "-o", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, cartpole.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    for arguments in ([*small("cartpole")[1:], "-o", "out"], ["--resume", "out", "-g", "4"]):
+        done = subprocess.run(
+            [sys.executable, cartpole.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "result.json").exists()
+    assert len(RunDir.open(tmp_path / "out").updates()) == 4

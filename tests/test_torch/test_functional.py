@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from eggroll.core import oracle
 from eggroll.core.fitness import NonFiniteFitnessWarning, centered_rank
 from eggroll.core.select import ParameterSpec
-from eggroll.errors import ConfigError, RewardError, SelectionError
+from eggroll.errors import ConfigError, RewardError, SelectionError, UnsupportedOperationError
 from eggroll.torch import EGGROLL, Population
 from eggroll.torch import functional as f
 
@@ -289,6 +289,72 @@ def test_bfloat16_steps_below_half_a_spacing_are_not_lost():
     assert abs(moved - 40) < 0.4
 
 
+class Queries(nn.Module):
+    """A learned table that is not perturbed, with as many rows as there may be rows of members."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.layer = nn.Parameter(torch.randn(8, 6)), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.layer(self.queries).mean(0)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_parameters_of_other_memory_are_no_rows(batch):
+    """4 members of 2 rows are as many as the table has, and ``params`` are not the module's own tensors."""
+    torch.manual_seed(0)
+    module = Queries().eval()
+    params = {name: value.clone() for name, value in f.get_params_dict(module).items()}
+    perts = f.generate_perturbations({"layer.weight": (6, 6)}, 4, 1, 0.5, f.NoiseKey(0))
+    x = torch.randn(batch, 6)
+    got = f.make_perturbed_forward_fn(module)(x[None], params, perts)
+    for p in range(4):
+        member = {**params, "layer.weight": materialised(params["layer.weight"], perts, "layer.weight", p).float()}
+        torch.testing.assert_close(got[p], torch.func.functional_call(module, member, (x,)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_in_training_mode_is_refused():
+    for module in (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))):
+        params = f.get_params_dict(module)
+        perts = f.generate_perturbations({"0.weight": (3, 3)}, 4, 1, 0.5, f.NoiseKey(0))
+        with pytest.raises(UnsupportedOperationError, match=r"in training mode.*Call model.eval\(\) first"):
+            f.make_perturbed_forward_fn(module)(torch.zeros(1, 2, 3), params, perts)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("rank", [2, 17])
+def test_autocast_makes_what_it_makes_of_plain_products(shared, rank):
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 6), torch.randn(1 if shared else 4, 3, 6)
+    perts = f.generate_perturbations({"w": (5, 6)}, 4, rank, 0.3, generator())
+    exact = f.perturbed_forward(x, weight, None, perts, "w")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = f.perturbed_forward(x, weight, None, perts, "w")
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), exact, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_step_takes_the_dtype_of_the_weights(dtype):
+    """And is a function of seed and generation, its rounding included."""
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        params = {"w": torch.randn(3, 4).to(dtype)}
+        x = torch.randn(5, 4).to(dtype)
+        torch.rand(len(results))  # the state of the global generator does not matter
+
+        def fitness(params, perts, x=x):
+            return -f.perturbed_forward(x[None], params["w"], None, perts, "w").square().mean((1, 2))
+
+        for generation in range(3):
+            f.eggroll_step(params, fitness, f.EggrollConfig(population_size=8), generation)
+        results.append(params["w"])
+    assert results[0].dtype == dtype
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("module", ["conv", "lstm", "norm"])
 def test_any_module_becomes_a_function_of_its_perturbations(module):
     torch.manual_seed(0)
@@ -363,6 +429,14 @@ def test_errors_of_layers():
          "x is torch.float64, W torch.float32"),
         (lambda: f.perturbed_forward(torch.zeros(4, 1, 4), weight.T, None, perts, "layer1.weight"),
          r"W \(4, 3\) does not fit its perturbations for \(3, 4\)"),
+        (lambda: f.perturbed_forward(torch.zeros(4, 1, 4), weight, torch.zeros(1), perts, "layer1.weight"),
+         r"the bias \(1,\) must be \(3,\), one for each output"),
+        (lambda: f.perturbed_forward(torch.zeros(4, 1, 4), weight, None,
+                                     {"w": {"U": torch.zeros(4, 1, 3), "V": torch.zeros(2, 1, 4)}}, "w"),
+         r"U \(4, 1, 3\) and V \(2, 1, 4\) must be \(pop, rank, out\)"),
+        (lambda: f.make_perturbed_forward_fn(nn.Linear(4, 3))(
+            torch.zeros(4, 2, 4), {"Weight": weight}, {"weight": perts["layer1.weight"]}),
+         r"params has \['Weight'\], which the module does not have; its parameters are weight, bias"),
         (lambda: f.perturbed_conv2d(torch.zeros(4, 3), kernel, perts, "k"), r"x \(4, 3\) must be \(batch, C, H, W\)"),
         (lambda: f.perturbed_conv2d(torch.zeros(2, 5, 8, 8), kernel, perts, "k"), "has 5 channels"),
         (lambda: f.compute_gradients(torch.zeros(3), perts, 3), "must be those of the 4 members"),

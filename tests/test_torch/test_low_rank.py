@@ -175,6 +175,20 @@ def test_rows_that_are_not_one_block_of_memory_are_left_to_plain_operations():
 
 
 @NEEDS_COMPILER
+def test_shapes_that_do_not_fit_never_reach_the_library():
+    """A bias that broadcasts, or factors of fewer members, would be read past their ends."""
+    out, x, a, b = case(4, 2, 16, 12)
+    for bias in (torch.ones(1), torch.ones(1, 12), torch.ones(2, 12), torch.ones(16)):
+        assert not low_rank_c.add_(out, x, a, b, bias)
+        assert not low_rank_c.add_shared(out.view(4, 2, 12), out[:2].clone(), x[:2], a, b, bias)
+    assert not low_rank_c.add_(out, x, a, b[:2])
+    assert not low_rank_c.add_(out, x, a, b.expand(4, 16, 2))
+    weight = torch.randn(12, 16)
+    expected = low_rank.linear(x, weight, a, b) + 1
+    torch.testing.assert_close(low_rank.linear(x, weight, a, b, torch.ones(1)), expected)
+
+
+@NEEDS_COMPILER
 def test_factors_may_lie_in_any_order_in_memory():
     out, x, _, _ = case(4, 3, 24, 40, 3)
     strided, repeated = torch.randn(4, 80, 3)[:, ::2], torch.randn(1, 24, 3).expand(4, 24, 3)

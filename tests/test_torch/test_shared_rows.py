@@ -82,6 +82,30 @@ def test_a_layer_that_is_not_perturbed_stays_shared():
         torch.testing.assert_close(got[3], alone(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_frozen_first_layer_may_be_followed_by_an_activation_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).eval()
+    population = Population(model, population_size=4, exclude=["0"])
+    x = torch.randn(2, 6)
+    with population.perturbed(0) as active:
+        got = active.split(model(active.expand(x)))
+    with population.member(0, 2) as alone:
+        torch.testing.assert_close(got[2], alone(x), rtol=1e-5, atol=1e-5)
+
+
+def test_functions_called_with_names_of_arguments():
+    population = Population(nn.Linear(6, 2).eval(), population_size=4)
+    x = torch.randn(3, 2, 3)
+    with population.perturbed(0) as active:
+        rows, copies = active.expand(x), x.repeat(4, 1, 1)
+        assert torch.equal(torch.reshape(rows, shape=(12, 6)) + 0, copies.reshape(12, 6))
+        assert torch.equal(torch.flatten(input=rows, start_dim=1) + 0, copies.flatten(1))
+        flat = rows.flatten(1)
+        weight, bias = population.model.weight, population.model.bias
+        expected = F.linear(flat, weight, bias)
+        torch.testing.assert_close(F.linear(input=flat, weight=weight, bias=bias), expected)
+
+
 def test_what_an_expanded_input_shows_is_what_copies_would():
     population = Population(nn.Linear(3, 2).eval(), population_size=4)
     x = torch.randn(5, 3)

@@ -91,13 +91,27 @@ def test_a_step_is_that_of_the_oracle(noise_reuse, antithetic, draws, signs, bat
     assert antithetic == opt.population.antithetic
 
 
+@pytest.mark.parametrize("noise_reuse", [0, 2, 3, 4])
+@pytest.mark.parametrize("batch_members", [1, 2, 4, 6])
+def test_a_step_in_parts_is_the_step(noise_reuse, batch_members):
+    """Every score is credited to its own member, also where parts of members cut through a draw's evaluations."""
+    together, apart = small(), small()
+    settings = {"batched": True, "population_size": 12, "noise_reuse": noise_reuse}
+    one, other = trainer(together, **settings), trainer(apart, **settings, batch_members=batch_members)
+    for _ in range(2):
+        one.step()
+        other.step()
+        np.testing.assert_allclose(one.fitness, other.fitness, rtol=1e-5)
+    for name, value in weights(together).items():
+        torch.testing.assert_close(value, weights(apart)[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("group_size", [0, 4])
-@pytest.mark.parametrize("batch_members", [None, 4, 1])
-def test_normalisation_within_groups_and_parts_of_the_population(group_size, batch_members):
-    """A batched step in parts is the step; fitness is centred and scaled within each group of members."""
+def test_normalisation_within_groups(group_size):
+    """Fitness is centred and scaled within each group of members."""
     together, apart = small(), small()
     one = trainer(together, batched=True, group_size=group_size, noise_reuse=2)
-    other = trainer(apart, batched=True, group_size=group_size, noise_reuse=2, batch_members=batch_members)
+    other = trainer(apart, group_size=group_size, noise_reuse=2)
     for _ in range(2):
         one.step()
         other.step()
@@ -184,6 +198,71 @@ def test_a_run_continues_from_its_state(optimizer, tmp_path):
     assert same(weights(model), weights(again))
 
 
+def test_a_state_from_before_the_first_step_has_no_memory_of_later_ones():
+    model = small()
+    opt = trainer(model, optimizer="momentum")
+    state, start = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
+    opt.step()
+    first = weights(model)
+    model.load_state_dict(start)
+    opt.load_state_dict(state)
+    opt.step()
+    assert same(first, weights(model))
+
+
+def test_a_state_survives_a_file_that_holds_only_data(tmp_path):
+    model = small()
+    opt = trainer(model, optimizer="adam")
+    opt.step()
+    torch.save(opt.state_dict(), tmp_path / "state.pt")
+    start = weights(model)
+    opt.step()
+    again = small()
+    again.load_state_dict(start)
+    other = trainer(again, optimizer="adam")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    other.step()
+    assert same(weights(model), weights(again))
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"population_size": 16}, {"optimizer": "adam"}, {"noise_reuse": 2}])
+def test_a_state_of_other_settings_is_refused(change):
+    state = trainer(small()).state_dict()
+    with pytest.raises(CheckpointError, match=f"with other settings.*{next(iter(change))}="):
+        trainer(small(), **change).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda model: model.double(),
+        lambda model: nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(model.parameters()), model.parameters()
+        ),
+    ],
+)
+def test_parameters_whose_memory_was_replaced_are_noticed(replace):
+    model = small()
+    opt = trainer(model)
+    opt.fitness_fn = lambda m: float(m[0].weight.sum())
+    with torch.no_grad():
+        replace(model)
+    with pytest.raises(
+        ConfigError, match=r"the memory of parameter '0.weight' was replaced since the optimizer was made"
+    ):
+        opt.step()
+
+
+def test_weights_loaded_into_a_model_in_16_bit_reach_the_masters():
+    model = small().bfloat16()
+    opt = EGGROLL(model.parameters(), model=model, fitness_fn=lambda m: 0.0, population_size=4, learning_rate=0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    opt.step()
+    assert all((parameter == 7.0).all() for parameter in model.parameters())
+
+
 def test_an_exception_leaves_everything_as_it_was():
     model = small()
     start = weights(model)
@@ -257,6 +336,8 @@ def test_other_mistakes():
         opt.step(lambda: 0.0)
     with pytest.raises(ConfigError, match="expand and split are for use inside fitness_fn"):
         opt.expand(X)
+    with pytest.raises(ConfigError, match="parameters cannot be added to an EGGROLL that is made"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     with pytest.raises(CheckpointError, match="this is no state of EGGROLL"):
         opt.load_state_dict(torch.optim.SGD(model.parameters(), lr=1).state_dict())
     opt.fitness_fn = lambda m: m(X)
@@ -271,4 +352,3 @@ def test_other_mistakes():
     noisy = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     with pytest.raises(UnsupportedOperationError, match=r"Call model.eval\(\) first"):
         EGGROLL(noisy.parameters(), model=noisy, fitness_fn=score, population_size=4).step()
-    model.load_state_dict(small().state_dict())

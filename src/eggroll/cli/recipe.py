@@ -7,8 +7,10 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -96,14 +98,39 @@ def replica_of_run(run: RunDir) -> Replica:
     return replica
 
 
+@dataclass(frozen=True)
+class AllOptions:
+    """What ``eggroll recipe all`` can be told; each recipe has its own defaults for the rest."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1 (default: that of each recipe)."""
+    data: str | None = None
+    """Folder with MNIST's IDX files."""
+    seed: int | None = None
+    """Seed of everything random."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder for the run directories, one for each recipe (default: runs/NAME-TIME)."""
+
+
 def run_all(arguments: Sequence[str]) -> int:
-    """Every recipe with its defaults, one after the other; the options that they share may be given."""
-    console = Console(highlight=False)
+    """Every recipe, one after the other."""
+    options = tyro.cli(AllOptions, args=list(arguments), prog="eggroll recipe all", description=run_all.__doc__)
+    given = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+    if options.output is not None:
+        given["output"] = None  # each has its own
+    planned = []
     for name in RECIPES:
+        module = load(name)
+        kind = getattr(module, RECIPES[name][0])
+        known = {field.name for field in dataclasses.fields(kind)}
+        chosen = {key: value for key, value in given.items() if key in known}
+        if "output" in chosen:
+            chosen["output"] = str(Path(str(options.output)) / name)
+        planned.append((name, module, kind(**chosen)))
+    console = Console(highlight=False)
+    for name, module, chosen_options in planned:
         console.rule(f"[bold]eggroll recipe {name}")
-        code = recipe([name, *arguments])
-        if code:
-            return code
+        module.run(chosen_options)
     return 0
 
 
