@@ -24,7 +24,7 @@ class MnistCnnOptions(MnistOptions):
     population: int = 256
     generations: int = 10000
     sigma: float = 0.005
-    lr: float = 0.005
+    lr: float = 0.002
     members_per_forward: int = 32
 
 
