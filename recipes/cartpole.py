@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from eggroll._optional import require
 from eggroll.core.config import ESConfig
-from eggroll.recipes.common import Options, evolve, finish, program
+from eggroll.recipes.common import Generations, Options, Population, evolve, finish, program
 from eggroll.run.run_dir import RunDir
 from eggroll.torch.es import Replica
 from eggroll.torch.population import Active
@@ -32,8 +32,8 @@ SOLVED = 475.0
 class CartPoleOptions(Options):
     """CartPole-v1 with gymnasium's vectorised environment."""
 
-    population: int = 512
-    generations: int = 60
+    population: Population = 512
+    generations: Generations = 60
     rank: int = 4
     sigma: float = 0.2
     lr: float = 0.1

@@ -36,13 +36,17 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 console = Console(highlight=False, soft_wrap=True)
 
 
+Population = Annotated[int, tyro.conf.arg(aliases=["-p"])]
+Generations = Annotated[int, tyro.conf.arg(aliases=["-g"])]
+
+
 @dataclass(frozen=True)
 class Options:
     """What every recipe that trains can be told; each has defaults of its own."""
 
-    population: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 1024
+    population: Population = 1024
     """Members per generation; both signs of a pair count."""
-    generations: Annotated[int, tyro.conf.arg(aliases=["-g"])] = 100
+    generations: Generations = 100
     """Updates."""
     rank: int = 1
     """Rank of the perturbations."""

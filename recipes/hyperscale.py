@@ -192,7 +192,7 @@ def _child(way: str, population: int, rank: int, device: str) -> None:
         _generation_of(way, 8, rank, device)()  # libraries and buffers that every size needs
         generation = _generation_of(way, population, rank, device)
         cuda = torch.device(device).type == "cuda"
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = _largest_resident()
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -201,10 +201,20 @@ def _child(way: str, population: int, rank: int, device: str) -> None:
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = _largest_resident() - before
         if cuda:
             peak = torch.cuda.max_memory_allocated()
     print(json.dumps({"population": population, "gib": max(peak, 0) / 2**30, "generation_s": seconds}))
+
+
+def _largest_resident() -> int:
+    """Bytes. Linux keeps it in ``VmHWM``; ``ru_maxrss`` there starts at what the parent process had."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _show(found: dict[str, list[dict[str, float]]], limit: float, path: Path) -> None:

@@ -96,10 +96,11 @@ def _read(folder: Path, file: str) -> NDArray[np.uint8]:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}); download it again") from error
-    dims = content[3] if len(content) > 3 else 0
-    sizes = np.frombuffer(content[4 : 4 + 4 * dims], ">u4").astype(int)
-    numbers = np.frombuffer(content[4 + 4 * dims :], np.uint8)
-    if content[:3] != b"\x00\x00\x08" or dims not in (1, 3) or numbers.size != int(np.prod(sizes)):
+    dims = content[3] if len(content) > 3 and content[:3] == b"\x00\x00\x08" else 0
+    start = 4 + 4 * dims
+    sizes = np.frombuffer(content[4:start], ">u4").astype(int) if len(content) >= start else np.zeros(dims, int)
+    numbers = np.frombuffer(content[start:], np.uint8)
+    if dims not in (1, 3) or numbers.size != int(np.prod(sizes)):
         raise DataError(f"{path} is no IDX file of bytes, or is cut short ({len(content)} bytes); download it again")
     return numbers.reshape(sizes)
 

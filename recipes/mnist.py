@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eggroll.core.config import ESConfig
-from eggroll.recipes.common import Options, console, evolve, finish, program
+from eggroll.recipes.common import Generations, Options, Population, console, evolve, finish, program
 from eggroll.recipes.images import Images, load
 from eggroll.torch.es import Replica
 from eggroll.torch.population import Active
@@ -28,8 +28,8 @@ from eggroll.torch.population import Active
 class MnistOptions(Options):
     """A perceptron on MNIST."""
 
-    population: int = 2048
-    generations: int = 12000
+    population: Population = 2048
+    generations: Generations = 12000
     sigma: float = 0.005
     lr: float = 0.002
     batch: int = 64

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from eggroll.recipes.common import program
+from eggroll.recipes.common import Generations, Population, program
 from eggroll.recipes.mnist import MnistOptions, classifier, train
 from eggroll.torch.es import Replica
 
@@ -21,8 +21,8 @@ from eggroll.torch.es import Replica
 class MnistCnnOptions(MnistOptions):
     """Two convolutions on MNIST."""
 
-    population: int = 256
-    generations: int = 10000
+    population: Population = 256
+    generations: Generations = 10000
     sigma: float = 0.005
     lr: float = 0.002
     members_per_forward: int = 32

@@ -31,6 +31,10 @@ RECIPES = {
 }
 
 
+FILES = {"profile": "profiling"}
+"""A recipe whose file is called otherwise: beside a profile.py, programs would not find Python's own ``profile``."""
+
+
 def recipe(arguments: Sequence[str]) -> int:
     """Run a recipe by name, or all of them."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -142,7 +146,7 @@ def load(name: str) -> ModuleType:
     """
     require("torch", extra="recipes")
     try:
-        return importlib.import_module(f"eggroll.recipes.{name}")
+        return importlib.import_module(f"eggroll.recipes.{FILES.get(name, name)}")
     except ModuleNotFoundError as error:
         if error.name is not None and not error.name.startswith("eggroll"):
             raise MissingExtraError(

@@ -73,6 +73,8 @@ def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if rule is not None:
         try:
             result = rule(*args, **kwargs)
+        except UnsupportedOperationError:
+            raise
         except TypeError:  # called with other names of arguments than the rule's
             result = NotImplemented
         if result is not NotImplemented:
