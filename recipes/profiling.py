@@ -6,8 +6,8 @@ A perceptron with three layers of one width, through the functional API and thro
 medians of several generations, in turns with plain inference. The JAX half of eggroll is not in this version, so there
 is one framework to compare.
 
-Expected: plain inference / population forward about 0.95 on two cores (AMD EPYC); benchmarks/bench_functional.py has the
-figures that are claims.
+Expected: plain inference / population forward about 0.95 on two cores (AMD EPYC); benchmarks/bench_functional.py
+makes the figures that are claims.
 """
 
 from __future__ import annotations
