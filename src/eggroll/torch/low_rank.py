@@ -45,7 +45,11 @@ def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m
     """
     x_Rn = x_Rn.contiguous()  # strided rows would be multiplied one by one, each with a copy of the weight in bfloat16
     if low_rank_c.can_add(x_Rn, a_Pmr, b_Pnr, bias_m, weight_mn):
-        return _linear_in_blocks(x_Rn, weight_mn, a_Pmr, b_Pnr, bias_m)
+        if x_Rn.numel() * x_Rn.element_size() > BLOCK_BYTES // 2:
+            return _linear_in_blocks(x_Rn, weight_mn, a_Pmr, b_Pnr, bias_m)
+        out = F.linear(x_Rn, weight_mn)  # a step of decoding: every microsecond of Python counts
+        low_rank_c.add_unchecked_(out, x_Rn, a_Pmr, b_Pnr, bias_m)
+        return out
     members = a_Pmr.shape[0]
     own_bias = bias_m is not None and bias_m.ndim > 1
     plain_bias = None if own_bias else bias_m
