@@ -20,7 +20,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from eggroll.core.config import ESConfig
-from eggroll.errors import ConfigError
+from eggroll.errors import ConfigError, RunError
 from eggroll.loop import Evaluation, Heldout, Loop
 from eggroll.run.console import Display, duration
 from eggroll.run.report import write_report
@@ -30,6 +30,8 @@ from eggroll.torch.es import Replica
 
 MAY_CHANGE = ("generations",)
 """Settings of the algorithm that a resumed run may have other values of."""
+FREE_OPTIONS = ("output", "resume", "report_to", "device", "members_per_forward", "generations", "backprop")
+"""Options that a resumed run may have other values of: they do not change what is learned."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's ``mallopt``."""
 
@@ -212,6 +214,7 @@ def _run_dir(name: str, options: Options, config: ESConfig, extra: dict[str, Any
             f"--generations {config.generations}: the run in {run.path} has {len(run.updates())} finished generations "
             "already; give more, or rebuild an earlier one with eggroll replay"
         )
+    _check_options(run, settings["options"])
     run.check_config(settings, may_change=("options", "config", "generations"))
     before, now = run.config["config"], settings["config"]
     changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
@@ -223,6 +226,32 @@ def _run_dir(name: str, options: Options, config: ESConfig, extra: dict[str, Any
     run.update_config(settings)
     run.note_resume(len(run.updates()))
     return run
+
+
+def _check_options(run: RunDir, options: dict[str, Any]) -> None:
+    """Refuse to go on with other options than the run was started with, apart from those that change no result.
+
+    Raises:
+        RunError: options differ; the message lists each with its old and its new value.
+    """
+    before = run.config["options"]
+    changes = [
+        f"  - --{key.replace('_', '-')}: {_shown(before[key])} in the run, {_shown(value)} now"
+        for key, value in options.items()
+        if key not in FREE_OPTIONS and key in before and before[key] != value
+    ]
+    if changes:
+        free = ", ".join(f"--{key.replace('_', '-')}" for key in FREE_OPTIONS if key in options and key != "resume")
+        raise RunError(
+            f"the run in {run.path} was started with other options:\n"
+            + "\n".join(changes)
+            + "\nLeave them out, as --resume takes them from the run, or start a new run in another directory (-o). "
+            f"Only {free} may change."
+        )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 class _Tracked:

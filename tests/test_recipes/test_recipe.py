@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from eggroll.cli.recipe import RECIPES, load
-from eggroll.recipes import cartpole, images, mnist
+from eggroll.errors import RunError
+from eggroll.recipes import cartpole, common, images, mnist
 from eggroll.run.run_dir import RunDir
 
 TRAIN = {"-p": "16", "-g": "3", "--report-to": "none", "--members-per-forward": "8"}
@@ -224,14 +225,46 @@ def test_a_run_is_continued_only_by_its_own_recipe_and_settings(recipe):
             ["mnist", "--resume", "run"],
             "run is a run of the recipe cartpole, so eggroll recipe mnist cannot continue it",
         ),
-        (["cartpole", "--resume", "run", "--sigma", "0.5"], "has sigma=0.2; a run is resumed with the settings it has"),
-        (["cartpole", "--resume", "run", "-p", "32"], "population_size: 16 in the run, 32 now"),
+        (["cartpole", "--resume", "run", "--sigma", "0.5"], "--sigma: 0.2 in the run, 0.5 now Leave them out"),
+        (["cartpole", "--resume", "run", "-p", "32"], "--population: 16 in the run, 32 now"),
         (["cartpole", "--resume", "run", "-g", "2"], "has 3 finished generations already"),
         ([*small("cartpole"), "-o", "run"], "run already holds a run"),
     ]:
         done = recipe(*arguments)
         assert done.status == 1
         assert text in " ".join(done.err.split())
+
+
+def test_a_run_is_resumed_only_with_options_that_change_no_result(recipe, tmp_path):
+    recipe(*small("mnist"), "-o", "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    refused = recipe("mnist", "--resume", "run", "--batch", "16", "--seed", "1")
+    assert refused.status == 1
+    assert refused.err == (
+        "error: the run in run was started with other options:\n"
+        "  - --seed: 0 in the run, 1 now\n"
+        "  - --batch: 8 in the run, 16 now\n"
+        "Leave them out, as --resume takes them from the run, or start a new run in another directory (-o). Only "
+        "--output, --report-to, --device, --members-per-forward, --generations, --backprop may change.\n"
+    )
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    allowed = ["--members-per-forward", "4", "--device", "cpu", "-g", "4", "--backprop"]
+    done = recipe("mnist", "--resume", "run", *allowed)
+    assert (done.status, done.err) == (0, "")
+    assert RunDir.open(tmp_path / "run").config["options"]["members_per_forward"] == 4
+    recipe(*small("cartpole"), "-o", "played")
+    refused = recipe("cartpole", "--resume", "played", "--episodes", "2")
+    assert refused.status == 1
+    assert "--episodes: 1 in the run, 2 now" in refused.err
+
+
+def test_the_data_of_a_run_stay_the_same(tmp_path):
+    """None is how an option is that was not given."""
+    options = mnist.MnistOptions(output=str(tmp_path / "run"), device="cpu")
+    run = common._run_dir("mnist", options, mnist.replica_for(options).config, {})
+    now = dataclasses.replace(options, resume=str(run.path), data="elsewhere")
+    with pytest.raises(RunError, match='--data: not given in the run, "elsewhere" now'):
+        common._run_dir("mnist", now, mnist.replica_for(now).config, {})
 
 
 def test_a_recipe_is_a_program_of_its_own(tmp_path):

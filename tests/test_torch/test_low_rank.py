@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from eggroll.torch import low_rank
 from eggroll.torch.kernels import low_rank_c
+from eggroll.torch.population import Population
 
 NEEDS_COMPILER = pytest.mark.skipif(bool(low_rank_c.why_not()), reason=str(low_rank_c.why_not()))
 # Members, rows per member, n, m: one row each, odd sizes, sizes around those of vectors, one row, one member, nothing.
@@ -234,6 +235,91 @@ def test_an_input_of_all_members_is_multiplied_once(batch, kind, rank, dtype, th
     plain = low_rank.linear_shared(x, weight, a, b, bias)
     assert got.shape == plain.shape == expected.shape
     assert worst(got, expected) <= max(2 * worst(plain, expected), TOLERANCE[dtype] * expected.abs().max().item())
+
+
+def rank_major(factor):
+    return factor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [1, 3, 16])
+@pytest.mark.parametrize("kind", ["none", "shared", "own"])
+@pytest.mark.parametrize("batch", [(1,), (5,), (2, 3)])
+def test_a_weight_looked_at_once_gives_the_same_bits(batch, kind, rank, dtype, threads, monkeypatch):
+    torch.manual_seed(4)
+    x, weight = torch.randn(4 * batch[0], *batch[1:], 19).to(dtype), torch.randn(33, 19).to(dtype)
+    a, b = (rank_major(factor) for factor in case(4, 1, 19, 33, rank, dtype)[2:])
+    bias = {"none": None, "shared": torch.randn(33).to(dtype), "own": torch.randn(4, 33).to(dtype)}[kind]
+    expected = low_rank.linear(x, weight, a, b, bias)
+    product, added = low_rank.Product(weight, a, b), []
+    real = low_rank_c.Term.add_
+    monkeypatch.setattr(low_rank_c.Term, "add_", lambda *args: added.append(real(*args)))
+    for _ in range(2):
+        got = product(x, bias)
+        assert got.shape == expected.shape
+        assert torch.equal(got, expected)
+    many = dtype == torch.bfloat16 and rank * math.prod(batch) > low_rank_c.MAX_COLUMNS_BF16 and rank > 1
+    assert len(added) == 2 * (not many)
+    # Rows, a bias or a size that the quick way does not take; it is asked anew at each call.
+    strided = torch.randn(*x.shape[:-1], 38).to(dtype)[..., ::2]
+    assert torch.equal(product(strided, bias), low_rank.linear(strided, weight, a, b, bias))
+    assert torch.equal(
+        product(x, torch.ones(1, dtype=dtype)), low_rank.linear(x, weight, a, b, torch.ones(1).to(dtype))
+    )
+    assert product(x[:0], bias).shape == (0, *expected.shape[1:])
+    monkeypatch.setattr(low_rank, "BLOCK_BYTES", 64)
+    added.clear()
+    assert torch.equal(product(x, bias), low_rank.linear(x, weight, a, b, bias))
+    assert not added
+
+
+@NEEDS_COMPILER
+def test_what_the_quick_way_does_not_take():
+    _, x, a, b = case(4, 2, 16, 12, 3)
+    weight, a, b = torch.randn(12, 16), rank_major(a), rank_major(b)
+    term = low_rank_c.prepare(weight, a, b)
+    assert term.takes(x, None)
+    assert not term.takes(x.double(), None)
+    assert not term.takes(x[:7], None), "rows that the members do not divide would be read past the end"
+    assert not term.takes(torch.nn.Parameter(x, requires_grad=False), None)
+    for bias in (torch.ones(1), torch.ones(1, 12), torch.ones(16), torch.ones(12).double(), torch.ones(4, 24)[:, ::2]):
+        assert not term.takes(x, bias)
+    with torch.enable_grad():
+        assert not term.takes(x, None)
+    with forward_ad.dual_level():
+        assert not term.takes(x, None)
+    with FakeTensorMode():
+        assert not term.takes(x, None)
+    assert torch.vmap(lambda part: part + term.takes(part, None))(x.view(2, 4, 16)).equal(x.view(2, 4, 16))
+    for parts in (
+        (weight, a.contiguous(), b),  # the rank last in memory
+        (weight, a, b[:2]),
+        (weight.T, a, b),
+        (weight, a.double(), b),
+        (weight.half(), a.half(), b.half()),
+        (weight[:, :0], a, b[:, :0]),
+        (weight, torch.ones(4, 17, 12).mT, torch.ones(4, 17, 16).mT),
+    ):
+        assert low_rank_c.prepare(*parts) is None
+
+
+@NEEDS_COMPILER
+def test_layers_of_a_population_go_the_quick_way(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 12, bias=False), torch.nn.Linear(12, 8)).bfloat16().eval()
+    population = Population(model, population_size=4, sigma=0.1, rank=2)
+    x, added = torch.randn(8, 16).bfloat16(), []
+    with population.perturbed(0):
+        model(x)  # learns
+        real = low_rank_c.Term.add_
+        monkeypatch.setattr(low_rank_c.Term, "add_", lambda *args: added.append(real(*args)))
+        got = model(x)
+        assert len(added) == 2
+        monkeypatch.setattr(low_rank_c.Term, "takes", lambda *args: False)
+        assert torch.equal(model(x), got)
+        assert len(added) == 2
+    with population.perturbed(1):
+        assert not torch.equal(model(x), got)
 
 
 @pytest.mark.parametrize("kind", ["none", "shared", "own"])

@@ -47,7 +47,7 @@ def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m
     if low_rank_c.can_add(x_Rn, a_Pmr, b_Pnr, bias_m, weight_mn):
         if x_Rn.numel() * x_Rn.element_size() > BLOCK_BYTES // 2:
             return _linear_in_blocks(x_Rn, weight_mn, a_Pmr, b_Pnr, bias_m)
-        out = F.linear(x_Rn, weight_mn)  # a step of decoding: every microsecond of Python counts
+        out = F.linear(x_Rn, weight_mn)
         low_rank_c.add_unchecked_(out, x_Rn, a_Pmr, b_Pnr, bias_m)
         return out
     members = a_Pmr.shape[0]
@@ -69,6 +69,30 @@ def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m
         assert bias_m is not None
         out_PRm.add_(bias_m.unsqueeze(1))
     return out
+
+
+class Product:
+    """:func:`linear` of one weight that is used again and again, and looked at once.
+
+    Shapes: ``weight (m, n)``, ``a (P, m, r)``, ``b (P, n, r)``. They are not to be replaced (``set_``) meanwhile.
+    """
+
+    __slots__ = ("a_Pmr", "b_Pnr", "term", "weight_mn")
+
+    def __init__(self, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) -> None:
+        self.weight_mn, self.a_Pmr, self.b_Pnr = weight_mn, a_Pmr, b_Pnr
+        self.term = low_rank_c.prepare(weight_mn, a_Pmr, b_Pnr)
+
+    def __call__(self, x_Rn: Tensor, bias_m: Tensor | None = None) -> Tensor:
+        """Rows ``(P * batch, ..., n)``: ``(P * batch, ..., m)``. ``bias`` is ``(m,)`` or ``(P, m)``."""
+        term = self.term
+        if term is not None:
+            x_Rn = x_Rn.contiguous()
+            if x_Rn.nbytes <= BLOCK_BYTES // 2 and term.takes(x_Rn, bias_m):
+                out = F.linear(x_Rn, self.weight_mn)
+                term.add_(out, x_Rn, bias_m)
+                return out
+        return linear(x_Rn, self.weight_mn, self.a_Pmr, self.b_Pnr, bias_m)
 
 
 def _fused_kernel(*parts: Tensor | None) -> Callable[..., Tensor] | None:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eggroll.core.select import Kind
 from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.low_rank import Product
 
 Layout = Literal["rows", "time_major", "shared", "mixed", "rows_or_constant"]
 """Where the population is in an activation: the leading dimension, the second one, nowhere; ``mixed``: it varies;
@@ -149,6 +150,14 @@ class PerturbedWeight(Value):
     def __init__(self, base: Tensor, a: Tensor, b: Tensor, *, name: str, kind: Kind, context: MemberContext) -> None:
         self.base, self.a, self.b = base, a, b
         self.parameter, self.kind, self.context = name, kind, context
+        self._product: Product | None = None
+
+    @property
+    def product(self) -> Product:
+        """What multiplies rows with all members' matrices; kept, as decoding calls it at every step."""
+        if self._product is None:
+            self._product = Product(self.base, self.a, self.b)
+        return self._product
 
     def like(self, base: Tensor, a: Tensor, b: Tensor, *, kind: Kind | None = None) -> PerturbedWeight:
         """The same parameter with other arrays (a view, a cast, a selection)."""

@@ -67,6 +67,68 @@ def add_unchecked_(out_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, b
     _call(out_Rm, a, b, x=x_Rn, bias=bias, width=a.shape[2] + b.shape[2])
 
 
+class Term:
+    """The term of one weight, looked at once: what a call of the library takes, apart from rows and bias.
+
+    For products that are made over and over with the same factors, as in decoding, where what Python does before a call
+    takes longer than the call. The factors must stay where they are in memory; :func:`prepare` makes these.
+    """
+
+    def __init__(self, entries: _Entries, a_Prm: Tensor, b_Prn: Tensor) -> None:
+        self.a, self.b = a_Prm, b_Prn  # keeps the memory
+        self.address_a, self.address_b, self.dtype = a_Prm.data_ptr(), b_Prn.data_ptr(), a_Prm.dtype
+        (self.members, self.rank, self.m), self.n = a_Prm.shape, b_Prn.shape[2]
+        self.width = (self.m + self.n) * self.rank
+        self.limit = MAX_COLUMNS_BF16 * self.members // self.rank  # of rows
+        if self.rank == 1 or self.dtype != torch.bfloat16:
+            self.limit = 2**62
+        self.run, self.ways = entries.run, entries.parallel
+
+    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
+        """As :func:`can_add`, of contiguous rows ``x (R, ..., n)``; false also where somebody may ask for gradients."""
+        if type(x) is not Tensor or x.dtype is not self.dtype or not x.is_cpu or not _is_unobserved():
+            return False
+        rows = x.numel() // self.n
+        if torch.is_grad_enabled() or rows > self.limit or rows % self.members or not rows:
+            return False
+        return bias is None or (
+            type(bias) in _PLAIN_TYPES
+            and bias.dtype is self.dtype
+            and bias.is_cpu
+            and bias.shape in ((self.m,), (self.members, self.m))
+            and bias.is_contiguous()
+        )
+
+    def add_(self, out_Rm: Tensor, x_Rn: Tensor, bias: Tensor | None) -> None:
+        """``out += (x b) a^T + bias`` for what :meth:`takes` has allowed."""
+        rows = x_Rn.numel() // self.n
+        shift, step = (None, 0) if bias is None else (bias.data_ptr(), self.m if bias.ndim > 1 else 0)
+        parts = _parts(rows, rows * self.width) if self.ways else 1
+        self.run(
+            out_Rm.data_ptr(), None, x_Rn.data_ptr(), self.address_a, self.address_b, None, shift, None,
+            rows, rows // self.members, self.n, self.m, self.rank, step, parts, self.ways,
+        )  # fmt: skip
+
+
+def prepare(weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) -> Term | None:
+    """The term of a weight, if the library can be used with it and its factors lie rank-major in memory."""
+    if weight_mn.ndim != 2 or a_Pmr.ndim != 3 or b_Pnr.ndim != 3 or weight_mn.dtype not in _NAMES:
+        return None
+    parts = (weight_mn, a_Pmr, b_Pnr)
+    if not all(part.is_cpu and type(part) in _PLAIN_TYPES and part.dtype == weight_mn.dtype for part in parts):
+        return None
+    (members, m, rank), n = a_Pmr.shape, b_Pnr.shape[1]
+    if weight_mn.shape != (m, n) or b_Pnr.shape != (members, n, rank):
+        return None
+    if rank > MAX_RANK or 0 in (members, m, n, rank):
+        return None
+    a_Prm, b_Prn = a_Pmr.transpose(1, 2), b_Pnr.transpose(1, 2)
+    if not (_is_unobserved() and a_Prm.is_contiguous() and b_Prn.is_contiguous()):
+        return None
+    entries = _library(weight_mn.dtype)
+    return None if isinstance(entries, str) else Term(entries, a_Prm.detach(), b_Prn.detach())
+
+
 def add_shared(
     out_PRm: Tensor, base_Rm: Tensor, x_Rn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias: Tensor | None
 ) -> bool:
@@ -128,13 +190,28 @@ def _usable(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *others
         and all(part.dtype == dtype and part.is_cpu and type(part) in _PLAIN_TYPES for part in parts)
         and (bias is None or bias.is_contiguous())
         and not (torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts)))
-        and not torch.compiler.is_compiling()
+        and _is_unobserved()
+        and not isinstance(_library(dtype), str)
+    )
+
+
+def _is_unobserved() -> bool:
+    """Whether nothing follows what is computed: no compilation, transform, dispatch mode, trace or dual level."""
+    return (
+        not torch.compiler.is_compiling()
         and torch._C._functorch.maybe_current_level() is None
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_tracing()
         and forward_ad._current_level < 0
-        and not isinstance(_library(dtype), str)
     )
+
+
+def _parts(rows: int, work: int) -> int:
+    """Into how many parts a call of so many multiply-adds is cut for the threads."""
+    if work < PARALLEL_FROM:
+        return 1
+    threads = torch.get_num_threads()
+    return 1 if threads == 1 else min(rows, 4 * threads)
 
 
 def _call(
@@ -156,10 +233,7 @@ def _call(
     rows = out.numel() // m if m else 0
     if not rows:
         return
-    parts = 1
-    if rows * width * rank >= PARALLEL_FROM and entries.parallel:
-        threads = torch.get_num_threads()
-        parts = 1 if threads == 1 else min(rows, 4 * threads)
+    parts = _parts(rows, rows * width * rank) if entries.parallel else 1
     pointers = [None if t is None else t.data_ptr() for t in (base, x, a_Prm, b_Prn, scales, bias, ids)]
     step = m if bias is not None and bias.ndim > 1 else 0
     sizes = (rows, rows // members, b_Prn.shape[2], m, rank, step, parts)

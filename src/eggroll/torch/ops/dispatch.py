@@ -17,7 +17,7 @@ from eggroll.torch.values import set_handler
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a torch function some of whose arguments are values."""
     for arg in (*args, *kwargs.values()):
-        if isinstance(arg, SharedRows) or (isinstance(arg, list | tuple) and any(type(x) is SharedRows for x in arg)):
+        if type(arg) is SharedRows or (isinstance(arg, (list, tuple)) and any(type(x) is SharedRows for x in arg)):
             return shared.apply(func, args, kwargs)
     implementation = RULES.get(func)
     if implementation is not None:

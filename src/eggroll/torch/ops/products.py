@@ -45,10 +45,11 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _linear_of_population(x: Tensor, weight: PerturbedWeight, bias: Tensor | None) -> Tensor:
     """Rows through a perturbed matrix; the bias, of all members or of each, is added in the same pass."""
-    if isinstance(bias, MemberTensor) and (bias.data_P.ndim != 2 or bias.dtype != weight.dtype):
-        return with_rows(torch.add, low_rank.linear(x, weight.base, weight.a, weight.b), bias)
-    b_Pm = bias.data_P if isinstance(bias, MemberTensor) else bias
-    return low_rank.linear(x, weight.base, weight.a, weight.b, b_Pm)
+    if not isinstance(bias, MemberTensor):
+        return weight.product(x, bias)
+    if bias.data_P.ndim != 2 or bias.data_P.dtype != weight.base.dtype:
+        return with_rows(torch.add, weight.product(x), bias)
+    return weight.product(x, bias.data_P)
 
 
 def _autocast(x: Any, device_type: str) -> Any:
@@ -59,6 +60,11 @@ def _autocast(x: Any, device_type: str) -> Any:
 @rule(F.linear)
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """``x W^T + bias``."""
+    if type(weight) is PerturbedWeight and bias is None and type(x) is Tensor and not weight.context.single:
+        # What follows, for the case that decoding goes through hundreds of times per token.
+        layout = layout_of(weight.context, weight.parameter, "product", x)
+        if layout == "rows" and not torch.is_autocast_enabled(x.device.type):
+            return weight.product(x)
     context = context_of(weight, bias, x)
     if isinstance(bias, PerturbedWeight) or not isinstance(weight, PerturbedWeight | MemberTensor | Tensor):
         return NotImplemented
