@@ -18,19 +18,24 @@ from eggroll.cli.info import InfoOptions, info
 from eggroll.cli.recipe import recipe
 from eggroll.cli.replay import ReplayOptions, replay
 from eggroll.cli.report import ReportOptions, report
+from eggroll.cli.rl import resumed_options as resumed_rl_options
+from eggroll.cli.rl import rl
 from eggroll.cli.tune import TuneOptions, resumed_options, tune
 from eggroll.errors import EggrollError, RewardError
+from eggroll.rl.config import RLConfig
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "tune": (TuneOptions, tune),
     "info": (InfoOptions, info),
     "replay": (ReplayOptions, replay),
     "report": (ReportOptions, report),
+    "rl": (RLConfig, rl),
 }
 USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
 
   tune MODEL     evolve a language model on a reward
   recipe NAME    run a published result: cartpole, mnist, mnist_cnn, profile, hyperscale, or all
+  rl --env NAME  evolve a policy on a JAX or Gymnasium environment (--list shows them)
   info MODEL     show a model's parameters and what a population of it needs
   replay RUN     rebuild the weights of any generation of a run
   report RUN     write a run's report.html again
@@ -59,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] == "recipe":
             return recipe(given[1:])
         kind, run = COMMANDS[given[0]]
-        default: Any = resumed_options(given[1:]) if given[0] == "tune" else None
+        resumed = {"tune": resumed_options, "rl": resumed_rl_options}.get(given[0])
+        default: Any = resumed(given[1:]) if resumed is not None else None
         absent: Any = tyro.MISSING_NONPROP
         options = tyro.cli(
             kind,

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from eggroll._optional import require
 from eggroll.core.threefry import NOISE_VERSION
 from eggroll.errors import CheckpointError, RunWriteError
@@ -70,8 +72,8 @@ class Checkpoint:
             return f"{self.tensors['file']} was changed after it was written: its SHA-256 is not that of the manifest"
         return None
 
-    def load(self) -> dict[str, torch.Tensor]:
-        """The tensors, on the CPU, bit for bit as they were saved.
+    def load(self) -> dict[str, Any]:
+        """The tensors, on the CPU, bit for bit as they were saved; NumPy arrays if that is what was saved.
 
         Raises:
             CheckpointError: the file is missing, truncated or changed.
@@ -82,14 +84,14 @@ class Checkpoint:
                 f"the checkpoint {self.path} cannot be used: {damage}. "
                 "Remove its directory to continue from the one before"
             )
-        safetensors = require("safetensors.torch", extra="torch")
-        return safetensors.load_file(self.path / self.tensors["file"])
+        module = "safetensors.numpy" if self.tensors.get("framework") == "numpy" else "safetensors.torch"
+        return require(module, extra="torch").load_file(self.path / self.tensors["file"])
 
 
 def save(
     directory: Path,
     generation: int,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, np.ndarray],
     manifest: Mapping[str, Any],
     *,
     run_id: str,
@@ -134,14 +136,16 @@ def _name(generation: int) -> str:
     return f"generation-{generation:06d}"
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    safetensors = require("safetensors.torch", extra="torch")
+def _write_tensors(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    framework = "numpy" if all(isinstance(value, np.ndarray) for value in tensors.values()) else "pt"
+    safetensors = require("safetensors.numpy" if framework == "numpy" else "safetensors.torch", extra="torch")
+    separate = dict(tensors) if framework == "numpy" else _separate(tensors)
     temporary = path / ".tensors.part"
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            safetensors.save_file(_separate(tensors), temporary, metadata={"format": "pt"})
+            safetensors.save_file(separate, temporary, metadata={"format": framework})
         except Exception as error:
             # safetensors reports a failed write as an error of its own, with the system's number in the text
             number = re.search(r"\(os error (\d+)\)", str(error))
@@ -159,7 +163,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str,
             temporary.unlink()
         raise
     fsync_directory(path)
-    return {"file": final.name, "bytes": final.stat().st_size, "sha256": digest, "count": len(tensors)}
+    return {
+        "file": final.name, "bytes": final.stat().st_size, "sha256": digest, "count": len(tensors),
+        "framework": framework,
+    }  # fmt: skip
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

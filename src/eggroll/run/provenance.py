@@ -16,6 +16,7 @@ from eggroll.core.threefry import NOISE_VERSION
 PACKAGES = (
     *("eggroll-es", "numpy", "torch", "safetensors", "transformers", "tokenizers", "datasets", "gguf"),
     *("jax", "jaxlib", "optax", "triton", "vllm", "ray", "gymnasium"),
+    *("brax", "craftax", "gymnax", "jumanji", "kinetix-env", "navix", "rejax"),
 )
 
 

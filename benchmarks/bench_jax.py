@@ -1,0 +1,153 @@
+"""JAX: a population's forward beside plain inference over the same rows, noise drawn in advance; and compile times.
+
+    python benchmarks/bench_jax.py [--turns 7] [--quick]
+
+Layers of one width with relu between them; every member has rows of its own. Plain inference is timed in the same
+turns, all rows at once and in the same parts as the population, and a ratio is to the faster of the two. ``redrawn``
+draws the noise inside every forward, as the reference implementation does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from common import RESULTS, hardware, slug
+
+from eggroll.core.config import ESConfig
+from eggroll.jax import Strategy
+from eggroll.jax.gradient import es_gradient
+from eggroll.jax.noise import draw_pairs, seed_key
+from eggroll.jax.transform import Address, MemberNoise, perturb
+from eggroll.run.provenance import git_revision, versions
+
+CASES = [  # members, batch, width, layers, rank, members at once, target
+    (2048, 64, 256, 3, 1, 32, 0.9),
+    (2048, 1, 256, 3, 1, 2048, 0.5),
+    (64, 64, 1024, 3, 1, 8, 0.9),
+    (2048, 64, 256, 3, 4, 32, None),
+    (2048, 1, 256, 3, 4, 2048, None),
+]
+
+
+def network(params: Any, x: Any) -> Any:
+    for weight in params:
+        x = jax.nn.relu(x @ weight)
+    return x
+
+
+def timed(variants: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+    """Seconds of each variant, in turns of alternating order, after a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for name in variants:
+        jax.block_until_ready(variants[name]())
+    for turn in range(turns):
+        names = list(variants) if turn % 2 else list(reversed(variants))
+        for name in names:
+            began = time.perf_counter()
+            jax.block_until_ready(variants[name]())
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def case(members: int, batch: int, width: int, layers: int, rank: int, at_once: int, turns: int) -> dict[str, Any]:
+    keys = jax.random.split(jax.random.key(0), layers + 1)
+    params = [jax.random.normal(key, (width, width)) * (2 / width) ** 0.5 for key in keys[1:]]
+    x = jax.random.normal(keys[0], (members // 2, 2, batch, width))
+    apply = perturb(network, rank=rank)
+    leaves = apply.leaves(params, x[0, 0])
+    draws = jax.jit(lambda: draw_pairs(seed_key(0), leaves, rank, 0, jnp.arange(members // 2)))()
+    signs = jnp.array([0.1, -0.1])
+    pairs = max(1, at_once // 2)
+
+    def parts(one: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        run = jax.jit(lambda *given: jax.lax.map(lambda part: one(*part), given, batch_size=pairs).sum())
+        return lambda: run(*arguments)
+
+    def drawn(x: Any, noise: Any) -> Any:
+        member = lambda scale, rows: apply(params, rows, MemberNoise(noise, scale))  # noqa: E731
+        return jax.vmap(member)(signs, x).sum((1, 2))
+
+    def redrawn(x: Any, pair: Any) -> Any:
+        member = lambda sign, rows: apply(params, rows, Address(0, 2 * pair + sign, 0.1))  # noqa: E731
+        return jax.vmap(member)(jnp.arange(2), x).sum((1, 2))
+
+    whole = jax.jit(lambda x: network(params, x).sum())
+    gradient = jax.jit(lambda s: es_gradient(seed_key(0), leaves, s, 0, rank=rank))
+    shaped = jax.random.normal(keys[0], (members,))
+    times = timed(
+        {
+            "plain": lambda: whole(x),
+            "plain_in_parts": parts(lambda x: network(params, x).sum((1, 2)), x),
+            "population": parts(drawn, x, draws),
+            "redrawn": parts(redrawn, x, jnp.arange(members // 2)),
+            "update": lambda: gradient(shaped),
+        },
+        turns,
+    )
+    plain = [min(pair) for pair in zip(times["plain"], times["plain_in_parts"], strict=True)]
+
+    def ratio(name: str) -> dict[str, float]:
+        values = [a / b for a, b in zip(plain, times[name], strict=True)]
+        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+    return {
+        "members": members, "batch": batch, "width": width, "layers": layers, "rank": rank, "members_at_once": at_once,
+        "ratio": ratio("population"), "ratio_redrawn": ratio("redrawn"),
+        "update_over_forward": statistics.median(times["update"]) / statistics.median(times["population"]),
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+    }  # fmt: skip
+
+
+def compile_seconds(layers: int, width: int) -> dict[str, float]:
+    """From nothing to the first compiled generation step of a deep network, traced and compiled."""
+    params = [jnp.zeros((width, width)) for _ in range(layers)]
+    config = ESConfig(population_size=8, rank=1)
+    strategy = Strategy(lambda params, x: network(params, x).sum(), config)
+    state = strategy.init(params)
+    x = jnp.ones((4, width))
+    began = time.perf_counter()
+    jax.block_until_ready(strategy.step(state, x)[1])
+    return {"layers": layers, "width": width, "seconds": time.perf_counter() - began, "target": 30.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, no result file: does it run?")
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    if options.quick:
+        print(case(8, 2, 16, 2, 1, 4, 2), compile_seconds(2, 16))
+        return
+    lines = []
+    for *sizes, target in CASES:
+        line = {**case(*sizes, options.turns), "target": target}
+        lines.append(line)
+        median = line["ratio"]["median"]
+        print(f"{sizes}: {median:.2f} (target {target}), redrawn {line['ratio_redrawn']['median']:.2f}, "
+              f"update / forward {line['update_over_forward']:.3f}", flush=True)  # fmt: skip
+    compiled = compile_seconds(24, 512)
+    print(f"24 layers of 512: {compiled['seconds']:.1f} s to the first generation")
+    result = {
+        "what": "jax", "hardware": hardware(), "device": jax.devices()[0].platform, "load_before": round(load, 2),
+        "turns": options.turns, "date": str(datetime.date.today()), "revision": git_revision(), "versions": versions(),
+        "cases": lines, "compile": compiled,
+    }  # fmt: skip
+    folder = RESULTS / "jax"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"forward_{slug(hardware())}_{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

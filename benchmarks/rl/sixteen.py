@@ -1,0 +1,182 @@
+"""The paper's sixteen environments in short runs: EGGROLL, full-rank ES and PPO at the same number of steps.
+
+    python benchmarks/rl/sixteen.py [--only navix] [--scale 1.0] [--seeds 0] [--out benchmarks/results/rl]
+
+Each run is one ``eggroll rl`` in a process of its own; budgets are minutes on two cores, hundreds of times below the
+paper's 5e8 steps, so hyperparameters are one common set for short runs (``COMMON``), not the paper's, and were not
+tuned for any environment. Returns are means over 64 held-out episodes. The table also gives steps per second of the
+population and, on the same machine, of random actions with as many episodes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+COMMON = {
+    "pop_size": 128, "rank": 1, "sigma": 0.1, "lr": 0.02, "optimizer": "adam", "lr_decay": 1.0, "sigma_decay": 1.0,
+    "episodes": 1,
+}  # fmt: skip
+#        environment: (env steps in thousands, cut episodes off after)
+RUNS: dict[str, tuple[int, int | None]] = {
+    "CartPole-v1": (3000, None),
+    "Pendulum-v1": (6000, None),
+    "brax/ant": (300, 100),
+    "brax/humanoid": (150, 100),
+    "brax/inverted_double_pendulum": (500, 200),
+    "craftax/Craftax-Classic-Symbolic-AutoReset-v1": (400, 200),
+    "craftax/Craftax-Symbolic-AutoReset-v1": (150, 100),
+    "jumanji/Game2048-v1": (2000, 500),
+    "jumanji/Knapsack-v1": (1000, None),
+    "jumanji/Snake-v1": (2000, 300),
+    "kinetix/l/hard_pinball": (150, 128),
+    "kinetix/m/h17_thrustcontrol_left": (250, 128),
+    "kinetix/s/h1_thrust_over_ball": (300, 128),
+    "navix/Navix-DoorKey-8x8-v0": (2000, None),
+    "navix/Navix-Dynamic-Obstacles-6x6-Random-v0": (2000, None),
+    "navix/Navix-FourRooms-v0": (1000, None),
+}
+
+
+def run(env: str, kind: str, steps: int, limit: int | None, seed: int, folder: Path) -> dict[str, Any]:
+    """One ``eggroll rl``; its result, with wall time."""
+    out = folder / f"{kind}-{seed}"
+    command = [sys.executable, "-m", "eggroll.cli.main", "rl", "--env", env, "--env_steps", str(steps), "-o", str(out)]
+    command += ["--seed", str(seed), "--eval-episodes", "64", "--report-to", "none", "--no-render"]
+    if limit is not None:
+        command += ["--max-steps", str(limit)]
+    if kind == "ppo":
+        command += ["--algo", "ppo"]
+    else:
+        command += ["--noiser", kind, "-g", "100000", "--eval-every", "20", "--rank-transform"]
+        command += [part for key, value in COMMON.items() for part in (f"--{key}", str(value))]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][-300:], "seed": seed}
+    result = json.loads((out / "result.json").read_text())
+    curve = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        if values.get("heldout_reward") is not None:
+            curve.append([values.get("env_steps", 0.0), round(values["heldout_reward"], 4)])
+    return {**result, "seed": seed, "wall_s": round(time.perf_counter() - began, 1), "curve": curve}
+
+
+RANDOM = """
+import json, sys, time
+import jax, jax.numpy as jnp, numpy as np
+from eggroll.rl.envs import registry
+from eggroll.rl.envs.base import Continuous, Discrete
+env, episodes, steps = registry.make(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def action(key):
+    space = env.actions
+    if isinstance(space, Continuous):
+        return jax.random.uniform(key, (space.size,), minval=jnp.asarray(space.low), maxval=jnp.asarray(space.high))
+    if isinstance(space, Discrete):
+        return jax.random.randint(key, (), 0, space.num)
+    return jax.random.randint(key, (len(space.nums),), 0, jnp.array(space.nums))
+def one(carry, now):
+    states, total = carry
+    keys = jax.random.split(now, episodes)
+    states, observations, rewards, done = jax.vmap(env.step)(keys, states, jax.vmap(action)(keys))
+    return (states, total + rewards.sum() + observations.sum()), None
+@jax.jit
+def play(key):
+    states, _ = jax.vmap(env.reset)(jax.random.split(key, episodes))
+    return jax.lax.scan(one, (states, 0.0), jax.random.split(key, steps))[0][1]
+jax.block_until_ready(play(jax.random.key(0)))
+times = []
+for turn in range(5):
+    began = time.perf_counter()
+    jax.block_until_ready(play(jax.random.key(turn)))
+    times.append(time.perf_counter() - began)
+print(json.dumps(sorted(times)))
+"""
+
+
+def random_rate(env: str, limit: int | None) -> float | None:
+    """Steps per second with random actions, as many episodes at once as the population has members."""
+    steps = min(limit or 100, 100)
+    command = [sys.executable, "-c", RANDOM, env, str(COMMON["pop_size"]), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    return COMMON["pop_size"] * steps / statistics.median(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| environment | steps | start | EGGROLL | full-rank ES | PPO | steps/s | of random actions |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def end(row: dict[str, Any], kind: str) -> str:
+        runs = [run for run in row.get(kind, []) if "error" not in run]
+        if not runs:
+            return "failed" if row.get(kind) else ""
+        values = [run["end_return"] for run in runs]
+        spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.4g}{spread}"
+
+    for env, row in rows.items():
+        runs = [run for run in row.get("eggroll", []) if "error" not in run]
+        start = f"{statistics.mean(run['start_return'] for run in runs):.4g}" if runs else ""
+        rate = statistics.median(run["env_steps_per_s"] or 0 for run in runs) if runs else 0
+        part = f"{rate / row['random_steps_per_s']:.2f}" if rate and row.get("random_steps_per_s") else ""
+        cells = [env, f"{row['steps']:,}", start, end(row, "eggroll"), end(row, "openes"), end(row, "ppo")]
+        lines.append(f"| {' | '.join([*cells, f'{rate:,.0f}' if rate else '', part])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="environments whose name has this in it")
+    parser.add_argument("--kinds", nargs="+", default=["eggroll", "openes", "ppo"])
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of steps")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "rl")
+    options = parser.parse_args()
+    from common import hardware, slug
+
+    from eggroll.run.provenance import git_revision, versions
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"sixteen_{slug(hardware())}_{datetime.date.today()}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    rows: dict[str, Any] = stored.get("rows", {})
+    for env, (thousands, limit) in RUNS.items():
+        if options.only not in env:
+            continue
+        steps = int(thousands * 1000 * options.scale)
+        row = rows.setdefault(env, {})
+        row |= {"steps": steps, "max_steps": limit, "random_steps_per_s": random_rate(env, limit)}
+        for kind in options.kinds:
+            with tempfile.TemporaryDirectory() as folder:
+                row[kind] = [run(env, kind, steps, limit, seed, Path(folder)) for seed in options.seeds]
+            print(env, kind, [(r.get("end_return"), r.get("wall_s"), r.get("error")) for r in row[kind]], flush=True)
+        rows = {name: rows[name] for name in RUNS if name in rows}
+        head = {
+            "what": "rl_sixteen", "hardware": hardware(), "load_before": os.getloadavg()[0], "common": COMMON,
+            "revision": git_revision(), "versions": versions(), "date": str(datetime.date.today()),
+        }  # fmt: skip
+        path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+        path.with_suffix(".md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""EGGROLL for JAX: any function (``Strategy``, ``perturb``), and code written for HyperscaleES (``as hs``)."""
+
+from __future__ import annotations
+
+from eggroll._optional import require
+
+require("jax", extra="jax")
+require("optax", extra="jax")
+
+# After the check, so that its message is the one that is seen.
+from eggroll.jax import models, noiser  # noqa: E402
+from eggroll.jax.strategy import State, Strategy  # noqa: E402
+from eggroll.jax.transform import Address, MemberNoise, perturb  # noqa: E402
+
+__all__ = ["Address", "MemberNoise", "State", "Strategy", "models", "noiser", "perturb"]

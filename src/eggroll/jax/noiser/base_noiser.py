@@ -1,0 +1,259 @@
+"""The interface of all noisers, and the noiser that adds no noise.
+
+State goes in, state comes out; nothing is stored in a class. ``frozen_noiser_params`` is a plain dict of static values,
+to be closed over by jitted functions; ``noiser_params`` is a dict of arrays that changes from epoch to epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
+
+from eggroll.core.fitness import NonFiniteFitnessWarning
+from eggroll.errors import ConfigError
+
+Params = Any
+"""A pytree of arrays."""
+
+
+class Noiser:
+    """No noise: the model as it is. Base of :class:`EggRoll` and :class:`OpenES`, which share its signatures."""
+
+    @classmethod
+    def init_noiser(
+        cls,
+        params: Params,
+        sigma: Any,
+        lr: Any,
+        *args: Any,
+        solver: Any = None,
+        solver_kwargs: dict[str, Any] | None = None,
+        group_size: int = 0,
+        freeze_nonlora: bool = False,
+        noise_reuse: int = 0,
+        rank: int = 1,
+        use_batched_update: bool = False,
+        **kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Static and dynamic state for a model.
+
+        Args:
+            params: pytree of arrays, the centre of the population.
+            sigma: standard deviation of an entry of a perturbation.
+            lr: learning rate of the solver, a number or an optax schedule.
+            *args: ignored, for noisers with settings of their own.
+            solver: ``solver(lr, **solver_kwargs)`` makes an ``optax.GradientTransformation``; default ``optax.sgd``.
+            solver_kwargs: further arguments of the solver.
+            group_size: members that are compared with each other in ``convert_fitnesses``; 0: all of them.
+            freeze_nonlora: leave parameters of the class PARAM alone: no noise, no update.
+            noise_reuse: 0: the same noise in every epoch; k: new noise after every k epochs.
+            rank: rank of the perturbation of a matrix.
+            use_batched_update: treat matrices of one shape together, so that the time to compile an update does not
+                grow with the number of layers. The result is the same.
+            **kwargs: ignored, for noisers with settings of their own.
+
+        Returns:
+            ``(frozen_noiser_params, noiser_params)``. The latter has ``sigma``, which may be changed between epochs
+            (a decay, for example), and ``opt_state``.
+
+        Raises:
+            ConfigError: a setting cannot work; all problems are named at once.
+        """
+        problems = []
+        for name, value, least in (("rank", rank, 1), ("noise_reuse", noise_reuse, 0), ("group_size", group_size, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                problems.append(f"{name} (={value!r}) must be an integer >= {least}")
+        if group_size is True or group_size == 1:
+            problems.append("group_size (=1) compares a member with itself only; use 0 (all members) or at least 2")
+        if isinstance(sigma, (int, float)) and not (math.isfinite(sigma) and sigma >= 0):
+            problems.append(f"sigma (={sigma!r}) must be finite and >= 0")
+        solver = optax.sgd if solver is None else solver
+        if not callable(solver):
+            problems.append(
+                "solver must be a function such as optax.adamw, which is called as solver(lr, **solver_kwargs)"
+            )
+        if problems:
+            raise ConfigError.from_problems(f"{cls.__name__}.init_noiser", problems)
+        transformation = solver(lr, **(solver_kwargs or {}))
+        frozen_noiser_params = {
+            "group_size": group_size,
+            "freeze_nonlora": freeze_nonlora,
+            "noise_reuse": noise_reuse,
+            "solver": transformation,
+            "rank": rank,
+            "use_batched_update": use_batched_update,
+        }
+        return frozen_noiser_params, {"sigma": sigma, "opt_state": transformation.init(params)}
+
+    @classmethod
+    def do_mm(
+        cls,
+        frozen_noiser_params: dict[str, Any],
+        noiser_params: dict[str, Any],
+        param: Any,
+        base_key: Any,
+        iterinfo: Any,
+        x: Any,
+    ) -> Any:
+        """``x @ param.T`` with the member's noise in ``param``.
+
+        Args:
+            frozen_noiser_params: static state.
+            noiser_params: dynamic state.
+            param: ``(a, b)``.
+            base_key: this parameter's key, a leaf of ``simple_es_tree_key``.
+            iterinfo: ``(epoch, thread_id)``, or ``None`` for no noise.
+            x: ``(..., b)``.
+
+        Returns:
+            ``(..., a)``.
+        """
+        return x @ param.T
+
+    @classmethod
+    def do_Tmm(
+        cls,
+        frozen_noiser_params: dict[str, Any],
+        noiser_params: dict[str, Any],
+        param: Any,
+        base_key: Any,
+        iterinfo: Any,
+        x: Any,
+    ) -> Any:
+        """``x @ param`` with noise: ``x`` is ``(..., a)``, ``param`` ``(a, b)``, the result ``(..., b)``."""
+        return x @ param
+
+    @classmethod
+    def do_emb(
+        cls,
+        frozen_noiser_params: dict[str, Any],
+        noiser_params: dict[str, Any],
+        param: Any,
+        base_key: Any,
+        iterinfo: Any,
+        x: Any,
+    ) -> Any:
+        """``param[x]`` with noise: ``x`` is ``(...)`` integers, ``param`` ``(a, b)``, the result ``(..., b)``."""
+        return param[x]
+
+    @classmethod
+    def get_noisy_standard(
+        cls,
+        frozen_noiser_params: dict[str, Any],
+        noiser_params: dict[str, Any],
+        param: Any,
+        base_key: Any,
+        iterinfo: Any,
+    ) -> Any:
+        """The parameter with noise, its shape and dtype unchanged; for biases, scales and all that is no matrix."""
+        return param
+
+    @classmethod
+    def convert_fitnesses(
+        cls,
+        frozen_noiser_params: dict[str, Any],
+        noiser_params: dict[str, Any],
+        raw_scores: Any,
+        num_episodes_list: Any = None,
+    ) -> Any:
+        """Normalised fitness, one per member.
+
+            group_size = 0:  (s - mean) / sqrt(var + 1e-5)
+            group_size > 0:  (s - mean of its group) / sqrt(var + 1e-5)        with the variance of all scores
+
+        A score that is NaN or infinite counts as the worst of the others (outside of ``jit`` with a warning), so that
+        one diverged rollout does not turn the parameters into NaN. If none is finite, all fitnesses are 0.
+
+        Args:
+            frozen_noiser_params: static state.
+            noiser_params: dynamic state.
+            raw_scores: ``(N,)``, higher is better. Groups are runs of ``group_size`` neighbours.
+            num_episodes_list: ``(N,)``, the number of episodes that each score is the mean of. They weigh the means
+                and the variance, so that every *episode* counts the same in them; equal numbers change nothing. A
+                member without an episode (0) has no score, and gets the fitness 0.
+
+        Returns:
+            ``(N,)``, float32 (float64 for float64 scores).
+
+        Raises:
+            ConfigError: the shapes do not fit each other or the group size.
+        """
+        scores = jnp.asarray(raw_scores)
+        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        group_size = frozen_noiser_params["group_size"]
+        problems = []
+        if scores.ndim != 1:
+            problems.append(f"raw_scores has the shape {scores.shape}; give one score per member, shape (N,)")
+        elif not scores.shape[0]:
+            problems.append("raw_scores is empty")
+        elif group_size and scores.shape[0] % group_size:
+            problems.append(f"group_size (={group_size}) must divide the number of scores (={scores.shape[0]})")
+        if num_episodes_list is not None and jnp.shape(num_episodes_list) != scores.shape:
+            problems.append(
+                f"num_episodes_list has the shape {jnp.shape(num_episodes_list)}; "
+                f"it must be that of raw_scores, {scores.shape}"
+            )
+        if problems:
+            raise ConfigError.from_problems(f"{cls.__name__}.convert_fitnesses", problems)
+        weights = None if num_episodes_list is None else jnp.asarray(num_episodes_list, scores.dtype)
+        if weights is not None:
+            scores = jnp.where(weights > 0, scores, 0)
+        scores = _finite(scores)
+        deviation = jnp.sqrt(_mean(jnp.square(scores - _mean(scores, weights)), weights) + 1e-5)
+        groups = scores.reshape(-1, group_size or scores.shape[0])
+        group_weights = None if weights is None else weights.reshape(groups.shape)
+        fitness = (groups - _mean(groups, group_weights)).reshape(scores.shape) / deviation
+        return fitness if weights is None else jnp.where(weights > 0, fitness, 0)
+
+    @classmethod
+    def do_updates(
+        cls,
+        frozen_noiser_params: dict[str, Any],
+        noiser_params: dict[str, Any],
+        params: Params,
+        base_keys: Any,
+        fitnesses: Any,
+        iterinfos: Any,
+        es_map: Any,
+    ) -> tuple[dict[str, Any], Params]:
+        """One step of evolution.
+
+        Args:
+            frozen_noiser_params: static state.
+            noiser_params: dynamic state.
+            params: pytree of arrays.
+            base_keys: of ``simple_es_tree_key``, the structure of ``params``.
+            fitnesses: ``(N,)``, converted; N is even.
+            iterinfos: ``(epochs, thread_ids)``, each ``(N,)`` integers; what the fitnesses were evaluated with.
+            es_map: the structure of ``params``, each leaf one of PARAM, MM_PARAM, EMB_PARAM, EXCLUDED.
+
+        Returns:
+            ``(noiser_params, params)``, here as they were given: without noise there is nothing to learn from.
+        """
+        return noiser_params, params
+
+
+def _mean(values: Any, weights: Any) -> Any:
+    """Mean over the last axis, kept for broadcasting; a group whose weights are all 0 gets 0."""
+    if weights is None:
+        return jnp.mean(values, axis=-1, keepdims=True)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.sum(values * weights, axis=-1, keepdims=True) / jnp.where(total > 0, total, 1)
+
+
+def _finite(scores: Any) -> Any:
+    """Scores with every NaN and infinity replaced by the worst finite score, or by 0 if there is none."""
+    finite = jnp.isfinite(scores)
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite.all()):
+        warnings.warn(
+            f"{int((~finite).sum())} of {scores.shape[0]} scores are NaN or infinite; they count as the worst",
+            NonFiniteFitnessWarning,
+            stacklevel=3,
+        )
+    worst = jnp.min(jnp.where(finite, scores, jnp.inf))
+    return jnp.where(finite, scores, jnp.where(jnp.isfinite(worst), worst, 0))

@@ -1,0 +1,271 @@
+"""Ask and tell around any JAX fitness function: evaluate a population, estimate, update with any optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from eggroll.core.config import ESConfig
+from eggroll.errors import ConfigError
+from eggroll.jax.gradient import es_gradient
+from eggroll.jax.leaves import named_leaves
+from eggroll.jax.noise import Leaf, draw_pairs, seed_key
+from eggroll.jax.shaping import shape_fitness
+from eggroll.jax.transform import Address, MemberNoise, Perturbed, perturb
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Where a run is.
+
+    Attributes:
+        params: the centre.
+        opt_state: of the optax optimizer.
+        generation: updates done, an int32 scalar.
+        masters: float32 copies of 16-bit parameters by path, so that small steps are not lost to rounding.
+    """
+
+    params: Any
+    opt_state: Any
+    generation: Any
+    masters: dict[str, Any]
+
+
+def optimizer_for(config: ESConfig) -> optax.GradientTransformation:
+    """The optax rule that ``config.optimizer`` names, for a learning rate of 1; its steps are scaled by ``lr``.
+
+    The rules of :mod:`eggroll.torch.optim`: weight decay is decoupled for adamw and added to the gradient elsewhere.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay)
+    first, second = config.betas
+    rules = {
+        "sgd": optax.chain(decay, optax.sgd(1.0)),
+        "momentum": optax.chain(decay, optax.sgd(1.0, momentum=config.momentum)),
+        "adam": optax.chain(decay, optax.adam(1.0, b1=first, b2=second)),
+        "adamw": optax.adamw(1.0, b1=first, b2=second, weight_decay=config.weight_decay),
+    }
+    return rules[config.optimizer]
+
+
+class Strategy:
+    """EGGROLL for a fitness function ``(params, x) -> score`` that JAX can trace.
+
+    Args:
+        fitness: gives one score, higher is better, for parameters and any further pytree ``x`` (a batch, a key). It may
+            be a whole rollout.
+        config: the settings of the algorithm. ``target_modules`` and ``exclude`` are path patterns; ``None`` evolves
+            every floating-point leaf.
+        optimizer: any optax transformation, with its own learning rate; ``None`` takes ``config.optimizer`` with
+            ``config.lr`` and its schedule.
+        x_per_member: ``x`` has a first axis of length ``population_size``; otherwise all members get the same.
+        members_per_forward: members evaluated at once; 0 is all. A bound keeps activations in cache and memory.
+        devices: devices to share the members among; ``None`` is one. Only fitness is gathered.
+        low_rank: false is ES with dense noise, to compare with.
+        materialize: path patterns of parameters that may be materialised where a primitive has no rule.
+
+    Example:
+        >>> config = ESConfig(population_size=64, lr=0.5)
+        >>> strategy = Strategy(lambda params, x: -jnp.sum((params["w"] - x) ** 2), config)
+        >>> state = strategy.init({"w": jnp.zeros((4, 4))})
+        >>> for _ in range(3):
+        ...     state, fitness = strategy.step(state, jnp.ones((4, 4)))
+        >>> fitness.shape
+        (64,)
+    """
+
+    def __init__(
+        self,
+        fitness: Callable[[Any, Any], Any],
+        config: ESConfig,
+        *,
+        optimizer: optax.GradientTransformation | None = None,
+        x_per_member: bool = False,
+        members_per_forward: int = 0,
+        devices: Sequence[Any] | None = None,
+        low_rank: bool = True,
+        materialize: Sequence[str] = (),
+    ) -> None:
+        self.config, self.x_per_member, self.members_per_forward = config, x_per_member, members_per_forward
+        self.optimizer = optimizer or optimizer_for(config)
+        self._scheduled = optimizer is None
+        self.apply: Perturbed = perturb(
+            fitness, rank=config.rank, seed=config.seed, antithetic=config.antithetic, noise_reuse=config.noise_reuse,
+            include=config.target_modules, exclude=config.exclude, materialize=materialize, low_rank=low_rank,
+        )  # fmt: skip
+        self.num_draws = config.population_size // 2 if config.antithetic else config.population_size
+        self.mesh = self._mesh(devices)
+        self._words = seed_key(config.seed)
+        self._evaluate = jax.jit(self._evaluate_all)
+        self._tell = jax.jit(self._update)
+        self._step = jax.jit(self._generation)
+
+    def _mesh(self, devices: Sequence[Any] | None) -> Mesh | None:
+        if devices is None or len(devices) < 2:
+            return None
+        if self.num_draws % len(devices):
+            unit = "pairs" if self.config.antithetic else "members"
+            step = len(devices) * (2 if self.config.antithetic else 1)
+            low = self.config.population_size // step * step
+            raise ConfigError(
+                f"population_size (={self.config.population_size}) makes {self.num_draws} {unit}, which {len(devices)} "
+                f"devices cannot share evenly; use {f'{low} or {low + step}' if low else step}, or fewer devices"
+            )
+        return Mesh(np.array(devices), ("members",))
+
+    def init(self, params: Any) -> State:
+        """The state before the first generation, with a fresh optimizer."""
+        arrays = _arrays(params)
+        masters = {name: value.astype(jnp.float32) for name, value in arrays.items() if value.dtype.itemsize < 4}
+        return State(params, self.optimizer.init(arrays | masters), jnp.int32(0), masters)
+
+    def ask(self, state: State, sigma: Any | None = None) -> Address:
+        """The addresses of this generation's members, arrays ``(N,)``; ``strategy.apply`` evaluates one of them."""
+        size = self.config.population_size
+        generation = jnp.broadcast_to(state.generation, (size,))
+        sigmas = jnp.full((size,), self._sigma(state.generation) if sigma is None else sigma, jnp.float32)
+        return Address(generation, jnp.arange(size, dtype=jnp.int32), sigmas)
+
+    def evaluate(self, state: State, x: Any, sigma: Any | None = None) -> Any:
+        """``(N,)`` scores of this generation's members, one compiled call; noise is drawn once for each pair."""
+        return self._evaluate(state, x, self._sigma(state.generation) if sigma is None else sigma)
+
+    def tell(self, state: State, fitness: Any, *, shaped: bool = False, lr: Any | None = None) -> State:
+        """The state after an update from ``(N,)`` scores (or weights that are ``shaped`` already)."""
+        fitness = jnp.asarray(fitness, jnp.float32)
+        if fitness.shape != (self.config.population_size,):
+            raise ConfigError(
+                f"fitness has shape {fitness.shape}; tell needs one score for each of the "
+                f"{self.config.population_size} members, in their order"
+            )
+        weights = fitness if shaped else shape_fitness(fitness, self.config)
+        return self._tell(state, weights, self._lr(state.generation) if lr is None else lr)
+
+    def step(self, state: State, x: Any) -> tuple[State, Any]:
+        """One generation as one compiled call: the next state and the members' ``(N,)`` scores."""
+        return self._step(state, x, self._sigma(state.generation), self._lr(state.generation))
+
+    def leaves(self, params: Any, x: Any) -> list[Leaf]:
+        """What is evolved, and how."""
+        one = jax.tree.map(lambda value: value[0], x) if self.x_per_member else x
+        return self.apply.leaves(params, one)
+
+    def _sigma(self, generation: Any) -> Any:
+        return jnp.float32(self.config.sigma_at(int(generation)))
+
+    def _lr(self, generation: Any) -> Any:
+        return jnp.float32(self.config.lr_at(int(generation)))
+
+    def _generation(self, state: State, x: Any, sigma: Any, lr: Any) -> tuple[State, Any]:
+        fitness = self._evaluate_all(state, x, sigma)
+        return self._update(state, shape_fitness(fitness, self.config), lr), fitness
+
+    def spread(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """``evaluate(*arguments, draws)`` over all draws, shared among the devices; results are gathered.
+
+        For evaluations that are more than a function of one member, such as rollouts. Every output needs a first axis
+        of draws, or of equal parts of them.
+        """
+        draws = jnp.arange(self.num_draws, dtype=jnp.int32)
+        if self.mesh is None:
+            return lambda *arguments: evaluate(*arguments, draws)
+        mesh, spread, everywhere = self.mesh, PartitionSpec("members"), PartitionSpec()
+
+        def run(*arguments: Any) -> Any:
+            specs = (*[everywhere] * len(arguments), spread)
+            shared = jax.shard_map(evaluate, mesh=mesh, in_specs=specs, out_specs=spread, check_vma=False)
+            gathered = jax.NamedSharding(mesh, everywhere)
+            results = shared(*arguments, draws)
+            return jax.tree.map(lambda value: jax.lax.with_sharding_constraint(value, gathered), results)
+
+        return run
+
+    def _evaluate_all(self, state: State, x: Any, sigma: Any) -> Any:
+        draws = jnp.arange(self.num_draws, dtype=jnp.int32)
+        if self.x_per_member:
+            signs = 2 if self.config.antithetic else 1
+            x = jax.tree.map(lambda value: value.reshape(self.num_draws, signs, *value.shape[1:]), x)
+        if not self.x_per_member:
+            return self.spread(self._evaluate_draws)(state, x, sigma).reshape(-1)
+        if self.mesh is None:
+            return self._evaluate_draws(state, x, sigma, draws).reshape(-1)
+        everywhere, spread = PartitionSpec(), PartitionSpec("members")
+        specs = (everywhere, spread, everywhere, spread)
+        shared = jax.shard_map(self._evaluate_draws, mesh=self.mesh, in_specs=specs, out_specs=spread, check_vma=False)
+        scores = shared(state, x, sigma, draws).reshape(-1)
+        return jax.lax.with_sharding_constraint(scores, jax.NamedSharding(self.mesh, everywhere))
+
+    def _evaluate_draws(self, state: State, x: Any, sigma: Any, draws: Any) -> Any:
+        """``(draws, signs)`` scores of some draws of this generation."""
+        first = jax.tree.map(lambda value: value[0, 0], x) if self.x_per_member else x
+        leaves = self.apply.leaves(state.params, first)
+        signs = jnp.array([1.0, -1.0] if self.config.antithetic else [1.0], jnp.float32)
+
+        def pair(arguments: tuple[Any, Any]) -> Any:
+            number, own = arguments
+            noise = draw_pairs(
+                self._words, leaves, self.config.rank, state.generation, number[None],
+                noise_reuse=self.config.noise_reuse,
+            )  # fmt: skip
+            noise = jax.tree.map(lambda value: value[0], noise)
+
+            def member(sign: Any, x: Any) -> Any:
+                score = self.apply(state.params, x, MemberNoise(noise, sigma * sign))
+                if jnp.shape(score) != ():
+                    raise ConfigError(f"the fitness function gave shape {jnp.shape(score)}; it must give one number")
+                return score.astype(jnp.float32)
+
+            return jax.vmap(member, in_axes=(0, 0 if self.x_per_member else None))(
+                signs, own if self.x_per_member else x
+            )
+
+        arguments = (draws, x if self.x_per_member else draws)
+        at_once = self.members_per_forward // len(signs) or len(draws)
+        if at_once >= len(draws):
+            return jax.vmap(pair)(arguments)
+        return jax.lax.map(pair, arguments, batch_size=max(1, at_once))
+
+    def _update(self, state: State, weights: Any, lr: Any) -> State:
+        gradient = es_gradient(
+            self._words, self.apply.known_leaves(state.params), weights, state.generation, rank=self.config.rank,
+            antithetic=self.config.antithetic, noise_reuse=self.config.noise_reuse,
+        )  # fmt: skip
+        arrays = _arrays(state.params)
+        exact = arrays | state.masters
+        # Optimizers minimise; parameters that are not evolved have no gradient and stay as they are.
+        descent = {
+            name: -gradient[name].astype(value.dtype) if name in gradient else jnp.zeros_like(value)
+            for name, value in exact.items()
+        }
+        steps, opt_state = self.optimizer.update(descent, state.opt_state, exact)
+        scale = lr if self._scheduled else 1.0
+        new = {
+            name: value + (scale * steps[name]).astype(value.dtype) if name in gradient else value
+            for name, value in exact.items()
+        }
+        masters = {name: new[name] for name in state.masters}
+        rounded = {name: new[name].astype(value.dtype) for name, value in arrays.items()}
+        return State(_replaced(state.params, rounded), opt_state, state.generation + 1, masters)
+
+
+def _arrays(params: Any) -> dict[str, Any]:
+    """The arrays of a pytree by path: what the optimizer sees."""
+    return {name: value for name, value in named_leaves(params).items() if jnp.issubdtype(value.dtype, jnp.floating)}
+
+
+def _replaced(params: Any, new: dict[str, Any]) -> Any:
+    """The pytree with the arrays of ``new`` in their places."""
+    flat, structure = jax.tree_util.tree_flatten(params)
+    names = iter(named_leaves(params))
+    values = []
+    for value in flat:
+        name = next(names) if hasattr(value, "shape") and hasattr(value, "dtype") else None
+        values.append(new.get(name, value) if name is not None else value)
+    return jax.tree_util.tree_unflatten(structure, values)

@@ -1,0 +1,244 @@
+"""Gymnasium's environments: the same policies and updates, episodes stepped on the host through its vectorised API."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eggroll._optional import require
+from eggroll.errors import ConfigError
+from eggroll.jax.noise import draw_pairs, seed_key
+from eggroll.jax.transform import MemberNoise
+from eggroll.loop import Evaluation
+from eggroll.rl.config import RLConfig
+from eggroll.rl.envs import registry
+from eggroll.rl.envs.base import ActionSpace, Continuous, Discrete, MultiDiscrete
+from eggroll.rl.learner import PolicyLearner
+from eggroll.rl.policies import ObsStats, act, forward
+
+DEFAULT_LIMIT = 1000
+"""Steps of an episode where the environment has no limit of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GymEnvironment:
+    """What the trainer asks of an environment; it is stepped in batches by :class:`GymLearner`."""
+
+    name: str
+    id: str
+    obs_size: int
+    actions: ActionSpace
+    max_steps: int
+
+    @classmethod
+    def make(cls, name: str) -> GymEnvironment:
+        """The environment of an id.
+
+        Raises:
+            ConfigError: no such id, or observations or actions of a kind that policies cannot have.
+        """
+        gymnasium = require("gymnasium", extra="rl")
+        _, id = registry.resolve(name)
+        try:
+            env = gymnasium.make(id)
+        except gymnasium.error.Error as error:
+            raise ConfigError(f"env {name!r}: gymnasium cannot make {id}: {error}") from None
+        space, limit = env.observation_space, env.spec.max_episode_steps or DEFAULT_LIMIT
+        if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+            raise ConfigError(
+                f"env {name!r} has observations {space}; policies need numbers (Box or Discrete). A wrapper such as "
+                "gymnasium.wrappers.FlattenObservation in a registered id gives them"
+            )
+        actions = _action_space(env.action_space, name)
+        size = int(np.prod(space.shape)) if isinstance(space, gymnasium.spaces.Box) else int(space.n)
+        env.close()
+        return cls(f"gymnasium/{id}", id, size, actions, int(limit))
+
+    def reset(self, key: Any) -> tuple[Any, Any]:
+        """Not in JAX: see :class:`GymLearner`."""
+        raise TypeError(f"{self.name} is stepped on the host")
+
+    def step(self, key: Any, state: Any, action: Any) -> tuple[Any, Any, Any, Any]:
+        """Not in JAX: see :class:`GymLearner`."""
+        raise TypeError(f"{self.name} is stepped on the host")
+
+    def render(self, states: list[Any], path: Path) -> Path | None:
+        """Nothing: frames come from the environment itself (:meth:`GymLearner.draw`)."""
+        return None
+
+
+def _action_space(space: Any, name: str) -> ActionSpace:
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Discrete):
+        return Discrete(int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        return MultiDiscrete(tuple(int(number) for number in space.nvec))
+    if isinstance(space, spaces.Box) and np.isfinite([space.low, space.high]).all():
+        return Continuous(space.low.astype(np.float32).ravel(), space.high.astype(np.float32).ravel())
+    raise ConfigError(f"env {name!r} has actions {space}; policies know Discrete, MultiDiscrete and bounded Box")
+
+
+class GymLearner(PolicyLearner):
+    """A policy under evolution whose episodes are stepped on the host, all members of a part at once."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.env: GymEnvironment = self.rollouts.env  # type: ignore[assignment]
+        self._act_pairs = jax.jit(self._pairs_actions)
+        self._act_centre = jax.jit(self._centre_actions)
+        self._draw_pairs = jax.jit(self._draws)
+
+    def _draws(self, generation: Any, pairs: Any) -> Any:
+        return draw_pairs(seed_key(self.config.seed), self.leaves, self.config.rank, generation, pairs)
+
+    def _actions(self, raw: Any, key: Any) -> Any:
+        flat = raw.reshape(-1, raw.shape[-1])
+        if not self.rollouts.sampling:
+            return jax.vmap(lambda row: act(row, self.env.actions, None))(flat)
+        keys = jax.random.split(key, flat.shape[0])
+        return jax.vmap(lambda row, own: act(row, self.env.actions, own))(flat, keys)
+
+    def _pairs_actions(self, params: Any, stats: ObsStats, draws: Any, sigma: Any, x: Any, key: Any) -> Any:
+        seen = stats.normalize(x) if self.rollouts.normalize else x
+
+        def member(noise: Any, scale: Any, rows: Any) -> Any:
+            return self.rollouts.policy(params, rows, MemberNoise(noise, scale))
+
+        both = jax.vmap(member, in_axes=(None, 0, 0))
+        raw = jax.vmap(both, in_axes=(0, None, 0))(draws, jnp.array([sigma, -sigma]), seen)
+        return self._actions(raw, key)
+
+    def _centre_actions(self, params: Any, stats: ObsStats, x: Any, key: Any) -> Any:
+        return self._actions(forward(params, stats.normalize(x) if self.rollouts.normalize else x), key)
+
+    def evaluate(self, generation: int, sigma: float) -> Evaluation:
+        """The members' mean returns; both members of a pair start from the same seeds."""
+        pairs, episodes = self.config.population_size // 2, self.rollouts.episodes
+        at_once = min(self.rollouts.pairs_at_once or pairs, pairs)
+        returns = np.zeros((pairs, 2, episodes))
+        sums = [np.zeros(()), np.zeros(self.env.obs_size), np.zeros(self.env.obs_size)]
+        lengths = 0
+        for start in range(0, pairs, at_once):
+            numbers = np.arange(start, min(start + at_once, pairs), dtype=np.int32)
+            draws = self._draw_pairs(jnp.int32(generation), numbers)
+            own = _seeds(self.config.seed, generation, numbers, episodes)
+            seeds = np.repeat(own[:, None], 2, axis=1).ravel()
+            shape = (len(numbers), 2, episodes, self.env.obs_size)
+
+            def actions(x: np.ndarray, key: Any, draws: Any = draws, shape: tuple[int, ...] = shape) -> np.ndarray:
+                rows = jnp.asarray(x).reshape(shape)
+                return np.asarray(self._act_pairs(self.state.params, self.stats, draws, jnp.float32(sigma), rows, key))
+
+            played, steps, seen = self._play(seeds, actions, collect=True)
+            returns[numbers] = played.reshape(len(numbers), 2, episodes)
+            sums = [total + part for total, part in zip(sums, seen, strict=True)]
+            lengths += int(steps.sum())
+        count, total, squares = (jnp.asarray(value, jnp.float32) for value in sums)
+        self._seen = ObsStats.of_sums(count, total, squares, self.stats.mean)
+        self.env_steps += lengths
+        metrics = {"env_steps": float(self.env_steps), "episode_length_mean": lengths / returns.size}
+        return Evaluation(returns.reshape(2 * pairs, episodes).mean(axis=1), metrics=metrics)
+
+    def heldout(self, episodes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns and lengths of the centre's held-out episodes."""
+        seeds = _seeds(self.config.seed, 2**31, np.arange(1), episodes).ravel()
+
+        def actions(x: np.ndarray, key: Any) -> np.ndarray:
+            return np.asarray(self._act_centre(self.state.params, self.stats, jnp.asarray(x), key))
+
+        returns, lengths, _ = self._play(seeds, actions)
+        return returns, lengths
+
+    def draw(self, path: Path) -> tuple[Path, float] | None:
+        """An animated GIF of one held-out episode, where the environment renders to arrays."""
+        gymnasium = require("gymnasium", extra="rl")
+        try:
+            from PIL import Image
+
+            env = gymnasium.make(self.env.id, render_mode="rgb_array")
+        except Exception:  # whatever a renderer lacks, a run is not lost for want of a picture
+            return None
+        seed = int(_seeds(self.config.seed, 2**31, np.arange(1), 1).ravel()[0])
+        try:
+            x, _ = env.reset(seed=seed)
+            frames, total = [env.render()], 0.0
+            for step in range(self.max_steps):
+                rows = jnp.asarray(self._flatten(np.asarray(x)[None]))
+                action = self._act_centre(self.state.params, self.stats, rows, jax.random.key(step))
+                x, reward, terminated, truncated, _ = env.step(self._unflatten(np.asarray(action))[0])
+                total += float(reward)
+                frames.append(env.render())
+                if terminated or truncated:
+                    break
+        except Exception:
+            return None
+        finally:
+            env.close()
+        images = [Image.fromarray(np.asarray(frame)) for frame in frames[:: max(1, len(frames) // 200)]]
+        file = path.with_suffix(".gif")
+        images[0].save(file, save_all=True, append_images=images[1:], duration=40, loop=0)
+        return file, total
+
+    def _play(
+        self, seeds: np.ndarray, actions: Callable[[np.ndarray, Any], np.ndarray], *, collect: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        gymnasium = require("gymnasium", extra="rl")
+        count = len(seeds)
+        envs = gymnasium.make_vec(self.env.id, num_envs=count, vectorization_mode="sync")
+        mean = np.asarray(self.stats.mean)
+        sums = [np.zeros(()), np.zeros(self.env.obs_size), np.zeros(self.env.obs_size)]
+        x, _ = envs.reset(seed=[int(seed) for seed in seeds])
+        returns, lengths, alive = np.zeros(count), np.zeros(count, int), np.ones(count, bool)
+        key = jax.random.key(int(seeds[0]))
+        try:
+            for step in range(self.max_steps):
+                rows = self._flatten(x)
+                if collect:
+                    shifted = rows[alive] - mean
+                    sums = [sums[0] + len(shifted), sums[1] + shifted.sum(0), sums[2] + (shifted**2).sum(0)]
+                chosen = self._unflatten(actions(rows, jax.random.fold_in(key, step)))
+                x, rewards, terminated, truncated, _ = envs.step(chosen)
+                returns += np.where(alive, rewards, 0.0)
+                lengths += alive
+                alive &= ~(terminated | truncated)
+                if not alive.any():
+                    break
+        finally:
+            envs.close()
+        return returns, lengths, sums
+
+    def _flatten(self, x: np.ndarray) -> np.ndarray:
+        if x.ndim == 1:  # Discrete: one of obs_size
+            return np.eye(self.env.obs_size, dtype=np.float32)[x]
+        return np.asarray(x, np.float32).reshape(len(x), -1)
+
+    def _unflatten(self, chosen: np.ndarray) -> np.ndarray:
+        return chosen
+
+
+def _seeds(seed: int, generation: int, pairs: np.ndarray, episodes: int) -> np.ndarray:
+    """``(pairs, episodes)`` seeds, a function of their address."""
+    rows = [np.random.SeedSequence([seed, generation, int(pair)]).generate_state(episodes) for pair in pairs]
+    return np.array(rows, np.uint32) % (2**31 - 1)
+
+
+def train_setup(config: RLConfig) -> tuple[GymEnvironment, RLConfig, PolicyLearner]:
+    """The environment, the resolved settings and the learner of a run.
+
+    Raises:
+        ConfigError: settings cannot work.
+    """
+    from eggroll.rl.trainer import make_learner
+
+    env = GymEnvironment.make(config.env)
+    config = config.resolved(env.name)
+    if config.devices != 1:
+        raise ConfigError(f"devices (={config.devices}): Gymnasium's environments are stepped on the host; use 1")
+    return env, config, make_learner(config, env, GymLearner)

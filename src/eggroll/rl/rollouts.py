@@ -1,0 +1,175 @@
+"""Episodes of a population: noise is drawn once for each pair and used in every step of its episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eggroll.jax.noise import Leaf, draw_pairs, seed_key
+from eggroll.jax.transform import MemberNoise, Perturbed, perturb
+from eggroll.rl.envs.base import Environment
+from eggroll.rl.policies import ObsStats, act, forward
+
+HELDOUT = 2**31
+"""Folded into the key of held-out episodes; generations are counted from 0 and never reach it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Played:
+    """What episodes gave.
+
+    Attributes:
+        returns: ``(..., episodes)`` float32, sums of rewards.
+        lengths: ``(..., episodes)`` int32, steps.
+        count, total, squares: of the observations, shifted by the running mean: ``(parts,)`` and ``(parts, obs_size)``,
+            one for each part of the members that was played at once.
+    """
+
+    returns: Any
+    lengths: Any
+    count: Any
+    total: Any
+    squares: Any
+
+
+class Rollouts:
+    """Episodes in a JAX environment, for a population and for its centre.
+
+    Args:
+        env: the environment.
+        rank: of the perturbations.
+        seed: of the noise and of the episodes.
+        episodes: of each member. Both members of a pair play the same ones; pairs play different ones.
+        max_steps: steps after which an episode is cut off.
+        sampling: whether actions are sampled.
+        normalize: whether observations are normalised.
+        low_rank: false perturbs matrices densely.
+        members_per_forward: members played at once; 0 is all.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        *,
+        rank: int,
+        seed: int,
+        episodes: int,
+        max_steps: int,
+        sampling: bool = False,
+        normalize: bool = True,
+        low_rank: bool = True,
+        members_per_forward: int = 0,
+    ) -> None:
+        self.env, self.rank, self.seed, self.episodes = env, rank, seed, episodes
+        self.max_steps, self.sampling, self.normalize = max_steps, sampling, normalize
+        self.pairs_at_once = max(1, members_per_forward // 2) if members_per_forward else 0
+        self.policy: Perturbed = perturb(forward, rank=rank, seed=seed, low_rank=low_rank)
+        self.example = jnp.zeros((episodes, env.obs_size), jnp.float32)
+        self._words = seed_key(seed)
+
+    def leaves(self, params: Any) -> list[Leaf]:
+        """What is evolved."""
+        return self.policy.leaves(params, self.example)
+
+    def population(self, params: Any, stats: ObsStats, generation: Any, sigma: Any, pairs: Any) -> Played:
+        """All episodes of some pairs: arrays ``(pairs, 2, episodes)``."""
+        leaves = self.leaves(params)
+        step = self.pairs_at_once or pairs.shape[0]
+        # Parts of one size: the largest that divides the pairs and is at most what was asked for.
+        step = max(size for size in range(1, min(step, pairs.shape[0]) + 1) if pairs.shape[0] % size == 0)
+
+        def part(numbers: Any) -> Played:
+            draws = draw_pairs(self._words, leaves, self.rank, generation, numbers)
+            key = jax.random.fold_in(self._key(), generation)
+            keys = jax.vmap(lambda pair: jax.random.split(jax.random.fold_in(key, pair), self.episodes))(numbers)
+            keys = jnp.repeat(keys[:, None], 2, axis=1)
+            signs = jnp.array([sigma, -sigma])
+
+            def outputs(observations: Any) -> Any:
+                """``(pairs, 2, episodes, obs)``: each member's own network on its episodes."""
+                member = lambda noise, scale, x: self.policy(params, x, MemberNoise(noise, scale))  # noqa: E731
+                both = jax.vmap(member, in_axes=(None, 0, 0))
+                return jax.vmap(both, in_axes=(0, None, 0))(draws, signs, observations)
+
+            return self._play(outputs, keys, stats)
+
+        if step == pairs.shape[0]:
+            return part(pairs)
+        parts = jax.lax.map(part, pairs.reshape(-1, step))
+        return Played(
+            parts.returns.reshape(-1, 2, self.episodes), parts.lengths.reshape(-1, 2, self.episodes),
+            parts.count.reshape(-1), parts.total.reshape(-1, self.env.obs_size),
+            parts.squares.reshape(-1, self.env.obs_size),
+        )  # fmt: skip
+
+    def centre(self, params: Any, stats: ObsStats, count: int) -> Played:
+        """Held-out episodes of the unperturbed policy, the same ones each time: arrays ``(count,)``."""
+        keys = jax.random.split(jax.random.fold_in(self._key(), HELDOUT), count)
+        return self._play(lambda observations: forward(params, observations), keys, stats)
+
+    def episode(self, params: Any, stats: ObsStats, index: int = 0) -> tuple[list[Any], float]:
+        """The states of one held-out episode, and its return."""
+        key = jax.random.split(jax.random.fold_in(self._key(), HELDOUT), index + 1)[index]
+        start, key = jax.random.split(key)
+        reset, step = jax.jit(self.env.reset), jax.jit(self.env.step)
+        state, observation = reset(start)
+        states, total = [state], 0.0
+
+        def choose(observation: Any, own: Any) -> Any:
+            seen = stats.normalize(observation) if self.normalize else observation
+            return act(forward(params, seen), self.env.actions, own if self.sampling else None)
+
+        choose_once = jax.jit(choose)
+        for number in range(self.max_steps):
+            now = jax.random.fold_in(key, number)
+            state, observation, reward, done = step(now, state, choose_once(observation, jax.random.fold_in(now, 1)))
+            states.append(state)
+            total += float(reward)
+            if bool(done):
+                break
+        return states, total
+
+    def _key(self) -> Any:
+        return jax.random.fold_in(jax.random.key(self.seed % 2**32), 0x5EED)
+
+    def _play(self, outputs: Any, keys: Any, stats: ObsStats) -> Played:
+        """Play until every episode is over; ``outputs`` maps observations of the keys' leading shape."""
+        shape, env = keys.shape, self.env
+        flat = keys.reshape(-1)
+        starts, own = jax.vmap(lambda key: tuple(jax.random.split(key)))(flat)
+        states, observations = jax.vmap(env.reset)(starts)
+        zeros = jnp.zeros(flat.shape, jnp.float32)
+        sums = (jnp.float32(0), jnp.zeros(env.obs_size), jnp.zeros(env.obs_size))
+
+        def alive_ones(carry: Any) -> Any:
+            step, _, _, alive, *_ = carry
+            return (step < self.max_steps) & alive.any()
+
+        def advance(carry: Any) -> Any:
+            step, states, observations, alive, returns, lengths, (count, total, squares) = carry
+            seen = stats.normalize(observations) if self.normalize else observations
+            raw = outputs(seen.reshape(*shape, env.obs_size)).reshape(flat.shape[0], -1)
+            now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(own, step)
+            if self.sampling:
+                actions = jax.vmap(lambda o, k: act(o, env.actions, jax.random.fold_in(k, 1)))(raw, now)
+            else:
+                actions = jax.vmap(lambda o: act(o, env.actions, None))(raw)
+            if self.normalize:
+                shifted = jnp.where(alive[:, None], observations - stats.mean, 0.0)
+                count, total = count + alive.sum(), total + shifted.sum(0)
+                squares = squares + (shifted**2).sum(0)
+            states, observations, rewards, done = jax.vmap(env.step)(now, states, actions)
+            returns = returns + jnp.where(alive, rewards, 0.0)
+            lengths = lengths + alive
+            return step + 1, states, observations, alive & ~done, returns, lengths, (count, total, squares)
+
+        start = (
+            jnp.int32(0), states, observations, jnp.ones(flat.shape, bool), zeros, jnp.zeros(flat.shape, jnp.int32),
+            sums,
+        )  # fmt: skip
+        _, _, _, _, returns, lengths, sums = jax.lax.while_loop(alive_ones, advance, start)
+        return Played(returns.reshape(shape), lengths.reshape(shape), *(value[None] for value in sums))
