@@ -60,7 +60,7 @@ def run(env: str, kind: str, steps: int, limit: int | None, seed: int, folder: P
     if kind == "ppo":
         command += ["--algo", "ppo"]
     else:
-        command += ["--noiser", kind, "-g", "100000", "--eval-every", "20", "--rank-transform"]
+        command += ["--noiser", kind, "-g", "100000", "--eval-every", "20", "--rank-transform", "True"]
         command += [part for key, value in COMMON.items() for part in (f"--{key}", str(value))]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -163,7 +163,8 @@ def main() -> None:
             continue
         steps = int(thousands * 1000 * options.scale)
         row = rows.setdefault(env, {})
-        row |= {"steps": steps, "max_steps": limit, "random_steps_per_s": random_rate(env, limit)}
+        row |= {"steps": steps, "max_steps": limit}
+        row.setdefault("random_steps_per_s", random_rate(env, limit))
         for kind in options.kinds:
             with tempfile.TemporaryDirectory() as folder:
                 row[kind] = [run(env, kind, steps, limit, seed, Path(folder)) for seed in options.seeds]
@@ -171,7 +172,7 @@ def main() -> None:
         rows = {name: rows[name] for name in RUNS if name in rows}
         head = {
             "what": "rl_sixteen", "hardware": hardware(), "load_before": os.getloadavg()[0], "common": COMMON,
-            "revision": git_revision(), "versions": versions(), "date": str(datetime.date.today()),
+            "revision": git_revision(ROOT), "versions": versions(), "date": str(datetime.date.today()),
         }  # fmt: skip
         path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
         path.with_suffix(".md").write_text(table(rows))

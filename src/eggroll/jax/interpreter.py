@@ -15,15 +15,11 @@ from jax import lax
 from jax.extend import core as jax_core
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.jax.rules import RULES, as_array
+from eggroll.jax.rules import RULES, NotAMatrixError, as_array
 from eggroll.jax.weights import PerturbedWeight
 
 INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 """Names under which primitives that call a function keep its jaxpr."""
-
-
-class StackedVectorsError(UnsupportedOperationError):
-    """A matrix is a stack of vectors that a scan goes over: it should be perturbed densely."""
 
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
@@ -77,7 +73,7 @@ def _bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
 def _materialized(value: Any, primitive: str) -> Any:
     if not isinstance(value, PerturbedWeight):
         return value
-    if value.policy == "materialize":
+    if value.may_materialize:
         return value.materialize()
     raise UnsupportedOperationError(
         f"the perturbed parameter {value.name!r}, of shape {value.shape} here, is used in {primitive!r}, which has no "
@@ -108,11 +104,10 @@ def _scan(operands: list[Any], params: dict[str, Any]) -> list[Any]:
 def _stacked(value: Any, length: int) -> Any:
     if not isinstance(value, PerturbedWeight):
         return value
-    if value.ndim == 2 and value.policy != "materialize":
-        raise StackedVectorsError(
-            f"the perturbed parameter {value.name!r}, of shape {value.shape} here, is a stack of vectors that a scan "
-            f"goes over; perturb it densely, or let it be materialised with materialize=({value.name!r},)"
-        )
+    if value.ndim == 2:  # vectors, which are cheap to have as they are
+        if value.fitting:
+            raise NotAMatrixError(f"{value.name!r} is a stack of vectors that a scan goes over")
+        return value.materialize()
     if value.policy == "fit" and not value.batched((0,)):
         _materialized(value, "scan (which goes over one factor's axis)")
     a, b = (jnp.broadcast_to(factor, (length, *factor.shape[1:])) for factor in (value.a, value.b))

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from eggroll.core.select import ParameterSpec, matches, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
-from eggroll.jax.interpreter import StackedVectorsError, evaluate
+from eggroll.jax.interpreter import evaluate
 from eggroll.jax.noise import Leaf
+from eggroll.jax.rules import NotAMatrixError
 from eggroll.jax.weights import PerturbedWeight, Policy
 
 
@@ -85,11 +86,14 @@ def _layout(
     members: Sequence[Leaf], jaxpr: Any, names: Sequence[str], rank: int, materialize: Sequence[str]
 ) -> tuple[int, int]:
     axes = len(members[0].shape)
+    allowed = policy_for(members[0], materialize) == "materialize"
+    matrix: Policy = "fit_matrix_materialize" if allowed else "fit_matrix"
+    policy: Policy = matrix if axes == 2 else "fit"
     for batch, rows in _candidates(axes):
         trial = {leaf.name: Leaf(leaf.name, leaf.shape, batch, rows) for leaf in members}
         try:
-            _try(trial, jaxpr, names, rank, policy_for(members[0], materialize) if axes == 2 else "fit")
-        except StackedVectorsError:
+            _try(trial, jaxpr, names, rank, policy)
+        except NotAMatrixError:
             continue
         except UnsupportedOperationError:
             if axes == 2:

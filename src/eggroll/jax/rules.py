@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from eggroll.errors import UnsupportedOperationError
 from eggroll.jax.products import contract
 from eggroll.jax.weights import (
     PerturbedWeight,
@@ -22,6 +23,11 @@ from eggroll.jax.weights import (
     squeezed,
     transposed,
 )
+
+
+class NotAMatrixError(UnsupportedOperationError):
+    """While a layout is sought: the leaf is used as vectors are, so it should be perturbed densely."""
+
 
 Rule = Callable[[Sequence[Any], dict[str, Any]], Any]
 RULES: dict[str, Rule] = {}
@@ -137,7 +143,14 @@ def _squeeze(operands: Sequence[Any], params: dict[str, Any]) -> Any:
 
 @rule("broadcast_in_dim")
 def _broadcast(operands: Sequence[Any], params: dict[str, Any]) -> Any:
-    return broadcast(operands[0], params["shape"], params["broadcast_dimensions"])
+    """A weight that is stretched is used element by element, like a bias: as large as it is, it may be made."""
+    weight, shape, axes = operands[0], params["shape"], params["broadcast_dimensions"]
+    same = broadcast(weight, shape, axes)
+    if same is not None:
+        return same
+    if weight.fitting:
+        raise NotAMatrixError(f"{weight.name!r}, of shape {weight.shape} here, is used element by element")
+    return lax.broadcast_in_dim(weight.materialize(), shape, axes)
 
 
 @rule("reshape")
@@ -210,7 +223,7 @@ def _add(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     weight, other = (first, second) if isinstance(first, PerturbedWeight) else (second, first)
     if isinstance(other, PerturbedWeight):
         return None
-    return weight.with_arrays(weight.base + other, weight.a, weight.b)
+    return weight.added(weight.base + other, weight.a, weight.b)
 
 
 @rule("sub")
@@ -219,8 +232,8 @@ def _subtract(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     if isinstance(first, PerturbedWeight) and isinstance(second, PerturbedWeight):
         return None
     if isinstance(first, PerturbedWeight):
-        return first.with_arrays(first.base - second, first.a, first.b)
-    return second.with_arrays(first - second.base, -second.a, second.b)
+        return first.added(first.base - second, first.a, first.b)
+    return second.added(first - second.base, -second.a, second.b)
 
 
 def as_array(value: Any) -> Any:

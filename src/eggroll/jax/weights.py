@@ -16,7 +16,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Policy = Literal["refuse", "materialize", "fit"]
+Policy = Literal["refuse", "materialize", "fit", "fit_matrix", "fit_matrix_materialize"]
+"""What happens in an operation without a rule. The last three are for finding a layout (:mod:`eggroll.jax.leaves`):
+``fit`` refuses also what would be correct but slow, and all three refuse what shows that a leaf is no matrix."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -29,8 +31,7 @@ class PerturbedWeight:
         a: base's shape with 1 where it lacks the axis, then the rank; scale and sign are in it.
         b: likewise.
         name: the parameter's name, for messages.
-        policy: what happens in an operation without a rule: ``refuse`` or ``materialize``. ``fit`` refuses also what
-            would be correct but slow, a product that contracts axes of both factors.
+        policy: what happens in an operation without a rule.
     """
 
     base: Any
@@ -54,6 +55,16 @@ class PerturbedWeight:
         """Of the perturbation."""
         return int(self.a.shape[-1])
 
+    @property
+    def may_materialize(self) -> bool:
+        """Whether an operation without a rule gets the member's weight."""
+        return self.policy.endswith("materialize")
+
+    @property
+    def fitting(self) -> bool:
+        """Whether this is a trial of a layout."""
+        return self.policy.startswith("fit")
+
     def in_a(self, axis: int) -> bool:
         """Whether ``a`` has the axis; an axis of length 1 counts as had by both."""
         return bool(self.a.shape[axis] == self.base.shape[axis])
@@ -69,6 +80,11 @@ class PerturbedWeight:
         else:
             product = _outer(self.a, self.b)
         return self.base + product.astype(self.base.dtype)
+
+    def added(self, base: Any, a: Any, b: Any) -> PerturbedWeight:
+        """The weight with an array added, which is as large as its base: from here on materialising costs no more."""
+        policies: dict[Policy, Policy] = {"refuse": "materialize", "fit_matrix": "fit_matrix_materialize"}
+        return PerturbedWeight(base, a, b, self.name, policies.get(self.policy, self.policy))
 
     def with_arrays(self, base: Any, a: Any, b: Any) -> PerturbedWeight:
         """The same parameter with other arrays."""
@@ -123,8 +139,8 @@ def squeezed(weight: PerturbedWeight, axes: Sequence[int]) -> PerturbedWeight:
 
 
 def broadcast(weight: PerturbedWeight, shape: Sequence[int], axes: Sequence[int]) -> PerturbedWeight | None:
-    """``broadcast_in_dim``: axis ``i`` becomes ``axes[i]``, new ones come in. ``None`` if an old axis is stretched."""
-    if any(weight.shape[i] != shape[axis] for i, axis in enumerate(axes)):
+    """``broadcast_in_dim`` that only brings in axes of length 1: axis ``i`` becomes ``axes[i]``. Else ``None``."""
+    if math.prod(shape) != math.prod(weight.shape):
         return None
     base = jax.lax.broadcast_in_dim(weight.base, tuple(shape), tuple(axes))
     factors = []

@@ -81,7 +81,7 @@ def write_gif(frames: Iterable[Any], path: Path, *, milliseconds: int) -> Path |
     except MissingExtraError:
         return None
     arrays = [np.asarray(frame).clip(0, 255).astype(np.uint8) for frame in frames]
-    zoom = max(1, 256 // max(arrays[0].shape))
+    zoom = max(1, 400 // max(arrays[0].shape))
     pictures = [convert(array.repeat(zoom, axis=0).repeat(zoom, axis=1)) for array in arrays]
     path = with_ending(path, ".gif")
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)

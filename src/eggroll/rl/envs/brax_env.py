@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from eggroll._optional import require
+from eggroll.errors import ConfigError
 from eggroll.rl.envs._common import (
     DEFAULT_MAX_STEPS,
     Counted,
@@ -37,7 +38,10 @@ class BraxEnvironment:
     def __init__(self, id: str, name: str, *, backend: str = "generalized") -> None:
         self.name = name
         self.max_steps = DEFAULT_MAX_STEPS
-        self._env = require("brax.envs", extra="rl").get_environment(id, backend=backend)
+        try:
+            self._env = require("brax.envs", extra="rl").get_environment(id, backend=backend)
+        except ValueError as error:  # swimmer has the generalized backend only
+            raise ConfigError(f"{id} of brax cannot run with backend={backend!r}: {error}") from error
         self.actions = box(-1, 1, (self._env.action_size,))
         # not env.observation_size, which runs a reset without compiling it: many seconds
         self.obs_size = observation_size(self.reset)
