@@ -3,8 +3,8 @@
     eggroll recipe profile [--population 2048] [--batch 64] [--width 256] [--rank 1]
 
 A perceptron with three layers of one width, through the functional API and through Population (the unmodified module);
-medians of several generations, in turns with plain inference. The JAX half of eggroll is not in this version, so there
-is one framework to compare.
+medians of several generations, in turns with plain inference; where JAX is installed, its path side by side, members
+in parts whose activations stay in cache. On a CPU each framework has its own threads, so that they are timed apart.
 
 Expected: plain inference / population forward about 0.95 on two cores (AMD EPYC); benchmarks/bench_functional.py
 makes the figures that are claims.
@@ -12,6 +12,7 @@ makes the figures that are claims.
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +26,10 @@ from torch import Tensor, nn
 from eggroll.recipes.common import console, program
 from eggroll.torch import functional as f
 from eggroll.torch.population import Population
+
+PLAIN = "plain inference, same rows"
+AT_ONCE = 32
+"""Members whose activations JAX has at once; see benchmarks/bench_jax.py."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def run(options: ProfileOptions) -> dict[str, float]:
     population.noise.prepare(0, population.num_pairs, place)
     shaped = f.normalize_fitnesses(fitness)
     parts: dict[str, Callable[[], Any]] = {
-        "plain inference, same rows": lambda: model(rows),
+        PLAIN: lambda: model(rows),
         "draw noise (by address)": draw,
         "forward, functional API": forward,
         "forward, Population": module_forward,
@@ -85,20 +90,64 @@ def run(options: ProfileOptions) -> dict[str, float]:
     }
     with torch.no_grad():
         medians = _medians(parts, options.turns, place)
-    plain = medians["plain inference, same rows"]
+    if importlib.util.find_spec("jax") is not None:
+        medians |= {f"JAX: {part}": seconds for part, seconds in jax_medians(options).items()}
+    plain = medians[PLAIN]
     table = Table(
         title=f"{size} members x {options.batch} rows, 3 x {width}, rank {options.rank}", title_justify="left"
     )
     for column in ("part", "ms", "of plain inference"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, seconds in medians.items():
-        table.add_row(part, f"{seconds * 1e3:.2f}", f"{seconds / plain:.1%}")
+        beside = medians[f"JAX: {PLAIN}"] if part.startswith("JAX") else plain
+        table.add_row(part, f"{seconds * 1e3:.2f}", f"{seconds / beside:.1%}")
     console.print(table)
-    whole = sum(medians[part] for part in parts if part not in ("plain inference, same rows", "forward, Population"))
+    whole = sum(medians[part] for part in parts if part not in (PLAIN, "forward, Population"))
     console.print(f"plain inference / population forward  [bold]{plain / medians['forward, functional API']:.3f}[/]")
     console.print(f"plain inference / whole generation    [bold]{plain / whole:.3f}[/]")
     console.print(f"members per second, whole generation  [bold]{size / whole:,.0f}[/]")
     return medians
+
+
+def jax_medians(options: ProfileOptions) -> dict[str, float]:
+    """The same parts through ``eggroll.jax``, each one compiled call; medians in seconds."""
+    import jax
+    import jax.numpy as jnp
+
+    from eggroll.jax.gradient import es_gradient
+    from eggroll.jax.noise import draw_pairs, seed_key
+    from eggroll.jax.transform import MemberNoise, perturb
+
+    size, width = options.population, options.width
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [jax.random.normal(key, (width, width)) / width**0.5 for key in keys[1:]]
+    x = jax.random.normal(keys[0], (size // 2, 2, options.batch, width))
+
+    def network(params: Any, x: Any) -> Any:
+        for weight in params:
+            x = jax.nn.relu(x @ weight)
+        return x
+
+    apply = perturb(network, rank=options.rank)
+    leaves = apply.leaves(params, x[0, 0])
+    pairs, scales = jnp.arange(size // 2), jnp.array([0.05, -0.05])
+
+    def pair(x: Any, noise: Any) -> Any:
+        return jax.vmap(lambda scale, rows: apply(params, rows, MemberNoise(noise, scale)))(scales, x)
+
+    in_parts = {"batch_size": max(1, AT_ONCE // 2)}
+    draw = jax.jit(lambda: draw_pairs(seed_key(0), leaves, options.rank, 0, pairs))
+    forward = jax.jit(lambda x, noise: jax.lax.map(lambda part: pair(*part), (x, noise), **in_parts))
+    plain = jax.jit(lambda x: jax.lax.map(lambda rows: network(params, rows), x, **in_parts))
+    gradients = jax.jit(lambda shaped: es_gradient(seed_key(0), leaves, shaped, 0, rank=options.rank))
+    drawn, shaped = draw(), jnp.ones(size)
+    parts: dict[str, Callable[[], Any]] = {
+        PLAIN: lambda: jax.block_until_ready(plain(x)),
+        "draw noise (by address)": lambda: jax.block_until_ready(draw()),
+        "forward, perturb": lambda: jax.block_until_ready(forward(x, drawn)),
+        "gradients (draws again)": lambda: jax.block_until_ready(gradients(shaped)),
+    }
+    return _medians(parts, options.turns, torch.device("cpu"))
 
 
 def _medians(parts: dict[str, Callable[[], Any]], turns: int, place: torch.device) -> dict[str, float]:

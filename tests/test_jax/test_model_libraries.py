@@ -27,7 +27,7 @@ def test_a_linen_transformer_block():
     tokens = jnp.array([[1, 2, 10, 4], [0, 3, 3, 7]])
     model = Block()
     params = model.init(jax.random.key(0), tokens)
-    apply = check(lambda p, x: model.apply(p, x), params, tokens, members=2, tolerance=1e-4)
+    apply = check(model.apply, params, tokens, members=2, tolerance=1e-4)
     layouts = {leaf.name: (leaf.batch, leaf.rows) for leaf in apply.leaves(params, tokens)}
     attention = "params.MultiHeadDotProductAttention_0"
     assert layouts[f"{attention}.query.kernel"] == (0, 1)  # (d, heads, k): contracted over the first

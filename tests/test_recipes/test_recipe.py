@@ -157,7 +157,8 @@ def test_adam_is_reported_beside(recipe, tmp_path):
 def test_profile(recipe):
     done = recipe("profile", "--population", "8", "--batch", "2", "--width", "16", "--turns", "2")
     assert (done.status, done.err) == (0, "")
-    for part in ("plain inference, same rows", "draw noise", "forward, Population", "gradients", "members per second"):
+    parts = ("plain inference, same rows", "draw noise", "forward, Population", "gradients", "members per second")
+    for part in (*parts, "JAX: forward, perturb"):
         assert part in done.out
 
 

@@ -13,6 +13,7 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import SPACES, Chase  # noqa: E402
@@ -150,6 +151,15 @@ def test_a_killed_run_plays_the_generations_after_its_checkpoint_again(toy, tmp_
     resumed = trainer.train(RLConfig(**{**_settings(tmp_path / "cut"), "resume": str(tmp_path / "cut")}))
     for one, other in zip(jax.tree.leaves(whole.learner.state), jax.tree.leaves(resumed.learner.state), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_replay_rebuilds_the_weights(toy, tmp_path, capsys):
+    trained = run(tmp_path / "run", generations=3)
+    assert main(["replay", str(tmp_path / "run")]) == 0
+    assert "generation 3 of 3, equal to its checkpoint, bit for bit" in capsys.readouterr().out
+    stored = load_file(tmp_path / "run" / "replay-3" / "policy.safetensors")
+    np.testing.assert_array_equal(stored["params/head/weight"], trained.learner.state.params["head"]["weight"])
+    assert "stats/mean" in stored
 
 
 def _settings(path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.markup import escape
 from eggroll.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from eggroll.rl.learner import PolicyLearner
     from eggroll.run.run_dir import RunDir
     from eggroll.torch.es import Replica
 
@@ -35,7 +37,30 @@ def replay(options: ReplayOptions) -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     run = RunDir.open(options.run)
+    if run.config.get("kind") == "rl":
+        return _replay_rl(run, options, console)
     return _replay_recipe(run, options, console) if "recipe" in run.config else _replay_tune(run, options, console)
+
+
+def _replay_rl(run: RunDir, options: ReplayOptions, console: Console) -> int:
+    """A policy, made again from its seed; the statistics of its observations are those of the newest checkpoint."""
+    from safetensors.numpy import save_file
+
+    from eggroll.rl.trainer import learner_of_run
+
+    learner = learner_of_run(run)
+    done = _apply(run, learner, options, console)
+    directory = Path(options.output) if options.output else run.path / f"replay-{done}"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "policy.safetensors"
+    weights = {name: value for name, value in learner.state_tensors().items() if name.startswith("state/params/")}
+    newest = run.latest_checkpoint()
+    kept = {} if newest is None else {k: v for k, v in newest.load().items() if k.startswith("stats/")}
+    save_file({name.removeprefix("state/"): value for name, value in {**weights, **kept}.items()}, path)
+    console.print(f"generation {done} of {len(run.updates())}{_compared(run, weights, done)}")
+    console.print(f"policy   {escape(str(path))}")
+    console.print(f'load it  [bold]safetensors.numpy.load_file("{escape(str(path))}")[/]')
+    return 0
 
 
 def _replay_recipe(run: RunDir, options: ReplayOptions, console: Console) -> int:
@@ -50,7 +75,7 @@ def _replay_recipe(run: RunDir, options: ReplayOptions, console: Console) -> int
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "model.safetensors"
     save_file({name: value.contiguous() for name, value in replica.model.state_dict().items()}, path)
-    console.print(f"generation {done} of {len(run.updates())}{_compared(run, replica, done)}")
+    console.print(f"generation {done} of {len(run.updates())}{_compared(run, replica.state_tensors(), done)}")
     lines = (
         f"from eggroll.recipes.{run.config['recipe']} import network",
         "from safetensors.torch import load_file",
@@ -62,7 +87,7 @@ def _replay_recipe(run: RunDir, options: ReplayOptions, console: Console) -> int
     return 0
 
 
-def _apply(run: RunDir, replica: Replica, options: ReplayOptions, console: Console) -> int:
+def _apply(run: RunDir, replica: Replica | PolicyLearner, options: ReplayOptions, console: Console) -> int:
     """Take the updates of the run's log; returns how many there were."""
     from rich.progress import track
 
@@ -90,12 +115,12 @@ def _replay_tune(run: RunDir, options: ReplayOptions, console: Console) -> int:
     done = _apply(run, replica, options, console)
     directory = Path(options.output) if options.output else run.path / f"replay-{done}"
     save_pretrained(loaded.model, loaded.tokenizer, directory, metadata={"replayed_generations": done})
-    console.print(f"generation {done} of {len(run.updates())}{_compared(run, replica, done)}")
+    console.print(f"generation {done} of {len(run.updates())}{_compared(run, replica.state_tensors(), done)}")
     console.print(f"model    {escape(str(directory))}\nload it  [bold]{escape(load_line(directory))}[/]")
     return 0
 
 
-def _compared(run: RunDir, replica: Replica, generation: int) -> str:
+def _compared(run: RunDir, tensors: Mapping[str, Any], generation: int) -> str:
     """Whether the weights equal those of a checkpoint, if there is one of this generation."""
     from eggroll.run.checkpoint import found, read
 
@@ -106,6 +131,11 @@ def _compared(run: RunDir, replica: Replica, generation: int) -> str:
         stored = read(path).load()
     except CheckpointError as error:
         return f", not compared with its checkpoint, which is damaged: {escape(str(error))}"
-    if all(name in stored and stored[name].equal(tensor.cpu()) for name, tensor in replica.state_tensors().items()):
+    if all(name in stored and _same(stored[name], tensor) for name, tensor in tensors.items()):
         return ", equal to its checkpoint, bit for bit"
     return ", [red]differs from its checkpoint[/] (another kind of machine, or another number of threads?)"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arrays, of NumPy or of PyTorch, are equal."""
+    return bool(one.equal(other.cpu()) if hasattr(one, "equal") else (one == other).all())

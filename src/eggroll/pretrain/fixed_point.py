@@ -48,7 +48,7 @@ def divisor(inputs: int) -> int:
 
 @functools.cache
 def exp2_table() -> NDArray[np.int32]:
-    """``EXP2[i] = 16 * 2^(i / 16)`` for ``i`` in 0..255, to the nearest integer: ``(256,)`` int32, at most 1,003,520."""
+    """``EXP2[i] = 16 * 2^(i / 16)`` for ``i`` in 0..255, to the nearest integer: ``(256,)`` int32, at most 1,004,120."""
     return np.array([round(ONE * 2 ** (i / ONE)) for i in range(256)], np.int32)
 
 
@@ -75,7 +75,7 @@ def normal_table() -> NDArray[np.int8]:
     """``(65536,)`` int8: the normal that 16 random bits stand for, ``round(16 N(0, 1))``.
 
     Value ``v`` fills the entries from ``round(65536 Phi((v - 1/2) / 16))`` to that of ``v + 1``: an inverse
-    distribution function, exact to 2^-17 in probability and symmetric. The largest value is 68 (4.3 standard
+    distribution function, exact to 2^-17 in probability and symmetric. The largest value is 69 (4.3 standard
     deviations). Made of integers from here on, so that every implementation draws the same noise.
     """
     size = 1 << NORMAL_BITS

@@ -65,7 +65,7 @@ def normals(key: threefry.Key, count: int) -> NDArray[np.int8]:
 def perturbation(scales: NDArray[np.int32], a: NDArray[np.int8], shift: int) -> NDArray[np.int32]:
     """``(scales A) >> shift``: ``(..., outputs)`` int32 from ``scales (..., rank)``, modulo 2^32.
 
-    A sum that leaves int32 wraps. For the draws that there are (at most 68) this needs ``n r > 127 * 68 * 68``, inputs
+    A sum that leaves int32 wraps. For the draws that there are (at most 69) this needs ``127 * 69^2 n r >= 2^31``, inputs
     that are all at their limit and noise that is parallel to them.
     """
     with np.errstate(over="ignore"):
@@ -125,9 +125,7 @@ def forward(
     tokens = check_tokens(tokens, shape.vocab)
     factors = (lambda name: None) if draws is None else draws.__getitem__
     vectors = {
-        p.name: perturbed_vector(params[p.name], factors(p.name), shift)
-        for p in shape.parameters
-        if p.kind == "vector"
+        p.name: perturbed_vector(params[p.name], factors(p.name), shift) for p in shape.parameters if p.kind == "vector"
     }
     hidden = np.zeros((shape.n_layers, shape.hidden), np.int8) if state is None else np.array(state, np.int8)
 

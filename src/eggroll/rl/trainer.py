@@ -122,6 +122,16 @@ def options_of_run(path: str) -> RLConfig:
     return RLConfig(**config)
 
 
+def learner_of_run(run: RunDir) -> PolicyLearner:
+    """The policy as a run began with it, for a replay."""
+    config = dataclasses.replace(options_of_run(str(run.path)), devices=1)
+    if registry.resolve(config.env)[0] == "gymnasium":
+        from eggroll.rl.gym import train_setup
+
+        return train_setup(config)[2]
+    return make_learner(config, registry.make(config.env))
+
+
 def train(
     config: RLConfig,
     *,

@@ -78,6 +78,6 @@ def _actions(spec: Any) -> ActionSpace:
         return box(spec.minimum, spec.maximum, tuple(spec.shape))
     if spec.shape == ():
         return Discrete(int(spec.num_values))
-    # MultiCVRP says the largest value, which is allowed, instead of their number
+    # MultiCVRP gives bounds, inclusive as everywhere in Jumanji, instead of how many values there are
     nums = spec.num_values if hasattr(spec, "num_values") else np.broadcast_to(spec.maximum, spec.shape) + 1
     return MultiDiscrete(tuple(int(num) for num in np.ravel(nums)))
