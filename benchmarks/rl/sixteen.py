@@ -26,31 +26,31 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 COMMON = {
-    "pop_size": 128, "rank": 1, "sigma": 0.1, "lr": 0.02, "optimizer": "adam", "lr_decay": 1.0, "sigma_decay": 1.0,
+    "rank": 1, "sigma": 0.1, "lr": 0.02, "optimizer": "adam", "lr_decay": 1.0, "sigma_decay": 1.0,
     "episodes": 1,
 }  # fmt: skip
-#        environment: (env steps in thousands, cut episodes off after)
-RUNS: dict[str, tuple[int, int | None]] = {
-    "CartPole-v1": (3000, None),
-    "Pendulum-v1": (6000, None),
-    "brax/ant": (300, 100),
-    "brax/humanoid": (150, 100),
-    "brax/inverted_double_pendulum": (500, 200),
-    "craftax/Craftax-Classic-Symbolic-AutoReset-v1": (400, 200),
-    "craftax/Craftax-Symbolic-AutoReset-v1": (150, 100),
-    "jumanji/Game2048-v1": (2000, 500),
-    "jumanji/Knapsack-v1": (1000, None),
-    "jumanji/Snake-v1": (2000, 300),
-    "kinetix/l/hard_pinball": (150, 128),
-    "kinetix/m/h17_thrustcontrol_left": (250, 128),
-    "kinetix/s/h1_thrust_over_ball": (300, 128),
-    "navix/Navix-DoorKey-8x8-v0": (2000, None),
-    "navix/Navix-Dynamic-Obstacles-6x6-Random-v0": (2000, None),
-    "navix/Navix-FourRooms-v0": (1000, None),
+#        environment: (env steps in thousands, cut episodes off after, population)
+RUNS: dict[str, tuple[int, int | None, int]] = {
+    "CartPole-v1": (3000, None, 128),
+    "Pendulum-v1": (6000, None, 128),
+    "brax/ant": (130, 100, 64),
+    "brax/humanoid": (50, 50, 64),
+    "brax/inverted_double_pendulum": (300, 200, 64),
+    "craftax/Craftax-Classic-Symbolic-AutoReset-v1": (200, 100, 64),
+    "craftax/Craftax-Symbolic-AutoReset-v1": (50, 50, 64),
+    "jumanji/Game2048-v1": (2000, 300, 128),
+    "jumanji/Knapsack-v1": (600, None, 128),
+    "jumanji/Snake-v1": (1000, 200, 128),
+    "kinetix/l/hard_pinball": (40, 128, 32),
+    "kinetix/m/h17_thrustcontrol_left": (100, 128, 64),
+    "kinetix/s/h1_thrust_over_ball": (100, 128, 64),
+    "navix/Navix-DoorKey-8x8-v0": (1500, None, 128),
+    "navix/Navix-Dynamic-Obstacles-6x6-Random-v0": (1500, None, 128),
+    "navix/Navix-FourRooms-v0": (600, None, 128),
 }
 
 
-def run(env: str, kind: str, steps: int, limit: int | None, seed: int, folder: Path) -> dict[str, Any]:
+def run(env: str, kind: str, steps: int, limit: int | None, members: int, seed: int, folder: Path) -> dict[str, Any]:
     """One ``eggroll rl``; its result, with wall time."""
     out = folder / f"{kind}-{seed}"
     command = [sys.executable, "-m", "eggroll.cli.main", "rl", "--env", env, "--env_steps", str(steps), "-o", str(out)]
@@ -61,6 +61,7 @@ def run(env: str, kind: str, steps: int, limit: int | None, seed: int, folder: P
         command += ["--algo", "ppo"]
     else:
         command += ["--noiser", kind, "-g", "100000", "--eval-every", "20", "--rank-transform", "True"]
+        command += ["--pop_size", str(members)]
         command += [part for key, value in COMMON.items() for part in (f"--{key}", str(value))]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -107,14 +108,14 @@ print(json.dumps(sorted(times)))
 """
 
 
-def random_rate(env: str, limit: int | None) -> float | None:
+def random_rate(env: str, limit: int | None, members: int) -> float | None:
     """Steps per second with random actions, as many episodes at once as the population has members."""
     steps = min(limit or 100, 100)
-    command = [sys.executable, "-c", RANDOM, env, str(COMMON["pop_size"]), str(steps)]
+    command = [sys.executable, "-c", RANDOM, env, str(members), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return None
-    return COMMON["pop_size"] * steps / statistics.median(json.loads(done.stdout.strip().splitlines()[-1]))
+    return members * steps / statistics.median(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -158,16 +159,16 @@ def main() -> None:
     path = options.out / f"sixteen_{slug(hardware())}_{datetime.date.today()}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     rows: dict[str, Any] = stored.get("rows", {})
-    for env, (thousands, limit) in RUNS.items():
+    for env, (thousands, limit, members) in RUNS.items():
         if options.only not in env:
             continue
         steps = int(thousands * 1000 * options.scale)
         row = rows.setdefault(env, {})
-        row |= {"steps": steps, "max_steps": limit}
-        row.setdefault("random_steps_per_s", random_rate(env, limit))
+        row |= {"steps": steps, "max_steps": limit, "population": members}
+        row.setdefault("random_steps_per_s", random_rate(env, limit, members))
         for kind in options.kinds:
             with tempfile.TemporaryDirectory() as folder:
-                row[kind] = [run(env, kind, steps, limit, seed, Path(folder)) for seed in options.seeds]
+                row[kind] = [run(env, kind, steps, limit, members, seed, Path(folder)) for seed in options.seeds]
             print(env, kind, [(r.get("end_return"), r.get("wall_s"), r.get("error")) for r in row[kind]], flush=True)
         rows = {name: rows[name] for name in RUNS if name in rows}
         head = {

@@ -107,8 +107,15 @@ def test_layers_that_are_scanned_over(rank):
 def test_loops_branches_jit_remat_and_custom_derivatives():
     params = {"w": normal(4, 4) / 2}
 
+    @jax.custom_vjp
+    def product(h, w):
+        return h @ w
+
+    product.defvjp(lambda h, w: (h @ w, None), lambda kept, ct: (ct, None))
+
     def fn(params, x):
         w = params["w"]
+        x = product(x, w)
         h = lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ w), x)
         h = lax.cond(x.sum() > 0, lambda h: h @ w, lambda h: h @ w.T, h)
         h = jax.jit(lambda h: jax.nn.silu(h @ w))(h)
@@ -264,6 +271,14 @@ def test_unsupported_primitive_names_parameter_and_primitive():
     check(fn, params, x, materialize=("mixing",))
     with pytest.raises(ConfigError, match="materialize pattern 'mix' matches no perturbed parameter; those are mixing"):
         perturb(fn, materialize=("mix",)).leaves(params, x)
+
+
+def test_a_reduction_over_a_weight_is_no_call():
+    def fn(p, x):
+        return lax.reduce(p["w"], jnp.float32(0), lambda a, b: a * 0.5 + b, (0,)) + x
+
+    with pytest.raises(UnsupportedOperationError, match=r"'w'.*is used in 'reduce'"):
+        perturb(fn).leaves({"w": normal(4, 3)}, normal(3))
 
 
 def test_weights_that_become_a_carry_or_a_result():

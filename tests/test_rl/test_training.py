@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -194,6 +196,34 @@ def test_openes_is_the_same_run_with_dense_noise(toy, tmp_path):
 def test_a_budget_of_steps_ends_the_run(toy, tmp_path):
     trained = run(tmp_path / "run", generations=50, env_steps=16 * 12 * 3)
     assert trained.generation == 3
+
+
+SHARDED = """
+import sys, jax, numpy as np
+sys.path.insert(0, {folder!r})
+from toys import Chase
+from eggroll.core.records import UpdateRecord
+from eggroll.rl import trainer
+from eggroll.rl.config import RLConfig
+results = []
+for devices in (1, 2):
+    config = RLConfig(env="toy/Chase", pop_size=16, hidden=8, layers=1, members_per_forward=4, devices=devices)
+    learner = trainer.make_learner(config.resolved("toy/Chase"), Chase())
+    for generation in range(2):
+        fitness = learner.evaluate(generation, 0.3).fitness
+        learner.apply(UpdateRecord.make(generation, 0.3, 0.1, fitness.astype(np.float32)))
+    results.append([fitness, *map(np.asarray, jax.tree.leaves((learner.state, learner.stats)))])
+for one, two in zip(*results, strict=True):
+    np.testing.assert_array_equal(one, two)
+print("equal")
+"""
+
+
+def test_results_do_not_depend_on_the_number_of_devices():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    code = SHARDED.format(folder=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
 def test_the_papers_scale_of_sgd():

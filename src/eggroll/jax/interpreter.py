@@ -18,8 +18,12 @@ from eggroll.errors import UnsupportedOperationError
 from eggroll.jax.rules import RULES, NotAMatrixError, as_array
 from eggroll.jax.weights import PerturbedWeight
 
-INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-"""Names under which primitives that call a function keep its jaxpr."""
+CALLS = {
+    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat": "jaxpr",
+    "remat2": "jaxpr", "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+}  # fmt: skip
+"""Primitives that call a function with their operands, and the parameter that holds its jaxpr. Others (a reduction, a
+Pallas kernel) have a parameter of the same name that means something else."""
 
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
@@ -53,8 +57,8 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
     handler = CONTROL.get(primitive.name)
     if handler is not None:
         return handler(operands, params)
-    inner = next((params[name] for name in INNER if name in params), None)
-    if inner is not None:
+    if primitive.name in CALLS:
+        inner = params[CALLS[primitive.name]]
         closed = inner if hasattr(inner, "consts") else jax_core.ClosedJaxpr(inner, ())
         return evaluate(closed.jaxpr, closed.consts, operands)
     found = RULES.get(primitive.name)

@@ -1,74 +1,79 @@
-/* Noise: drawing into blocks of pairs, and the update of the weights from it. */
+/* Noise: draws, and the noise of a chunk's pairs in blocks that the products read. */
 
-/* Threefry-2x32, 20 rounds, as core/threefry.py: word i of the key's draw is the XOR of the two outputs. */
+/* Threefry-2x32, 20 rounds, as core/threefry.py: word i of a draw is the XOR of the two outputs. */
 static void threefry_normals(uint32_t k0, uint32_t k1, const int8_t *normal_table, int8_t *out, int64_t count) {
   static const int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
   const uint32_t schedule[3] = {k0, k1, k0 ^ k1 ^ 0x1BD11BDAu};
-  for (int64_t first = 0; first < count; first += 32) {
-    uint32_t x0[16], x1[16];
-    for (int i = 0; i < 16; i++) x0[i] = k0, x1[i] = (uint32_t)(first / 2 + i) + k1;
+  for (int64_t first = 0; first < count; first += 64) {
+    uint32_t x0[32], x1[32];
+    for (int i = 0; i < 32; i++) x0[i] = k0, x1[i] = (uint32_t)(first / 2 + i) + k1;
     for (int group = 0; group < 5; group++) {
       for (int r = 0; r < 4; r++) {
         const int by = rotations[group & 1][r];
-        for (int i = 0; i < 16; i++) {
+        for (int i = 0; i < 32; i++) {
           x0[i] += x1[i];
           x1[i] = ((x1[i] << by) | (x1[i] >> (32 - by))) ^ x0[i];
         }
       }
-      for (int i = 0; i < 16; i++) {
+      for (int i = 0; i < 32; i++) {
         x0[i] += schedule[(group + 1) % 3];
         x1[i] += schedule[(group + 2) % 3] + (uint32_t)group + 1;
       }
     }
-    int8_t made[32];
-    for (int i = 0; i < 16; i++) {
+    int8_t made[64];
+    for (int i = 0; i < 32; i++) {
       const uint32_t word = x0[i] ^ x1[i];
       made[2 * i] = normal_table[word & 0xFFFF];
       made[2 * i + 1] = normal_table[word >> 16];
     }
-    memcpy(out + first, made, (size_t)(count - first < 32 ? count - first : 32));
+    memcpy(out + first, made, (size_t)(count - first < 64 ? count - first : 64));
   }
 }
 
-/* All normals of one draw, one after the other. `buffer` is used where they are not in the table. */
+/* All normals of one draw, one after the other: where they are in the table, or made in `buffer`. */
 INLINE const int8_t *draw(const Model *model, int64_t address, int64_t count, int8_t *buffer) {
   if (model->table) return model->table + address;
   threefry_normals((uint32_t)((uint64_t)address >> 32), (uint32_t)address, model->normal_table, buffer, count);
   return buffer;
 }
 
-static int32_t sum_bytes(const int8_t *x, int64_t n) {
-  int32_t total = 0;
-  for (int64_t i = 0; i < n; i++) total += x[i];
-  return total;
+static void copy_padded(int8_t *to, const int8_t *from, int64_t n) {
+  memcpy(to, from, (size_t)n);
+  memset(to + n, 0, (size_t)(PAD(n) - n));
 }
 
-/* Copy a draw's B and A to their places, padded with zeros. */
-static void place(const Model *model, const int8_t *from, int64_t inputs, int64_t outputs, int8_t *b, int8_t *a) {
-  for (int64_t k = 0; k < model->rank; k++, from += inputs + outputs) {
-    memcpy(b + k * PAD(inputs), from, (size_t)inputs);
-    memset(b + k * PAD(inputs) + inputs, 0, (size_t)(PAD(inputs) - inputs));
-    memcpy(a + k * PAD(outputs), from + inputs, (size_t)outputs);
-    memset(a + k * PAD(outputs) + outputs, 0, (size_t)(PAD(outputs) - outputs));
-  }
+static int32_t sum_bytes(const int8_t *x, int64_t n) { /* n padded */
+  __m512i total = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 64)
+    total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), _mm512_loadu_si512(x + i));
+  return _mm512_reduce_add_epi32(total);
 }
 
-/* The noise of the work's pairs: blocks (pairs, pair_bytes), sums of B (pairs, pair_sums). */
+/* The noise of the work's pairs: blocks (pairs, pair_bytes) and 128 times the sums of B (pairs, pair_sums). */
 static void draw_pairs(const Model *model, const Work *work, int8_t *blocks, int32_t *sums, int8_t *buffer) {
   for (int64_t p = 0; p < work->pairs; p++) {
     int8_t *block = blocks + p * model->pair_bytes;
-    const int64_t *address = work->addresses + p;
     for (int64_t j = 0; j < model->parameters; j++) {
-      const int64_t in = model->draw_lengths[2 * j], out = model->draw_lengths[2 * j + 1];
-      const int8_t *from = draw(model, address[j * work->address_stride], model->rank * (in + out), buffer);
-      place(model, from, in, out, block + model->draw_lengths[2 * model->parameters + 2 * j],
-            block + model->draw_lengths[2 * model->parameters + 2 * j + 1]);
+      const int64_t in = model->draws[j][0], out = model->draws[j][1];
+      const int64_t address = work->addresses[j * work->address_stride + p];
+      const int8_t *from = draw(model, address, model->rank * (in + out), buffer);
+      for (int64_t k = 0; k < model->rank; k++, from += in + out) {
+        copy_padded(block + model->draws[j][2] + k * PAD(in), from, in);
+        copy_padded(block + model->draws[j][3] + k * PAD(out), from + in, out);
+      }
     }
     for (int64_t j = 0; j < 6 * model->layers + 1; j++) {
       const Matrix *matrix = model->matrices + j;
+      const int8_t *b = block + model->draws[matrix->parameter][2];
+      const int64_t n = PAD(matrix->inputs);
       for (int64_t k = 0; k < model->rank; k++)
-        sums[p * model->pair_sums + matrix->sums + k] =
-            128 * sum_bytes(block + matrix->b + k * PAD(matrix->inputs), matrix->inputs);
+        sums[p * model->pair_sums + matrix->sums + k] = 128 * sum_bytes(b + k * n, n);
     }
   }
+}
+
+/* The draws themselves, (count, length): for the tests, and to make the table, which is one draw. */
+void eggroll_normals(const int64_t *keys, int64_t count, int64_t length, const int8_t *normal_table, int8_t *out) {
+  for (int64_t i = 0; i < count; i++)
+    threefry_normals((uint32_t)((uint64_t)keys[i] >> 32), (uint32_t)keys[i], normal_table, out + i * length, length);
 }
