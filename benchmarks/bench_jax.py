@@ -139,7 +139,8 @@ def main() -> None:
     print(f"24 layers of 512: {compiled['seconds']:.1f} s to the first generation")
     result = {
         "what": "jax", "hardware": hardware(), "device": jax.devices()[0].platform, "load_before": round(load, 2),
-        "turns": options.turns, "date": str(datetime.date.today()), "revision": git_revision(ROOT), "versions": versions(),
+        "turns": options.turns, "date": str(datetime.date.today()), "revision": git_revision(ROOT),
+        "versions": versions(),
         "cases": lines, "compile": compiled,
     }  # fmt: skip
     folder = RESULTS / "jax"

@@ -1,0 +1,241 @@
+"""The integer model, fast: members by the chunk, bit for bit the arithmetic of :mod:`eggroll.pretrain.oracle`.
+
+All members share the weights, so a step of a chunk of members is a few int8 products of ``(members, n)`` with
+``(n, m)``, to which every member adds its low-rank term. On CPUs with AVX-512 VNNI a C library does this, compiled at
+first use, with a chunk's activations in the cache; elsewhere :mod:`eggroll.pretrain.engine_torch` does, in plain
+PyTorch on any device. Results do not depend on the chunks, the threads, or which of the two it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eggroll.errors import ConfigError, MemoryBudgetError
+from eggroll.pretrain import oracle
+from eggroll.pretrain.noise import Noise
+from eggroll.pretrain.oracle import check_tokens
+from eggroll.pretrain.shape import ModelShape
+
+Backend = Literal["auto", "c", "torch"]
+Output = Literal["fitness", "likelihood", "logits", "state"]
+FITNESS: tuple[Output, ...] = ("fitness",)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to run: members with windows of tokens.
+
+    Attributes:
+        tokens: ``(W, T + 1)`` uint8 windows; the last token of each is only a target.
+        window: ``(M,)`` which window a row of the result has.
+        pairs: ``(M,)`` which draw, or ``None``: the model itself.
+        signs: ``(M,)`` 1 or -1, or ``None``.
+        generation: of the draws.
+        state: ``(W, L, D)`` int8 before the first token, or ``None`` for zeros.
+        outputs: what is asked for.
+    """
+
+    tokens: NDArray[np.uint8]
+    window: NDArray[np.int32]
+    pairs: NDArray[np.int64] | None = None
+    signs: NDArray[np.int32] | None = None
+    generation: int = 0
+    state: NDArray[np.int8] | None = None
+    outputs: Collection[Output] = FITNESS
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it; ``None`` is what was not asked for.
+
+    Attributes:
+        fitness: ``(M,)`` int32, sum of the log likelihood over the window, sixteenths of a bit.
+        likelihood: ``(M, T)`` int32.
+        logits: ``(M, T, V)`` int8.
+        state: ``(M, L, D)`` int8 after the last input.
+    """
+
+    fitness: NDArray[np.int32] | None = None
+    likelihood: NDArray[np.int32] | None = None
+    logits: NDArray[np.int8] | None = None
+    state: NDArray[np.int8] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """How the sums of an update become steps (:mod:`eggroll.pretrain.update` makes these).
+
+    Attributes:
+        limit: a weight moves where the sum's (or the momentum's) magnitude is at least this.
+        unit: one standard deviation of the sum is ``256 unit``; only momentum needs it.
+        momentum_shift: momentum loses ``2^-shift`` of itself a generation; 0 is no momentum.
+        sign_of_noise: whether draws count as 16, 0 or -16 in the sum.
+    """
+
+    limit: int
+    unit: int = 1
+    momentum_shift: int = 0
+    sign_of_noise: bool = False
+
+
+class Engine(Protocol):
+    """A model that can be evaluated and moved; ``params`` (NumPy int8) is changed in place by ``update``."""
+
+    params: dict[str, NDArray[np.int8]]
+    shape: ModelShape
+    noise: Noise
+    momentum: dict[str, NDArray[np.int32]]
+
+    def run(self, work: Work) -> Result:
+        """Evaluate."""
+        ...
+
+    def update(self, generation: int, pairs: NDArray[np.int64], fitness: NDArray[np.int8], step: Step) -> int:
+        """Move the weights; returns how many have moved.
+
+        Args:
+            generation: of the draws.
+            pairs: ``(P,)`` which draws.
+            fitness: ``(P,)`` int8 in sixteenths, so 16 is 1.0.
+            step: the rule.
+        """
+        ...
+
+    def reload(self) -> None:
+        """Take note that ``params`` were changed from outside."""
+        ...
+
+
+def make_engine(
+    params: Mapping[str, NDArray[np.int8]],
+    noise: Noise | None = None,
+    *,
+    sigma_shift: int = 4,
+    backend: Backend = "auto",
+    threads: int | None = None,
+    chunk: int | None = None,
+    device: str = "cpu",
+) -> Engine:
+    """An engine for a model.
+
+    Args:
+        params: int8 arrays as in :func:`eggroll.pretrain.oracle.forward`; copied.
+        noise: where draws come from; only the model itself can be run without it.
+        sigma_shift: perturbations have a standard deviation of ``2^-sigma_shift``, where weights have 1.
+        backend: ``c`` (CPUs with AVX-512 VNNI and a compiler), ``torch``, or whichever is the fastest here.
+        threads: of the CPU; ``None`` is PyTorch's number.
+        chunk: members at once; ``None`` chooses. Results do not depend on it.
+        device: of PyTorch, for ``torch``.
+
+    Raises:
+        ConfigError: the backend is unknown, or cannot be used here.
+        ModelError: the parameters do not make a model.
+    """
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend (={backend!r}) must be one of: {', '.join(get_args(Backend))}")
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"chunk (={chunk}) must be at least 1 member")
+    shape = ModelShape.of(params)
+    noise = noise or Noise()
+    noise.check(shape)
+    own = {p.name: np.array(params[p.name], np.int8, order="C") for p in shape.parameters}
+    if backend != "torch" and device == "cpu":
+        from eggroll.pretrain import library
+        from eggroll.pretrain.engine_c import CEngine
+
+        found = library.load()
+        if not isinstance(found, str):
+            return CEngine(found, own, shape, noise, sigma_shift, threads, chunk)
+        if backend == "c":
+            raise ConfigError(f"backend='c' cannot be used here: {found}; use backend='torch'")
+    elif backend == "c":
+        raise ConfigError(f"backend='c' runs on the CPU, not on {device}; use backend='torch'")
+    from eggroll.pretrain.engine_torch import TorchEngine
+
+    return TorchEngine(own, shape, noise, sigma_shift, device, chunk)
+
+
+def forward(
+    params: Mapping[str, NDArray[np.int8]], tokens: NDArray[Any], state: NDArray[np.int8] | None = None, **settings: Any
+) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """:func:`eggroll.pretrain.oracle.forward` by the fast engine; ``settings`` are those of :func:`make_engine`.
+
+    Args:
+        params: int8 arrays by name.
+        tokens: ``(T,)``.
+        state: ``(L, D)`` int8, or ``None`` for zeros.
+        **settings: ``backend``, ``threads``, ``device``.
+
+    Returns:
+        Logits ``(T, V)`` and state ``(L, D)``, int8.
+    """
+    engine = make_engine(params, **settings)
+    ids = check_tokens(tokens, engine.shape.vocab).astype(np.uint8)
+    before = None if state is None else np.ascontiguousarray(state, np.int8)[None]
+    found = run_centre(engine, np.append(ids, np.uint8(0))[None], before, outputs=("logits", "state"))
+    assert found.logits is not None and found.state is not None
+    return found.logits[0], found.state[0]
+
+
+log_likelihood = oracle.log_likelihood
+"""Of logits that are there already: a table look-up. Within the engine it is part of the same pass."""
+
+
+def run_centre(
+    engine: Engine, tokens: NDArray[np.uint8], state: NDArray[np.int8] | None = None, *, outputs: Collection[Output]
+) -> Result:
+    """The model itself over windows ``(W, T + 1)``, a row each."""
+    rows = np.arange(len(tokens), dtype=np.int32)
+    return engine.run(Work(tokens, rows, state=state, outputs=outputs))
+
+
+def run_members(
+    engine: Engine,
+    generation: int,
+    members: NDArray[np.integer[Any]],
+    tokens: NDArray[np.uint8],
+    window: NDArray[np.integer[Any]],
+    state: NDArray[np.int8] | None = None,
+    *,
+    outputs: Collection[Output] = FITNESS,
+) -> Result:
+    """Members of the population: ``2k`` and ``2k + 1`` have draw ``k`` with the signs 1 and -1.
+
+    Args:
+        engine: the model.
+        generation: of the draws.
+        members: ``(M,)``.
+        tokens: ``(W, T + 1)`` uint8.
+        window: ``(M,)`` the window of each.
+        state: ``(W, L, D)``, or ``None``.
+        outputs: what is asked for.
+    """
+    numbers = np.asarray(members, np.int64)
+    signs = (1 - 2 * (numbers % 2)).astype(np.int32)
+    work = Work(tokens, np.asarray(window, np.int32), numbers // 2, signs, generation, state, outputs)
+    return engine.run(work)
+
+
+def empty_result(work: Work, shape: ModelShape) -> Result:
+    """Arrays for what ``work`` asks for.
+
+    Raises:
+        MemoryBudgetError: they do not fit.
+    """
+    members, steps = len(work.window), work.tokens.shape[1] - 1
+    forms: dict[str, tuple[tuple[int, ...], Any]] = {
+        "fitness": ((members,), np.int32),
+        "likelihood": ((members, steps), np.int32),
+        "logits": ((members, steps, shape.vocab), np.int8),
+        "state": ((members, shape.n_layers, shape.hidden), np.int8),
+    }
+    try:
+        made = {name: np.zeros(*forms[name]) for name in work.outputs}
+    except MemoryError as error:
+        raise MemoryBudgetError(f"{members} members x {steps} tokens do not fit into memory ({error})") from None
+    return Result(**cast(dict[str, Any], made))
