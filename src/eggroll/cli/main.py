@@ -14,7 +14,10 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from eggroll.cli.eval import EvalOptions, evaluate
 from eggroll.cli.info import InfoOptions, info
+from eggroll.cli.pretrain import pretrain
+from eggroll.cli.pretrain import resumed_options as resumed_pretrain_options
 from eggroll.cli.recipe import recipe
 from eggroll.cli.replay import ReplayOptions, replay
 from eggroll.cli.report import ReportOptions, report
@@ -22,20 +25,31 @@ from eggroll.cli.rl import resumed_options as resumed_rl_options
 from eggroll.cli.rl import rl
 from eggroll.cli.tune import TuneOptions, resumed_options, tune
 from eggroll.errors import EggrollError, RewardError
+from eggroll.pretrain.config import PretrainOptions
 from eggroll.rl.config import RLConfig
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "tune": (TuneOptions, tune),
+    "eval": (EvalOptions, evaluate),
     "info": (InfoOptions, info),
     "replay": (ReplayOptions, replay),
     "report": (ReportOptions, report),
     "rl": (RLConfig, rl),
+    "pretrain": (PretrainOptions, pretrain),
 }
+RESUMED: dict[str, Callable[[Sequence[str]], Any]] = {
+    "tune": resumed_options,
+    "rl": resumed_rl_options,
+    "pretrain": resumed_pretrain_options,
+}
+"""Commands whose --resume takes the options that the run has."""
 USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
 
   tune MODEL     evolve a language model on a reward
+  eval MODEL     measure a model on a task, or compare two
   recipe NAME    run a published result: cartpole, mnist, mnist_cnn, profile, hyperscale, or all
   rl --env NAME  evolve a policy on a JAX or Gymnasium environment (--list shows them)
+  pretrain       train a language model from scratch in int8 (--data FILE), or sample from one
   info MODEL     show a model's parameters and what a population of it needs
   replay RUN     rebuild the weights of any generation of a run
   report RUN     write a run's report.html again
@@ -64,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] == "recipe":
             return recipe(given[1:])
         kind, run = COMMANDS[given[0]]
-        resumed = {"tune": resumed_options, "rl": resumed_rl_options}.get(given[0])
+        resumed = RESUMED.get(given[0])
         default: Any = resumed(given[1:]) if resumed is not None else None
         absent: Any = tyro.MISSING_NONPROP
         options = tyro.cli(

@@ -14,9 +14,8 @@ from rich.markup import escape
 from eggroll.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from eggroll.rl.learner import PolicyLearner
+    from eggroll.loop import Learner
     from eggroll.run.run_dir import RunDir
-    from eggroll.torch.es import Replica
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,28 @@ def replay(options: ReplayOptions) -> int:
     run = RunDir.open(options.run)
     if run.config.get("kind") == "rl":
         return _replay_rl(run, options, console)
+    if run.config.get("kind") == "pretrain":
+        return _replay_pretrain(run, options, console)
     return _replay_recipe(run, options, console) if "recipe" in run.config else _replay_tune(run, options, console)
+
+
+def _replay_pretrain(run: RunDir, options: ReplayOptions, console: Console) -> int:
+    """An integer language model, made again from its seed."""
+    from safetensors.torch import save_file
+
+    from eggroll.pretrain.learner import IntegerLearner
+    from eggroll.pretrain.trainer import options_of_run
+
+    learner = IntegerLearner(options_of_run(str(run.path)), None)
+    done = _apply(run, learner, options, console)
+    directory = Path(options.output) if options.output else run.path / f"replay-{done}"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "model.safetensors"
+    tensors = dict(learner.state_tensors())
+    save_file({name: value for name, value in tensors.items() if name in learner.engine.params}, path)
+    console.print(f"generation {done} of {len(run.updates())}{_compared(run, tensors, done)}")
+    console.print(f'weights  {escape(str(path))}\nload it  [bold]safetensors.numpy.load_file("{escape(str(path))}")[/]')
+    return 0
 
 
 def _replay_rl(run: RunDir, options: ReplayOptions, console: Console) -> int:
@@ -87,7 +107,7 @@ def _replay_recipe(run: RunDir, options: ReplayOptions, console: Console) -> int
     return 0
 
 
-def _apply(run: RunDir, replica: Replica | PolicyLearner, options: ReplayOptions, console: Console) -> int:
+def _apply(run: RunDir, replica: Learner, options: ReplayOptions, console: Console) -> int:
     """Take the updates of the run's log; returns how many there were."""
     from rich.progress import track
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,9 +30,9 @@ class TuneOptions:
     model: Annotated[tyro.conf.Positional[str], arg(metavar="MODEL")]
     """Hub id, local directory, .gguf file, or smollm2-135m."""
     reward: Annotated[str | None, arg(aliases=["-r"])] = None
-    """perplexity, a .py file, "lambda text: ...", package.module:function, or a task that ships with eggroll."""
+    """perplexity, a .py file, "lambda text: ...", package.module:function, or a task."""
     task: str | None = None
-    """A task that ships with eggroll: reward, prompts, held-out prompts and settings in one (one_sentence)."""
+    """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts and settings."""
     dataset: Annotated[str | None, arg(aliases=["-d"])] = None
     """Training data: hub id (name or name:config), .jsonl, .txt, .csv, .parquet or folder (default: wikitext-2)."""
     prompts: str | None = None
@@ -129,7 +130,7 @@ class TuneOptions:
 RESUME_FREE = ("generations", "eval_every", "checkpoint_every", "report_to", "device")
 
 
-def resumed_options(arguments: list[str]) -> TuneOptions | None:
+def resumed_options(arguments: Sequence[str]) -> TuneOptions | None:
     """The options of the run that ``--resume DIR`` names, as defaults for the command line; ``None`` without it."""
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")

@@ -24,6 +24,8 @@ from eggroll.pretrain.shape import ModelShape
 Backend = Literal["auto", "c", "torch"]
 Output = Literal["fitness", "likelihood", "logits", "state"]
 FITNESS: tuple[Output, ...] = ("fitness",)
+LOGITS: tuple[Output, ...] = ("logits",)
+STATE: tuple[Output, ...] = ("state",)
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ class Step:
     """How the sums of an update become steps (:mod:`eggroll.pretrain.update` makes these).
 
     Attributes:
-        limit: a weight moves where the sum's (or the momentum's) magnitude is at least this.
-        unit: one standard deviation of the sum is ``256 unit``; only momentum needs it.
-        momentum_shift: momentum loses ``2^-shift`` of itself a generation; 0 is no momentum.
+        limit: a weight moves by one where the magnitude of the sum (or of the momentum) is at least this and not 0.
+        unit: one standard deviation of the sum.
+        momentum_shift: momentum is ``m - m / 2^shift + 256 z / unit``, both to the nearest integer; 0 is none.
         sign_of_noise: whether draws count as 16, 0 or -16 in the sum.
     """
 
@@ -178,7 +180,8 @@ def forward(
     ids = check_tokens(tokens, engine.shape.vocab).astype(np.uint8)
     before = None if state is None else np.ascontiguousarray(state, np.int8)[None]
     found = run_centre(engine, np.append(ids, np.uint8(0))[None], before, outputs=("logits", "state"))
-    assert found.logits is not None and found.state is not None
+    assert found.logits is not None
+    assert found.state is not None
     return found.logits[0], found.state[0]
 
 

@@ -69,9 +69,7 @@ class CEngine:
         names = [f"{block}.{part}" for block in blocks for part in parts] + ["head"]
         matrices = [shape.parameters[order[name]] for name in names]
         names = [f"{block}.{part}" for block in blocks for part in ("ln1", "gru.bf", "gru.bh", "ln2")] + ["ln_out"]
-        kept["packed"] = [
-            self._pool.submit(library.packed_matrix, self.library, self.params[p.name]) for p in matrices
-        ]
+        kept["packed"] = [self._pool.submit(library.packed_matrix, self.library, self.params[p.name]) for p in matrices]
         kept["packed"] = [future.result() for future in kept["packed"]]
         kept["matrices"] = (library.Matrix * len(matrices))(
             *(
@@ -204,7 +202,7 @@ class CEngine:
 
 
 def with_scratch(spare: queue.SimpleQueue[NDArray[np.uint8]], size: int, call: Callable[[int], None]) -> None:
-    """Call with the address of ``size`` bytes, which are kept for the next call: fresh memory would cost page faults."""
+    """Call with the address of ``size`` bytes, kept for the next call: fresh memory would cost page faults."""
     memory = spare.get()
     try:
         if memory.size < size:
@@ -232,5 +230,3 @@ def _places(parameters: Iterable[Parameter], rank: int) -> tuple[NDArray[np.int6
 
 def _padded_rows(rows: NDArray[np.int8]) -> NDArray[np.int8]:
     return np.pad(rows, ((0, 0), (0, padded(rows.shape[1]) - rows.shape[1])))
-
-

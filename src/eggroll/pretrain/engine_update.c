@@ -140,7 +140,7 @@ void eggroll_update(const Update *u) {
   }
 }
 
-/* A step of one where the sum passes. Without momentum: |z| >= limit. With it: m = m - m / 2^shift + z 256 / unit, both
+/* A step of one where the sum passes. Without momentum: |z| >= limit. With it: m = m - m / 2^shift + 256 z / unit, both
    to the nearest integer, and |m| >= limit. Returns how many weights have moved. */
 int64_t eggroll_move(int8_t *weights, const int32_t *z, int32_t *momentum, int64_t count, int64_t limit, int64_t unit,
                      int64_t shift) {

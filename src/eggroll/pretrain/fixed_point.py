@@ -48,7 +48,7 @@ def divisor(inputs: int) -> int:
 
 @functools.cache
 def exp2_table() -> NDArray[np.int32]:
-    """``EXP2[i] = 16 * 2^(i / 16)`` for ``i`` in 0..255, to the nearest integer: ``(256,)`` int32, at most 1,004,120."""
+    """``EXP2[i] = 16 * 2^(i / 16)`` for ``i`` in 0..255, to the nearest integer: ``(256,)`` int32, up to 1004120."""
     return np.array([round(ONE * 2 ** (i / ONE)) for i in range(256)], np.int32)
 
 

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eggroll.errors import ModelError
+from eggroll.errors import ConfigError, ModelError
 
 Kind = Literal["matrix", "embedding", "vector"]
 
 MLP_FACTOR = 4
 """The hidden layer of the MLP is four times as wide as the model."""
+MAX_VOCAB = 256
+MAX_HIDDEN = 1 << 14
+"""``4 D * 127 * 255`` has to be below 2^31: the sum of the MLP's second product, of bytes with an offset."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,19 @@ class ModelShape:
     hidden: int = 256
     n_layers: int = 6
 
+    def __post_init__(self) -> None:
+        problems = []
+        if not 1 <= self.vocab <= MAX_VOCAB:
+            problems.append(
+                f"vocab (={self.vocab}) must be 1 to {MAX_VOCAB}: tokens are bytes, and tables have 256 rows"
+            )
+        if not 1 <= self.hidden <= MAX_HIDDEN:
+            problems.append(f"hidden (={self.hidden}) must be 1 to {MAX_HIDDEN}, so that int32 holds every sum")
+        if self.n_layers < 1:
+            problems.append(f"n_layers (={self.n_layers}) must be at least 1")
+        if problems:
+            raise ConfigError.from_problems("the model", problems)
+
     @functools.cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """All parameters in the order in which their dict holds them."""
@@ -96,9 +112,15 @@ class ModelShape:
             raise ModelError("parameters of an integer model need 'emb', an int8 array of shape (V, D)")
         vocab, hidden = (int(size) for size in params["emb"].shape)
         n_layers = sum(name.endswith(".ln1") for name in params)
-        shape = cls(vocab, hidden, n_layers)
+        try:
+            shape = cls(vocab, hidden, n_layers)
+        except ConfigError as error:
+            raise ModelError(f"parameters do not make a model: {error}") from None
         expected = {parameter.name: parameter.shape for parameter in shape.parameters}
         found = {name: tuple(int(size) for size in value.shape) for name, value in params.items()}
+        floats = [name for name, value in params.items() if str(value.dtype).rpartition(".")[2] != "int8"]
+        if floats:
+            raise ModelError(f"parameters must be int8; {', '.join(floats[:4])} are {params[floats[0]].dtype}")
         wrong = [
             f"{name}: {found.get(name, 'missing')}, expected {expected.get(name, 'no such parameter')}"
             for name in dict.fromkeys([*expected, *found])

@@ -47,9 +47,9 @@ def load_reward(spec: str, tokenizer: Any) -> Reward:
     """The reward that a command line names.
 
     Args:
-        spec: ``perplexity``; the name of a task that ships with eggroll; a Python file (``score.py``, or
-            ``score.py:function``); ``lambda text: ...`` (with ``re``, ``math`` and ``json`` at hand); or
-            ``package.module:function``.
+        spec: ``perplexity``; the name of a task (``countdown``, ``reasoning-gym:chain_sum``); a Python file
+            (``score.py``, or ``score.py:function``); ``lambda text: ...`` (with ``re``, ``math`` and ``json`` at
+            hand); or ``package.module:function``.
         tokenizer: the model's tokenizer.
 
     Raises:
@@ -60,12 +60,16 @@ def load_reward(spec: str, tokenizer: Any) -> Reward:
         return PerplexityReward(tokenizer)
     if spec.startswith("lambda"):
         return _from_lambda(spec, tokenizer)
+    if tasks.is_task(spec):
+        return _from_task(spec, tokenizer)
     path, _, function = spec.partition(":") if not Path(spec).exists() else (spec, "", "")
     if path.endswith(".py") or "/" in path:
         return _from_file(Path(path).expanduser(), function or None, tokenizer)
     if function:
         return _from_module(path, function, tokenizer)
-    return _from_task(spec, tokenizer)
+    near = difflib.get_close_matches(spec, [*tasks.names(), "perplexity"], n=3)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise RewardError(f"unknown reward {spec!r}. {hint}{_known()}")
 
 
 def as_reward(value: Any, tokenizer: Any) -> Reward:
@@ -139,10 +143,6 @@ def _from_module(path: str, function: str, tokenizer: Any) -> Reward:
 
 
 def _from_task(name: str, tokenizer: Any) -> Reward:
-    if name.replace("-", "_") not in tasks.names():
-        near = difflib.get_close_matches(name, [*tasks.names(), "perplexity"], n=3)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise RewardError(f"unknown reward {name!r}. {hint}{_known()}")
     task = tasks.get_task(name)
     return FunctionReward(task.reward, tokenizer=tokenizer, name=task.name)
 
@@ -255,7 +255,7 @@ def _raised(error: BaseException, path: Path) -> str:
 
 
 def _known() -> str:
-    shipped = ", ".join(tasks.names())
+    shipped = ", ".join([*tasks.names(), "reasoning-gym:NAME"])
     return (
         f"A reward is 'perplexity', a task of eggroll ({shipped}), a Python file, 'lambda text: ...' or "
         "'package.module:function'"

@@ -1,14 +1,15 @@
 """Tasks that ship with eggroll: a reward, the prompts to train and to test on, and settings that work.
 
-    task = get_task("one_sentence")
-    task.reward(prompts, completions, answer=...)       plain Python, in TRL's form
-    task.train, task.validation, task.heldout           lists of {"prompt": ..., "answer": [...], ...}
+    task = get_task("countdown")                        or one_sentence, gsm8k, zeros, reasoning-gym:chain_sum, ...
+    task.reward(prompts, completions, **columns)        plain Python, in TRL's form
+    task.train, task.validation, task.heldout, task.test    lists of {"prompt": ..., ...}, no problem in two of them
 
 Neither torch nor transformers is needed here.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,23 +19,26 @@ from types import ModuleType
 from typing import Any
 
 from eggroll.errors import ConfigError
-from eggroll.llm.tasks import one_sentence
+from eggroll.llm.tasks import countdown, gsm8k, one_sentence, reasoning, zeros
 
-__all__ = ["Task", "get_task", "names"]
+__all__ = ["SOLVED", "Task", "get_task", "is_task", "names"]
 
 _DATA = Path(__file__).parent / "data"
-_MODULES: dict[str, ModuleType] = {"one_sentence": one_sentence}
+_MODULES: dict[str, ModuleType] = {"countdown": countdown, "gsm8k": gsm8k, "zeros": zeros}
+SOLVED = 1.0
+"""An answer with at least this score counts as right, in every task."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What a model is to become better at.
 
-    ``reward(prompts, completions, **columns) -> list[float]`` is higher for better answers; its best is 1. ``train``
-    is for training, ``validation`` for choosing settings, and ``heldout`` for the figures that are reported: nothing
-    is chosen by it. ``system`` is the system prompt (``None``: what the model's chat template has by default),
-    ``max_tokens`` the length at which answers are cut, ``settings`` the fields of the configuration that were found to
-    work.
+    ``reward(prompts, completions, **columns) -> list[float]`` is higher for better answers, from 0 to ``best``; from
+    ``SOLVED`` on an answer is right. ``train`` is for training, ``validation`` for choosing settings, ``heldout`` is
+    what a run watches, and ``test`` is what figures are reported on: no run looks at it (empty if the task has too
+    few problems for that; ``heldout`` serves then). ``system`` is the system prompt (``None``: what the model's chat
+    template has by default), ``max_tokens`` the length at which answers are cut, ``settings`` the fields of the
+    configuration that were found to work.
     """
 
     name: str
@@ -46,36 +50,84 @@ class Task:
     max_tokens: int
     system: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    test: list[dict[str, Any]] = field(default_factory=list)
+    best: float = 1.0
 
 
 def names() -> list[str]:
-    """The names of the tasks that ship with eggroll."""
-    return sorted(_MODULES)
+    """The names of the tasks that ship with eggroll; ``reasoning-gym:NAME`` comes on top of these."""
+    return sorted([*_MODULES, "one_sentence"])
+
+
+def is_task(name: str) -> bool:
+    """Whether ``name`` means a task, known or not in the case of ``reasoning-gym:NAME``."""
+    return _key(name) in names() or _reasoning_name(name) is not None
+
+
+def get_task(name: str) -> Task:
+    """The task called ``name``; ``-`` and ``_`` are the same. Its problems are made or read at the first call.
+
+    Raises:
+        ConfigError: there is no such task; the message lists near matches.
+        MissingExtraError: the package that the task needs is not installed.
+        DataError: the task's data set cannot be found.
+    """
+    inner = _reasoning_name(name)
+    if inner is not None:
+        return _reasoning_task(reasoning.check_name(inner))
+    if _key(name) not in names():
+        raise ConfigError(f"there is no task {name!r}; {_hint(name)}")
+    return _task(_key(name))
 
 
 @cache
-def get_task(name: str) -> Task:
-    """The task called ``name``; ``-`` and ``_`` are the same.
-
-    Raises:
-        ConfigError: there is no such task.
-    """
-    key = name.replace("-", "_")
-    if key not in _MODULES:
-        raise ConfigError(f"there is no task {name!r}; the tasks that ship with eggroll are {', '.join(names())}")
-    module = _MODULES[key]
-    train, validation, heldout = (_rows(_DATA / f"{key}_{split}.jsonl") for split in ("train", "validation", "heldout"))
+def _task(key: str) -> Task:
+    if key == "one_sentence":
+        module: ModuleType = one_sentence
+        found = {split: _rows(_DATA / f"{key}_{split}.jsonl") for split in ("train", "validation", "heldout")}
+    else:
+        module = _MODULES[key]
+        found = module.splits()
     return Task(
         name=key,
         description=module.DESCRIPTION,
         reward=module.reward,
-        train=train,
-        validation=validation,
-        heldout=heldout,
         max_tokens=module.MAX_TOKENS,
         system=module.SYSTEM,
         settings=dict(module.SETTINGS),
+        best=getattr(module, "BEST", 1.0),
+        **found,
     )
+
+
+@cache
+def _reasoning_task(name: str) -> Task:
+    return Task(
+        name=reasoning.PREFIX + name,
+        description=f"The task {name} of reasoning-gym.",
+        reward=reasoning.ReasoningReward(name),
+        max_tokens=reasoning.MAX_TOKENS,
+        system=reasoning.SYSTEM,
+        settings=dict(reasoning.SETTINGS),
+        best=reasoning.BEST,
+        **reasoning.splits(name),
+    )
+
+
+def _key(name: str) -> str:
+    return name.strip().replace("-", "_")
+
+
+def _reasoning_name(name: str) -> str | None:
+    """What follows ``reasoning-gym:``, or ``None``."""
+    before, colon, after = name.partition(":")
+    return after if colon and before.strip().replace("_", "-") == reasoning.PREFIX[:-1] else None
+
+
+def _hint(name: str) -> str:
+    known = [*names(), f"{reasoning.PREFIX}NAME"]
+    near = difflib.get_close_matches(_key(name), known, n=2, cutoff=0.6)
+    return (f"did you mean {' or '.join(near)}? " if near else "") + f"The tasks are {', '.join(known)}"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

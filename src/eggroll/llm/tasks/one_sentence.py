@@ -26,10 +26,11 @@ splits were then drawn at random within categories; no subject (a violin, Kenya)
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from eggroll.errors import RewardError
+from eggroll.llm.tasks.answers import text_of
 
 __all__ = ["DESCRIPTION", "MAX_TOKENS", "MAX_WORDS", "MIN_WORDS", "SETTINGS", "SYSTEM", "parts", "reward", "score"]
 
@@ -180,11 +181,6 @@ def score(prompt: str, completion: str, accepted: Sequence[str], wrong: Sequence
     return part["correct"] * form * part["sound"]
 
 
-def _text(message: str | Sequence[Mapping[str, str]]) -> str:
-    """A string as it is; of a conversation the last message."""
-    return message if isinstance(message, str) else message[-1]["content"]
-
-
 def reward(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -203,4 +199,6 @@ def reward(
             'as in {"prompt": "What is a violin?", "answer": ["instrument"]}'
         )
     rows = zip(prompts, completions, answer, wrong or [()] * len(answer), strict=True)
-    return [score(_text(prompt), _text(completion), right, not_right) for prompt, completion, right, not_right in rows]
+    return [
+        score(text_of(prompt), text_of(completion), right, not_right) for prompt, completion, right, not_right in rows
+    ]

@@ -1,0 +1,251 @@
+"""``eggroll eval``: how good a model is at a task, and what changed between two."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from eggroll.errors import ConfigError
+from eggroll.llm.config import Dtype, EggrollConfig
+
+if TYPE_CHECKING:
+    from eggroll.llm.data import Example
+    from eggroll.llm.evaluate import Comparison, Result
+    from eggroll.llm.intervals import Interval
+    from eggroll.llm.tasks import Task
+
+arg = tyro.conf.arg
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Everything that ``eggroll eval`` can be told."""
+
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], arg(metavar="MODEL [MODEL]")]
+    """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m."""
+    task: str
+    """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME."""
+    samples: int | None = None
+    """Test problems that are answered (default: 128, or all if there are fewer)."""
+    max_tokens: int | None = None
+    """Longest completion in tokens (default: the task's)."""
+    max_length: int | None = None
+    """Longest prompt in tokens (default: the task's)."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    system: str | None = None
+    """A system prompt (default: the task's)."""
+    batch_size: int = 16
+    """Problems answered together."""
+    output: Annotated[str | None, arg(aliases=["-o"])] = None
+    """A JSON file for the figures and all answers."""
+    dtype: Dtype = "auto"
+    """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine, the same for both models."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..."""
+    seed: int = 42
+    """Which test problems are answered, the resampling, and sampled tokens."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def config(self, task: Task) -> EggrollConfig:
+        """The settings with the task's in the place of those that were not given.
+
+        Raises:
+            ConfigError: some cannot work.
+        """
+        problems = []
+        if not 1 <= len(self.models) <= 2:
+            problems.append(f"one model or two can be evaluated, not {len(self.models)}")
+        if self.batch_size < 1:
+            problems.append(f"batch_size (={self.batch_size}) must be at least 1")
+        if problems:
+            raise ConfigError.from_problems("eggroll eval", problems)
+        length = self.max_length or task.settings.get("max_length") or EggrollConfig.max_length
+        return EggrollConfig(
+            max_tokens=task.max_tokens if self.max_tokens is None else self.max_tokens,
+            max_length=length,
+            temperature=self.temperature,
+            system=task.system if self.system is None else self.system,
+            seed=self.seed,
+        )
+
+
+def evaluate(options: EvalOptions) -> int:
+    """Measure a model on a task's test problems, or compare two, with 95 % confidence intervals."""
+    from eggroll.llm.evaluate import compare, draw_problems
+    from eggroll.llm.tasks import get_task
+
+    console = Console(soft_wrap=True, highlight=False)
+    with console.status(f"making the problems of {escape(options.task)} ..."):
+        task = get_task(options.task)
+        config = options.config(task)
+        problems = draw_problems(task, options.samples, options.seed)
+    if options.output is not None:
+        _check_output(Path(options.output))
+    console.print(f"[bold]{escape(task.name)}[/]  {escape(task.description)} {len(problems)} test problems, "
+                  f"{config.max_tokens} tokens at most, seed {options.seed}")  # fmt: skip
+    results: list[Result] = []
+    dtype: Any = options.dtype
+    for model in options.models:
+        result, dtype = _answers(model, dtype, options, task, problems, config, console)
+        results.append(result)
+    comparison = compare(results[0], results[1], task, seed=options.seed) if len(results) == 2 else None
+    _show(console, options, task, results, comparison)
+    if options.output is not None:
+        _write(Path(options.output), options, task, config, dtype, problems, results, comparison)
+        console.print(f"\nfigures and answers: {escape(options.output)}")
+    return 0
+
+
+def _answers(
+    model: str,
+    dtype: Any,
+    options: EvalOptions,
+    task: Task,
+    problems: list[Example],
+    config: EggrollConfig,
+    console: Console,
+) -> tuple[Result, str]:
+    """One model's answers, and the dtype that it had, so that the next one has the same."""
+    from eggroll.llm import models
+    from eggroll.llm.evaluate import evaluate as answer
+
+    with console.status(f"loading {escape(model)} ..."):
+        trust = options.trust_remote_code
+        loaded = models.load(model, dtype=dtype, device=options.device, trust_remote_code=trust)
+    with _Bar(model, len(problems), console) as bar:
+        result = answer(loaded, task, problems, config, batch_size=options.batch_size, listener=bar.show)
+    used = str(loaded.dtype).removeprefix("torch.")
+    del loaded
+    gc.collect()  # two models need not fit side by side
+    return result, used
+
+
+class _Bar:
+    """A progress bar on a terminal, a line every tenth elsewhere."""
+
+    def __init__(self, model: str, total: int, console: Console) -> None:
+        self.model, self.total, self.console = model, total, console
+        self.next = 0.1
+        name = TextColumn("{task.description}")
+        note = TextColumn("[dim]{task.fields[note]}[/]")
+        self.progress = Progress(name, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn(), console=console)
+        self.bar = self.progress.add_task(escape(model), total=total, note="")
+
+    def __enter__(self) -> _Bar:
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def show(self, result: Result) -> None:
+        """Show how far it is."""
+        done = len(result.scores)
+        note = f"{result.right} right, mean {sum(result.scores) / done:.3f}, {result.tokens / result.seconds:.0f} tok/s"
+        self.progress.update(self.bar, completed=done, note=note)
+        if not self.console.is_terminal and done >= self.next * self.total:
+            self.console.print(f"{escape(self.model)}: {done} of {self.total}, {note}")
+            self.next = done / self.total + 0.1
+
+
+def _show(
+    console: Console, options: EvalOptions, task: Task, results: list[Result], comparison: Comparison | None
+) -> None:
+    table = Table(title="95 % intervals in brackets", title_justify="left", title_style="dim")
+    for heading in ("model", "accuracy", "mean reward", "tokens an answer"):
+        table.add_column(heading, overflow="fold")
+    for model, result in zip(options.models, results, strict=True):
+        right = f"{_percent(result.accuracy())}  {result.right} of {len(result.scores)}"
+        mean = _number(result.mean(task, seed=options.seed))
+        table.add_row(escape(model), right, mean, f"{result.tokens / len(result.scores):.0f}")
+    if comparison is not None:
+        change = f"{_percent(comparison.accuracy, sign='+')}  {comparison.gained} gained, {comparison.lost} lost"
+        table.add_row("difference, paired", change, _number(comparison.mean, sign="+"), "", style="bold")
+    Console(highlight=False).print(table)
+    if comparison is not None:
+        clear = comparison.mean.low > 0 or comparison.mean.high < 0
+        verdict = "excludes" if clear else "includes"
+        console.print(f"the interval of the mean reward's difference {verdict} 0; gained against lost: "
+                      f"p = {comparison.p_value:.3g} (McNemar, exact)")  # fmt: skip
+
+
+def _percent(interval: Interval, sign: str = "") -> str:
+    values = (f"{100 * value:{sign}.1f}" for value in (interval.value, interval.low, interval.high))
+    return "{} % \\[{}, {}]".format(*values)
+
+
+def _number(interval: Interval, sign: str = "") -> str:
+    values = (f"{value:{sign}.3f}" for value in (interval.value, interval.low, interval.high))
+    return "{} \\[{}, {}]".format(*values)
+
+
+def _check_output(path: Path) -> None:
+    """Find out before the work, not after it, that there is no place for its results."""
+    if path.is_dir():
+        raise ConfigError(
+            f"--output {path} is a directory; give the name of a file in it, such as {path / 'eval.json'}"
+        )
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--output {path}: the directory {path.absolute().parent} does not exist")
+
+
+def _write(
+    path: Path,
+    options: EvalOptions,
+    task: Task,
+    config: EggrollConfig,
+    dtype: str,
+    problems: list[Example],
+    results: list[Result],
+    comparison: Comparison | None,
+) -> None:
+    from eggroll.llm.chat import plain_text
+    from eggroll.run.files import write_atomic
+    from eggroll.run.provenance import environment
+
+    figures = [
+        {
+            "model": model,
+            "right": result.right,
+            "accuracy": dataclasses.asdict(result.accuracy()),
+            "mean_reward": dataclasses.asdict(result.mean(task, seed=options.seed)),
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 3),
+        }
+        for model, result in zip(options.models, results, strict=True)
+    ]
+    rows = [
+        {
+            "prompt": plain_text(problem.prompt or ""),
+            **problem.columns,
+            "answers": [{"completion": r.completions[i], "reward": r.scores[i]} for r in results],
+        }
+        for i, problem in enumerate(problems)
+    ]
+    settings = {"max_tokens": config.max_tokens, "max_length": config.max_length, "system": config.system}
+    content = {
+        "task": task.name,
+        "split": "test" if task.test else "heldout",
+        "samples": len(problems),
+        "settings": {**settings, "temperature": config.temperature, "dtype": dtype, "device": options.device,
+                     "batch_size": options.batch_size, "seed": options.seed},
+        "models": figures,
+        "difference": None if comparison is None else dataclasses.asdict(comparison),
+        "problems": rows,
+        "environment": environment(),
+    }  # fmt: skip
+    write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

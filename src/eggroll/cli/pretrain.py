@@ -1,0 +1,112 @@
+"""``eggroll pretrain``: a language model from scratch in int8, without gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from eggroll._optional import require
+from eggroll.pretrain.config import PretrainOptions
+
+if TYPE_CHECKING:
+    from eggroll.loop import Listener
+    from eggroll.pretrain.data import Corpus
+    from eggroll.pretrain.learner import IntegerLearner
+    from eggroll.pretrain.trainer import Trained
+    from eggroll.run.run_dir import RunDir
+
+
+def pretrain(options: PretrainOptions) -> int:
+    """Train a recurrent language model that lives in int8 from scratch, or print text of one (--sample RUN)."""
+    require("torch", extra="torch")
+    from eggroll.pretrain.trainer import sample_run, train
+
+    console = Console(soft_wrap=True, highlight=False)
+    if options.sample is not None:
+        text = sample_run(
+            options.sample, options.prompt, options.sample_length, temperature=options.temperature, seed=options.seed
+        )
+        # A young model writes any bytes; those that would steer the terminal are shown as a replacement character.
+        shown = (char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+        console.print(options.prompt + "".join(shown), markup=False)
+        return 0
+    display: list[Any] = []
+
+    def listeners(run: RunDir, start: int) -> Sequence[Listener]:
+        from eggroll.run.console import Display
+        from eggroll.run.trackers import make_trackers
+
+        title = f"{options.n_layers} layers x {options.hidden}"
+        shown = Display(options.generations, start=start, title=title, history=run.metrics(), console=console)
+        tracked = _Tracked(make_trackers(options.report_to, run))
+        display.extend([shown, tracked])
+        shown.__enter__()
+        return [shown, tracked]
+
+    try:
+        trained = train(options, listeners=listeners, opened=lambda *what: _opened(console, options, *what))
+    finally:
+        for part in display:
+            part.__exit__(None, None, None)
+    if trained.interrupted:
+        command = f"eggroll pretrain --resume {shlex.quote(str(trained.run.path))}"
+        console.print(f"\ninterrupted after generation {trained.generation}; continue with\n         {command}")
+        return 130
+    _finish(console, trained)
+    return 0
+
+
+def resumed_options(arguments: Sequence[str]) -> PretrainOptions | None:
+    """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
+    from eggroll.pretrain.trainer import options_of_run
+
+    for index, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--resume":
+            path = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
+            return dataclasses.replace(options_of_run(path), resume=path)
+    return None
+
+
+def _opened(console: Console, options: PretrainOptions, run: RunDir, learner: IntegerLearner, corpus: Corpus) -> None:
+    members = f"{options.pop_size:,} members x {options.tokens} bytes"
+    console.print(
+        f"[bold]{options.n_layers} layers x {options.hidden}[/], {options.shape.size:,} int8 parameters\n"
+        f"data     {escape(options.data)}: {len(corpus.train):,} bytes to train on, "
+        f"{len(corpus.validation):,} held out\n"
+        f"search   {members}, {options.group_size} a window, rank {options.rank}, sigma 2^-{options.sigma_shift}, "
+        f"seed {options.seed}\nengine   {type(learner.engine).__name__}\n"
+        f"[dim]run directory: {escape(str(run.path))}[/]\n"
+        "[dim]the held-out reward is minus the bits per byte of held-out text[/]\n"
+    )
+
+
+def _finish(console: Console, trained: Trained) -> None:
+    from eggroll.run.report import write_report
+
+    report = write_report(trained.run)
+    console.print()
+    for key, value in trained.result.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        console.print(f"  {key.replace('_', ' '):28} [bold]{shown}[/]")
+    path = shlex.quote(str(trained.run.path))
+    console.print(f"\nreport   {escape(str(report))}\ntext     eggroll pretrain --sample {escape(path)} --prompt '...'")
+
+
+class _Tracked:
+    """Hands a run's metrics to TensorBoard and its relatives."""
+
+    def __init__(self, tracker: Any) -> None:
+        self.tracker = tracker
+
+    def generation(self, metrics: dict[str, Any]) -> None:
+        """Log one generation."""
+        self.tracker.log(int(metrics["generation"]), metrics)
+
+    def __exit__(self, *_: object) -> None:
+        self.tracker.close()

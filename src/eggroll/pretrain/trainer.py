@@ -1,0 +1,230 @@
+"""A run of ``eggroll pretrain``: set up, evolve, validate, sample, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eggroll.errors import ConfigError, RunError
+from eggroll.loop import Heldout, Listener, Loop
+from eggroll.pretrain import evaluate
+from eggroll.pretrain.config import FREE, PretrainOptions
+from eggroll.pretrain.data import Corpus, load_corpus
+from eggroll.pretrain.learner import IntegerLearner
+from eggroll.run.run_dir import RunDir
+
+KIND = "pretrain"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that is over.
+
+    Attributes:
+        run: its directory.
+        learner: the model.
+        result: what is in ``result.json``; empty if the run was interrupted.
+        interrupted: whether it ended before its last generation.
+        generation: updates done.
+    """
+
+    run: RunDir
+    learner: IntegerLearner
+    result: dict[str, Any]
+    interrupted: bool
+    generation: int
+
+
+def run(options: PretrainOptions) -> dict[str, Any]:
+    """Train a model and return what came of it, as in ``result.json``: :func:`train` without a display."""
+    return train(options).result
+
+
+def train(
+    options: PretrainOptions,
+    *,
+    listeners: Callable[[RunDir, int], Sequence[Listener]] | None = None,
+    opened: Callable[[RunDir, IntegerLearner, Corpus], Any] | None = None,
+) -> Trained:
+    """Train a language model.
+
+    Args:
+        options: the settings; with ``resume`` those of the run (:func:`options_of_run`).
+        listeners: makes those who are told of each generation, from the run and the generations already done.
+        opened: told when the run is set up, before its first generation.
+
+    Raises:
+        ConfigError: settings cannot work.
+        DataError: the data cannot be read, or are shorter than a window.
+        RunError: the run to resume was started with other settings or data.
+    """
+    if options.precision != "int8":
+        raise ConfigError(f"precision={options.precision!r}: only int8 is trained here so far")
+    corpus = load_corpus(options.data)
+    corpus.check(options.context + options.tokens + 1)
+    run_dir = _open_run(options, corpus)
+    learner = IntegerLearner(options, corpus)
+    began, before = time.perf_counter(), _seconds_done(run_dir)
+    held = _HeldOut(options, learner, corpus)
+    config = learner_config = options.es()
+    loop = Loop(
+        config=learner_config,
+        learner=learner,
+        evaluate=learner.evaluate,
+        heldout=held,
+        eval_every=options.eval_every,
+        run=run_dir,
+        checkpoint_every=options.checkpoint_every,
+        stop=_time_is_up(options, began - before),
+    )
+    start = loop.resume() if options.resume is not None else 0
+    held.generation = lambda: loop.applied
+    if opened is not None:
+        opened(run_dir, learner, corpus)
+    if listeners is not None:
+        loop.listeners = list(listeners(run_dir, start))
+    if start < config.generations:
+        loop.go(start)
+    result = {} if loop.interrupted else _finish(run_dir, learner, corpus, options, loop)
+    return Trained(run_dir, learner, result, loop.interrupted, loop.applied)
+
+
+def options_of_run(path: str) -> PretrainOptions:
+    """The settings of a run of ``eggroll pretrain``.
+
+    Raises:
+        RunError: it is a run of something else.
+    """
+    config = RunDir.open(path).config
+    if config.get("kind") != KIND:
+        raise RunError(f"{path} is no run of eggroll pretrain")
+    stored = {key: value for key, value in config.items() if key not in ("kind", "data_fingerprint")}
+    known = {field.name for field in dataclasses.fields(PretrainOptions)}
+    unknown = sorted(set(stored) - known)
+    if unknown:
+        raise RunError(f"{path}/config.json has settings that this version does not know: {', '.join(unknown)}")
+    return PretrainOptions(**stored)
+
+
+def model_of_run(path: str, *, generation: int | None = None) -> IntegerLearner:
+    """The model of a run: from its newest checkpoint and the records after it, or rebuilt from the first generation.
+
+    Args:
+        path: the run's directory.
+        generation: updates that it shall have; ``None`` is all that are logged.
+
+    Raises:
+        RunError: it is no such run, or has not so many updates.
+    """
+    run_dir, learner = RunDir.open(path), IntegerLearner(options_of_run(path), None)
+    records = run_dir.updates()
+    wanted = len(records) if generation is None else generation
+    if not 0 <= wanted <= len(records):
+        raise RunError(f"generation {wanted} of {path}: its log holds {len(records)} finished generations")
+    checkpoint, start = run_dir.latest_checkpoint(), 0
+    if checkpoint is not None and checkpoint.generation <= wanted:
+        learner.load_state_tensors(checkpoint.load())
+        start = checkpoint.generation
+    for record in records[start:wanted]:
+        learner.apply(record)
+    return learner
+
+
+def sample_run(path: str, prompt: str, length: int, *, temperature: float = 1.0, seed: int = 0) -> str:
+    """Text of a run's model after a prompt (the prompt is not repeated)."""
+    engine = model_of_run(path).engine
+    made = evaluate.sample(engine, prompt.encode(), length, temperature=temperature, seed=seed)
+    return made.decode("utf-8", errors="replace")
+
+
+class _HeldOut:
+    """Bits per byte of held-out text, and now and then a sample."""
+
+    def __init__(self, options: PretrainOptions, learner: IntegerLearner, corpus: Corpus) -> None:
+        self.options, self.learner, self.corpus = options, learner, corpus
+        self.generation: Callable[[], int] = lambda: 0
+
+    def __call__(self) -> Heldout:
+        options, generation = self.options, self.generation()
+        last = generation == options.generations
+        limit = None if last else options.eval_tokens
+        bits, count = evaluate.bits_per_byte(self.learner.engine, self.corpus.validation, limit)
+        samples = []
+        every = options.sample_every
+        if every and (last or generation % every < options.eval_every):
+            made = evaluate.sample(self.learner.engine, options.prompt.encode(), options.sample_length, seed=generation)
+            text = made.decode("utf-8", errors="replace")
+            samples = [{"member": -1, "prompt": options.prompt, "completion": text, "reward": -bits}]
+        metrics = {"validation_bits_per_byte": bits, "validation_bytes": float(count)}
+        return Heldout(-bits, samples, metrics)
+
+
+def _open_run(options: PretrainOptions, corpus: Corpus) -> RunDir:
+    settings = {"kind": KIND, "data_fingerprint": corpus.fingerprint(), **options.to_dict()}
+    extra = {"model": f"{options.n_layers} layers x {options.hidden}", "device": options.device}
+    if options.resume is None:
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", Path(options.data).stem).strip("-").lower()
+        path = Path(options.output or f"runs/pretrain-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return RunDir.create(path, settings, extra=extra)
+    run_dir = RunDir.open(options.resume)
+    if run_dir.config.get("kind") != KIND:
+        raise RunError(f"{run_dir.path} is no run of eggroll pretrain")
+    done = len(run_dir.updates())
+    if done > options.generations:
+        raise ConfigError(
+            f"--generations {options.generations}: the run in {run_dir.path} has {done} finished generations already; "
+            "give more"
+        )
+    run_dir.check_config(settings, may_change=_free(options))
+    run_dir.update_config(settings)
+    run_dir.note_resume(done)
+    return run_dir
+
+
+def _free(options: PretrainOptions) -> tuple[str, ...]:
+    """What a resumed run may change: an exponential schedule ends with the last generation, so not that one there."""
+    return tuple(name for name in FREE if name != "generations" or options.alpha_schedule != "exponential")
+
+
+def _seconds_done(run_dir: RunDir) -> float:
+    lines = [line for line in run_dir.metrics() if "evaluate_s" in line]
+    return float(sum(line["evaluate_s"] + line["update_s"] for line in lines))
+
+
+def _time_is_up(options: PretrainOptions, began: float) -> Callable[[dict[str, Any]], bool] | None:
+    if options.minutes is None:
+        return None
+    seconds = 60 * options.minutes
+    return lambda _: time.perf_counter() - began >= seconds
+
+
+def _finish(
+    run_dir: RunDir, learner: IntegerLearner, corpus: Corpus, options: PretrainOptions, loop: Loop
+) -> dict[str, Any]:
+    """Validate on all of the held-out text, compare with tables of counts, write ``result.json``."""
+    bits, count = evaluate.bits_per_byte(learner.engine, corpus.validation)
+    lines = [line for line in run_dir.metrics() if "evaluate_s" in line]
+    spent = sum(line["evaluate_s"] for line in lines)
+    updating = sum(line["update_s"] for line in lines)
+    tokens = loop.applied * options.pop_size * options.tokens
+    result = {
+        "validation_bits_per_byte": bits,
+        "validation_bytes": count,
+        **evaluate.table_bits(corpus.train, corpus.validation),
+        "generations": loop.applied,
+        "member_tokens": tokens,
+        "parameters": options.shape.size,
+        "evaluate_s": spent,
+        "update_s": updating,
+        "elapsed_s": lines[-1]["elapsed_s"] if lines else 0.0,
+        "tokens_per_s": tokens / spent if spent else 0.0,
+    }
+    run_dir.write_file(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    return result
