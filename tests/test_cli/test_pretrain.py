@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from eggroll.cli.main import main  # noqa: E402
+from eggroll.cli.main import main
 
 
 @pytest.fixture
