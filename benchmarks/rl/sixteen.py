@@ -29,6 +29,8 @@ COMMON = {
     "rank": 1, "sigma": 0.1, "lr": 0.02, "optimizer": "adam", "lr_decay": 1.0, "sigma_decay": 1.0,
     "episodes": 1,
 }  # fmt: skip
+CALMER = {"sigma": 0.05, "lr": 0.005}
+"""For brax, where a policy that does nothing survives, and some twenty updates of the common size end that."""
 #        environment: (env steps in thousands, cut episodes off after, population)
 RUNS: dict[str, tuple[int, int | None, int]] = {
     "CartPole-v1": (3000, None, 128),
@@ -61,8 +63,9 @@ def run(env: str, kind: str, steps: int, limit: int | None, members: int, seed: 
         command += ["--algo", "ppo"]
     else:
         command += ["--noiser", kind, "-g", "100000", "--eval-every", "20", "--rank-transform", "True"]
+        settings = {**COMMON, **(CALMER if env.startswith("brax/") else {})}
         command += ["--pop_size", str(members)]
-        command += [part for key, value in COMMON.items() for part in (f"--{key}", str(value))]
+        command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -173,6 +176,7 @@ def main() -> None:
         rows = {name: rows[name] for name in RUNS if name in rows}
         head = {
             "what": "rl_sixteen", "hardware": hardware(), "load_before": os.getloadavg()[0], "common": COMMON,
+            "brax": CALMER,
             "revision": git_revision(ROOT), "versions": versions(), "date": str(datetime.date.today()),
         }  # fmt: skip
         path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
