@@ -46,6 +46,10 @@ class Restarting:
     def __init__(self, env: Environment, max_steps: int) -> None:
         self.env, self.default_params = env, Limit(max_steps)
 
+    def __deepcopy__(self, memo: Any) -> Restarting:
+        """Itself: rejax copies its settings while it is being traced, which Jumanji's specs do not survive."""
+        return self
+
     def reset(self, key: Any, params: Any) -> tuple[Any, Any]:
         """``(observation, state)``."""
         state, observation = self.env.reset(key)
