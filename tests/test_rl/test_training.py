@@ -196,6 +196,9 @@ def test_openes_is_the_same_run_with_dense_noise(toy, tmp_path):
 def test_a_budget_of_steps_ends_the_run(toy, tmp_path):
     trained = run(tmp_path / "run", generations=50, env_steps=16 * 12 * 3)
     assert trained.generation == 3
+    ends = [line for line in trained.run.metrics() if line.get("event") == "end"]
+    assert len(ends) == 1
+    assert trained.result["end_return"] == ends[0]["heldout_reward"] != trained.result["start_return"]
 
 
 SHARDED = """

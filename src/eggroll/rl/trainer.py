@@ -201,6 +201,11 @@ def finish(run: RunDir, learner: PolicyLearner, config: RLConfig, seconds: float
     from eggroll.rl.curve import write_curve
 
     lines = run.metrics()
+    if lines and lines[-1].get("heldout_reward") is None:  # a budget of steps ended the run between two evaluations
+        end = heldout(learner, config.eval_episodes)
+        done = {"generation": lines[-1]["generation"], "event": "end", "heldout_reward": end.reward, **end.metrics}
+        run.append_metrics(done)
+        lines = run.metrics()
     scores = [line["heldout_reward"] for line in lines if line.get("heldout_reward") is not None]
     rates = [
         (after["env_steps"] - before["env_steps"]) / after["evaluate_s"]
