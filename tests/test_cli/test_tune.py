@@ -25,6 +25,10 @@ FLAGS = {
         --batch-members --eval-every --checkpoint-every --dtype --device --backend --report-to --seed
         --trust-remote-code
     """,
+    "eval": """
+        MODEL --task --samples --max-tokens --max-length --temperature --system --batch-size --output/-o --dtype
+        --device --seed --trust-remote-code
+    """,
     "info": """
         MODEL --population/-p/--population-size --rank --target-modules --exclude --embeddings --head --vectors
         --optimizer --sampling --batch-size --prompt-tokens --max-tokens --max-length --batch-members --dtype --device

@@ -19,24 +19,28 @@ from eggroll.llm.tasks.countdown import is_solution, problems
 TASK = get_task("countdown")
 
 
-@st.composite
-def expressions(draw):
-    """An expression as text, its value by Fraction's own arithmetic (None: divided by zero), and its numbers."""
-    if draw(st.integers(0, 3)) == 0:
-        number = draw(st.integers(0, 999))
-        return str(number), Fraction(number), [number]
-    if draw(st.integers(0, 5)) == 0:
-        text, value, numbers = draw(expressions())
-        return f"-({text})", None if value is None else -value, numbers
-    (left, a, first), (right, b, second) = draw(expressions()), draw(expressions())
-    sign, space = draw(st.sampled_from("+-*/")), draw(st.sampled_from(["", " ", "  "]))
+def _joined(parts):
+    """Two expressions and a sign: the text, the value by Fraction's own arithmetic (None: by zero), the numbers."""
+    (left, a, first), sign, (right, b, second) = parts
     value = None
     if a is not None and b is not None and not (sign == "/" and b == 0):
-        value = {"+": a + b, "-": a - b, "*": a * b}[sign] if sign != "/" else a / b
-    return f"({left}){space}{sign}{space}({right})", value, first + second
+        value = a / b if sign == "/" else {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return f"({left}) {sign}({right})", value, first + second
 
 
-@given(expressions())
+def _negated(made):
+    return f"-({made[0]})", None if made[1] is None else -made[1], made[2]
+
+
+NUMBERS = st.integers(0, 999).map(lambda number: (str(number), Fraction(number), [number]))
+EXPRESSIONS = st.recursive(
+    NUMBERS,
+    lambda inner: inner.map(_negated) | st.tuples(inner, st.sampled_from("+-*/"), inner).map(_joined),
+    max_leaves=8,
+)
+
+
+@given(EXPRESSIONS)
 def test_arithmetic_is_exact(made):
     text, value, numbers = made
     found = evaluate(text)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from eggroll.errors import ConfigError
@@ -71,10 +71,9 @@ class EvalOptions:
             problems.append(f"batch_size (={self.batch_size}) must be at least 1")
         if problems:
             raise ConfigError.from_problems("eggroll eval", problems)
-        length = self.max_length or task.settings.get("max_length") or EggrollConfig.max_length
         return EggrollConfig(
             max_tokens=task.max_tokens if self.max_tokens is None else self.max_tokens,
-            max_length=length,
+            max_length=self.max_length or task.settings.get("max_length") or EggrollConfig.max_length,
             temperature=self.temperature,
             system=task.system if self.system is None else self.system,
             seed=self.seed,
@@ -138,9 +137,8 @@ class _Bar:
     def __init__(self, model: str, total: int, console: Console) -> None:
         self.model, self.total, self.console = model, total, console
         self.next = 0.1
-        name = TextColumn("{task.description}")
-        note = TextColumn("[dim]{task.fields[note]}[/]")
-        self.progress = Progress(name, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn(), console=console)
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "[dim]{task.fields[note]}[/]")
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=console)
         self.bar = self.progress.add_task(escape(model), total=total, note="")
 
     def __enter__(self) -> _Bar:

@@ -50,7 +50,7 @@ class Result:
 
     def mean(self, task: Task, *, seed: int) -> Interval:
         """The mean score. Where scores are 0 and 1 only, it is a proportion and has a proportion's interval."""
-        if set(self.scores) <= {0.0, 1.0}:
+        if task.best == 1.0 and set(self.scores) <= {0.0, 1.0}:
             return wilson(self.right, len(self.scores))
         return mean_interval(np.asarray(self.scores), 0.0, task.best, seed=seed)
 
@@ -135,7 +135,7 @@ def compare(before: Result, after: Result, task: Task, *, seed: int) -> Comparis
     gained, lost = int(np.sum(two & ~one)), int(np.sum(one & ~two))
     differences = np.asarray(after.scores) - np.asarray(before.scores)
     accuracy = paired_proportions(one, two)
-    zero_one = {*before.scores, *after.scores} <= {0.0, 1.0}
+    zero_one = task.best == 1.0 and {*before.scores, *after.scores} <= {0.0, 1.0}
     mean = accuracy if zero_one else mean_interval(differences, -task.best, task.best, seed=seed)
     return Comparison(accuracy, mean, gained, lost, mcnemar(gained, lost))
 

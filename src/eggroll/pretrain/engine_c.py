@@ -167,25 +167,20 @@ class CEngine:
         def one(index: int) -> None:
             parameter = self.shape.parameters[index]
             weights, addresses = self.params[parameter.name], self._addresses(parameter, generation, pairs)
-            z = np.empty(weights.shape, np.int32)
+            momentum = None
+            if step.momentum_shift:
+                momentum = self.momentum.setdefault(parameter.name, np.zeros(weights.shape, np.int32))
             job = library.Update(
                 ctypes.pointer(model), index, KINDS[parameter.kind], len(pairs), address(addresses), address(fitness),
-                step.sign_of_noise, address(z), None,
+                step.sign_of_noise, address(weights), address(momentum), step.limit, step.unit, step.momentum_shift,
+                None,
             )  # fmt: skip
 
             def call(scratch: int) -> None:
                 job.scratch = scratch
-                self.library.eggroll_update(job)
+                moved.append(self.library.eggroll_update(job))
 
             with_scratch(self._scratch, self.library.eggroll_update_scratch(job), call)
-            momentum = None
-            if step.momentum_shift:
-                momentum = self.momentum.setdefault(parameter.name, np.zeros(weights.shape, np.int32))
-            moved.append(
-                self.library.eggroll_move(
-                    address(weights), address(z), address(momentum), z.size, step.limit, step.unit, step.momentum_shift
-                )
-            )
 
         largest_first = sorted(range(len(self.shape.parameters)), key=lambda i: -self.params_size(i))
         self._each(one, largest_first)

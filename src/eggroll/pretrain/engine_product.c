@@ -117,12 +117,17 @@ void eggroll_pack(const int8_t *weight, int64_t outputs, int64_t inputs, int8_t 
   const int64_t quads = (inputs + 3) / 4;
   for (int64_t o = 0; o < PAD(outputs); o++) {
     int8_t *to = packed + (o / PANEL) * quads * 4 * PANEL + (o % PANEL) * 4;
+    const int8_t *row = weight + o * inputs;
     int32_t total = 0;
-    for (int64_t k = 0; k < quads; k++) {
-      int8_t four[4] = {0, 0, 0, 0};
-      if (o < outputs)
-        for (int64_t j = 0; j < 4 && 4 * k + j < inputs; j++) total += four[j] = weight[o * inputs + 4 * k + j];
-      memcpy(to + k * 4 * PANEL, four, 4);
+    if (o >= outputs) {
+      for (int64_t k = 0; k < quads; k++) memset(to + k * 4 * PANEL, 0, 4);
+    } else {
+      for (int64_t k = 0; k < inputs / 4; k++) memcpy(to + k * 4 * PANEL, row + 4 * k, 4);
+      if (inputs % 4) {
+        memset(to + (quads - 1) * 4 * PANEL, 0, 4);
+        memcpy(to + (quads - 1) * 4 * PANEL, row + inputs / 4 * 4, (size_t)(inputs % 4));
+      }
+      for (int64_t k = 0; k < inputs; k++) total += row[k];
     }
     start[o] = -128 * total;
   }

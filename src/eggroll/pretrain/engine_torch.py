@@ -7,6 +7,7 @@ exact, and otherwise floating point with room for every partial sum: float32 bel
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import numpy as np
 import torch
@@ -154,6 +155,11 @@ class TorchEngine:
 
     def _product(self, x: Tensor, name: str, factors: dict[str, Factors]) -> Tensor:
         weight = self._weights[name]
+        if use_triton(self.device):
+            from eggroll.pretrain.product_triton import product
+
+            by, (a, b) = fixed_point.divisor(weight.shape[1]), factors.get(name, (None, None))
+            return product(x.to(torch.int8), weight, by, a, b, self._shift).int()
         total = multiply(x.to(torch.int8), weight)
         if factors:
             a, b = factors[name]
@@ -186,6 +192,16 @@ class TorchEngine:
         total = self._exp2[shifted].sum(dim=2, dtype=torch.int32)
         bits = torch.searchsorted(self._log2, total, right=True)
         return (shifted.gather(2, targets[:, :, None])[:, :, 0] - bits).int()
+
+
+def use_triton(device: torch.device) -> bool:
+    """Whether products are made by the Triton kernel: on CUDA devices, where Triton is installed."""
+    return device.type == "cuda" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ typedef struct {
   const int64_t *addresses; /* (pairs,) */
   const int8_t *fitness;    /* (pairs,) in sixteenths */
   int64_t sign_of_noise;    /* whether draws count as 16, 0 or -16 */
-  int32_t *z;
+  int8_t *weights;
+  int32_t *momentum;        /* NULL: none */
+  int64_t limit, unit, shift;
   uint8_t *scratch;
 } Update;
 
@@ -92,11 +94,40 @@ static void add_block(const uint8_t *left, int64_t rows, int64_t left_stride, co
 
 int64_t eggroll_update_scratch(const Update *u) {
   const int64_t in = u->model->draws[u->parameter][0], out = u->model->draws[u->parameter][1];
-  return (PAD(in) + PAD(out)) * (DEPTH + 4 + 8) + u->model->rank * (in + out) + 1024;
+  return (PAD(in) + PAD(out)) * (DEPTH + 4 + 8) + u->model->rank * (in + out) + 4 * (u->kind == 2 ? in : in * out) + 1024;
 }
 
-/* z of one parameter, from nothing. */
-void eggroll_update(const Update *u) {
+/* A step of one where |z| >= limit (at least 1). Returns how many weights have moved. */
+static int64_t move(int8_t *weights, const int32_t *z, int64_t count, int32_t limit) {
+  int64_t moved = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t old = weights[i], new = clip(old + (z[i] >= limit) - (z[i] <= -limit));
+    moved += new != old;
+    weights[i] = (int8_t)new;
+  }
+  return moved;
+}
+
+/* The same where |m| >= limit, with m = m - m / 2^shift + 256 z / unit, both to the nearest integer. The floor of the
+   doubles' quotient is exact: numerators are below 2^41, and fractions at least 1 / (2 unit) from the next integer. */
+static int64_t move_with_momentum(int8_t *weights, const int32_t *z, int32_t *momentum, int64_t count, int32_t limit,
+                                  int64_t unit, int64_t shift) {
+  const int32_t half = 1 << (shift - 1);
+  const double by = 2.0 * (double)unit, one = (double)unit;
+  int64_t moved = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t normalised = (int32_t)__builtin_floor((512.0 * z[i] + one) / by);
+    const int32_t sum = momentum[i] - ((momentum[i] + half) >> shift) + normalised;
+    momentum[i] = sum;
+    const int32_t old = weights[i], new = clip(old + (sum >= limit) - (sum <= -limit));
+    moved += new != old;
+    weights[i] = (int8_t)new;
+  }
+  return moved;
+}
+
+/* Z of one parameter, and its step. Returns how many weights have moved. */
+int64_t eggroll_update(const Update *u) {
   const Model *model = u->model;
   const int64_t rank = model->rank, in = model->draws[u->parameter][0], out = model->draws[u->parameter][1];
   const int64_t rows = u->kind ? in : out, columns = u->kind ? out : in, count = u->pairs * rank;
@@ -106,7 +137,9 @@ void eggroll_update(const Update *u) {
   int8_t *right = take(&next, right_size * DEPTH), *row = take(&next, 4 * left_size);
   int8_t *column = take(&next, 4 * right_size), *buffer = take(&next, rank * (in + out));
   int32_t *start = take(&next, 4 * right_size);
-  memset(u->z, 0, (size_t)(4 * (u->kind == 2 ? rows : rows * columns)));
+  const int64_t size = u->kind == 2 ? rows : rows * columns;
+  int32_t *z = take(&next, 4 * size);
+  memset(z, 0, (size_t)(4 * size));
   const int8_t *from = 0;
   for (int64_t k0 = 0; k0 < count; k0 += DEPTH) {
     const int64_t quads = ((count - k0 < DEPTH ? count - k0 : DEPTH) + 3) / 4;
@@ -127,7 +160,7 @@ void eggroll_update(const Update *u) {
         transform(column + q * right_size, u->kind ? a : b, columns, right_size, u->kind ? u->fitness[pair] : 16,
                   (int)u->sign_of_noise);
         if (u->kind == 2)
-          for (int64_t i = 0; i < rows; i++) u->z[i] += row[q * left_size + i] * column[q * right_size + i];
+          for (int64_t i = 0; i < rows; i++) z[i] += row[q * left_size + i] * column[q * right_size + i];
         else
           for (int64_t i = 0; i < right_size; i++) start[i] -= 128 * column[q * right_size + i];
       }
@@ -136,27 +169,9 @@ void eggroll_update(const Update *u) {
       interleave(column, right_size, 0, right + quad * 4 * right_size);
     }
     if (u->kind != 2)
-      add_block(left, rows, 4 * left_size, right, columns, 4 * right_size, start, quads, u->z);
+      add_block(left, rows, 4 * left_size, right, columns, 4 * right_size, start, quads, z);
   }
-}
-
-/* A step of one where the sum passes. Without momentum: |z| >= limit. With it: m = m - m / 2^shift + 256 z / unit, both
-   to the nearest integer, and |m| >= limit. Returns how many weights have moved. */
-int64_t eggroll_move(int8_t *weights, const int32_t *z, int32_t *momentum, int64_t count, int64_t limit, int64_t unit,
-                     int64_t shift) {
-  int64_t moved = 0;
-  for (int64_t i = 0; i < count; i++) {
-    int64_t sum = z[i];
-    if (momentum) {
-      const int64_t scaled = 512 * sum + unit, two = 2 * unit;
-      const int64_t normalised = scaled / two - (scaled % two < 0);
-      sum = momentum[i] - ((momentum[i] + (1ll << (shift - 1))) >> shift) + normalised;
-      momentum[i] = (int32_t)sum;
-    }
-    const int step = sum == 0 ? 0 : sum >= limit ? 1 : sum <= -limit ? -1 : 0;
-    const int8_t new = (int8_t)clip(weights[i] + step);
-    moved += new != weights[i];
-    weights[i] = new;
-  }
-  return moved;
+  const int32_t limit = (int32_t)(u->limit < 1 ? 1 : u->limit > INT32_MAX ? INT32_MAX : u->limit);
+  if (!u->momentum) return move(u->weights, z, size, limit);
+  return move_with_momentum(u->weights, z, u->momentum, size, limit, u->unit, u->shift);
 }

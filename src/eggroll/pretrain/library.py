@@ -51,14 +51,16 @@ class Work(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
-    """The sum of one parameter's update."""
+    """One parameter's update."""
 
     _fields_ = (
         ("model", ctypes.POINTER(Model)),
         *((name, _INT) for name in ("parameter", "kind", "pairs")),
         *((name, _POINTER) for name in ("addresses", "fitness")),
         ("sign_of_noise", _INT),
-        *((name, _POINTER) for name in ("z", "scratch")),
+        *((name, _POINTER) for name in ("weights", "momentum")),
+        *((name, _INT) for name in ("limit", "unit", "shift")),
+        ("scratch", _POINTER),
     )
 
 
@@ -82,9 +84,8 @@ def load() -> ctypes.CDLL | str:
     library.eggroll_update.argtypes = (ctypes.POINTER(Update),)
     library.eggroll_update_scratch.argtypes = (ctypes.POINTER(Update),)
     library.eggroll_update_scratch.restype = _INT
-    library.eggroll_move.argtypes = (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT)
-    library.eggroll_move.restype = _INT
-    for name in ("eggroll_pack", "eggroll_multiply", "eggroll_normals", "eggroll_evaluate", "eggroll_update"):
+    library.eggroll_update.restype = _INT
+    for name in ("eggroll_pack", "eggroll_multiply", "eggroll_normals", "eggroll_evaluate"):
         getattr(library, name).restype = None
     return library
 

@@ -65,8 +65,8 @@ def normals(key: threefry.Key, count: int) -> NDArray[np.int8]:
 def perturbation(scales: NDArray[np.int32], a: NDArray[np.int8], shift: int) -> NDArray[np.int32]:
     """``(scales A) >> shift``: ``(..., outputs)`` int32 from ``scales (..., rank)``, modulo 2^32.
 
-    A sum that leaves int32 wraps. With draws of at most 69 this needs ``127 * 69^2 n r >= 2^31``, inputs that are all at
-    their limit, and noise that is parallel to them.
+    A sum that leaves int32 wraps. With draws of at most 69 that needs ``127 * 69^2 n r >= 2^31``, inputs that are all
+    at their limit, and noise that is parallel to them.
     """
     with np.errstate(over="ignore"):
         return (scales @ a.astype(np.int32)) >> shift

@@ -35,7 +35,7 @@ _UNSTABLE = """codeio isomorphic_strings knight_swap list_functions polynomial_m
     word_ladder"""
 UNSTABLE = frozenset(_UNSTABLE.split())
 """Tasks whose problems differ between processes; found by making 200 problems of every task in two of them.
-In the child they are the same, but for codeio: of its programs, which it runs, two in 500 report an address or a time."""
+In the child they are the same, but for two of 500 of codeio: it runs programs, and some report an address or a time."""
 NO_TASKS = frozenset({"composite"})
 """A mixture of other tasks; it has no problems of its own."""
 
