@@ -24,6 +24,7 @@ TITLES = {
     "one_member_at_a_time": "Against one member at a time",
     "memory": "Memory",
     "noise": "Noise",
+    "pretrain": "Integer pretraining",
 }
 INTRODUCTION = """\
 # Benchmarks

@@ -118,12 +118,12 @@ def test_results_do_not_depend_on_chunks_threads_or_blocks(backend):
         assert all(np.array_equal(getattr(found[0], name), getattr(other, name)) for name in ALL)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
-    shape=st.sampled_from([(65, 16, 1), (50, 24, 2), (17, 68, 1), (2, 3, 2)]),
+    shape=st.sampled_from([(65, 16, 1), (50, 24, 1), (17, 66, 1), (2, 3, 2)]),
     rank=st.sampled_from([1, 2, 3]),
     kind=st.sampled_from(["table", "counter"]),
-    pairs=st.sampled_from([1, 2, 7, 64, 257, 300]),
+    pairs=st.sampled_from([1, 2, 7, 64, 257]),
     shaping=st.sampled_from(["sign", "normalized"]),
     sign_of_noise=st.booleans(),
     momentum_shift=st.sampled_from([0, 1, 4]),

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from eggroll.errors import ConfigError, DataError, RunError
 from eggroll.pretrain import engine, evaluate, oracle, trainer
@@ -213,3 +214,38 @@ def test_a_run_can_be_sampled(options):
     trainer.train(options)
     text = trainer.sample_run(options.output, "abc", 12, seed=3)
     assert text == trainer.sample_run(options.output, "abc", 12, seed=3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_floating_point_trains_the_same_network(options, tmp_path, precision):
+    settings = dataclasses.replace(options, precision=precision, pop_size=32, generations=4, momentum_shift=0)
+    whole = trainer.train(settings)
+    assert 4 < whole.result["validation_bits_per_byte"] < 10
+    part = dataclasses.replace(settings, generations=4, output=str(tmp_path / "part"))
+    learner = trainer.make_learner(part, None)
+    for record in whole.run.updates():
+        learner.apply(record)
+    for name, value in whole.learner.state_tensors().items():
+        assert torch.equal(value, learner.state_tensors()[name])
+    assert len(learner.sample(b"abc", 5)) == 5
+    assert learner.sample(b"abc", 5, temperature=0) == learner.sample(b"abc", 5, temperature=0)
+
+
+def test_the_floating_point_network_is_the_integer_one_without_rounding():
+    """With the integer model's weights over 16 its logits differ by what rounding does, a few sixteenths."""
+    from eggroll.pretrain.floating import FloatModel
+
+    shape = ModelShape(256, 64, 1)
+    params, model = oracle.init_params(shape, 2), FloatModel(ModelShape(256, 64, 1), 0)
+    names = {"emb.weight": "emb", "head.weight": "head", "ln_out": "ln_out"}
+    for part in ("ln1", "ln2", "bf", "bh", "Wf", "Uf", "Wh", "Uh", "up", "down"):
+        group = "" if part.startswith("ln") else "mlp." if part in ("up", "down") else "gru."
+        suffix = ".weight" if part[0] in "WUud" else ""
+        names[f"blocks.0.{part}{suffix}"] = f"blocks.0.{group}{part}"
+    model.load_state_dict({key: torch.from_numpy(params[name]).float() / 16 for key, name in names.items()})
+    tokens = np.array([0, 70, 105, 114, 0, 115])
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens)[None])[0][0].numpy() * 16
+    exact = oracle.forward(params, tokens)[0]
+    assert np.abs(found - exact).mean() < 3
+    assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > 0.99

@@ -71,6 +71,8 @@ class PretrainOptions:
     """Use the signs of the noise alone in the update."""
     momentum_shift: int = 0
     """k > 0 tests an accumulator that loses 2^-k of itself a generation instead of the update's sum alone."""
+    lr: float = 0.01
+    """Learning rate of fp32 and bf16 (Adam, cosine); alpha takes its place in int8."""
     noise: NoiseKind = "table"
     """table of normals with hashed offsets, or drawn from a counter."""
     noise_table_size: int = DEFAULT_TABLE_SIZE
@@ -122,7 +124,7 @@ class PretrainOptions:
             *whole(self, sigma_shift=0, momentum_shift=0, noise_table_size=1, noise_reuse=1, seed=0, eval_tokens=1),
             *whole(self, eval_every=1, checkpoint_every=1, sample_every=0, sample_length=1),
             *numbers(self, alpha=(0.0, False), alpha_decay=(0.0, True), alpha_final=(0.0, False)),
-            *numbers(self, temperature=(0.0, True)),
+            *numbers(self, temperature=(0.0, True), lr=(0.0, False)),
         ]
         if found:
             return found

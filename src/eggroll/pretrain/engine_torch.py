@@ -20,6 +20,7 @@ from eggroll.pretrain.fixed_point import GATE_BITS, LIMIT, LOGIT_OFFSET
 from eggroll.pretrain.noise import Noise
 from eggroll.pretrain.oracle import noise_shift
 from eggroll.pretrain.shape import ModelShape, Parameter
+from eggroll.torch.threefry import random_bits
 
 CHUNK = {"cpu": 64, "cuda": 8192}
 """Members at once, by the type of device."""
@@ -48,6 +49,7 @@ class TorchEngine:
         self._shift = noise_shift(noise.rank, sigma_shift)
         self._exp2 = torch.from_numpy(fixed_point.exp2_table()).to(self.device)
         self._log2 = torch.from_numpy(fixed_point.log2_thresholds()).to(self.device)
+        self._normals = torch.from_numpy(fixed_point.normal_table()).to(self.device)
         self._table: Tensor | None = None
         self.reload()
 
@@ -112,13 +114,16 @@ class TorchEngine:
 
     def _draw(self, p: Parameter, generation: int, pairs: NDArray[np.int64]) -> Tensor:
         """``(P, rank, inputs + outputs)`` int8 on the device."""
+        length, form = p.draw_length(self.noise.rank), (len(pairs), self.noise.rank, p.inputs + p.outputs)
         if self.noise.kind != "table":
-            return torch.from_numpy(self.noise.draw(p, generation, pairs)).to(self.device)
+            keys = self.noise.keys(p, generation, pairs)
+            words = random_bits(keys, (length + 1) // 2, device=self.device)
+            halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], dim=-1).flatten(1)[:, :length]
+            return self._normals[halves.long()].view(form)
         if self._table is None:
             self._table = torch.from_numpy(self.noise.table()).to(self.device)
         offsets = torch.from_numpy(self.noise.offsets(p, generation, pairs)).to(self.device)
-        index = offsets[:, None] + torch.arange(p.draw_length(self.noise.rank), device=self.device)
-        return self._table[index].view(len(pairs), self.noise.rank, -1)
+        return self._table[offsets[:, None] + torch.arange(length, device=self.device)].view(form)
 
     def _factors(self, generation: int, pairs: NDArray[np.int64], signs: NDArray[np.int32]) -> dict[str, Factors]:
         found, inverse = np.unique(pairs, return_inverse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,18 +45,23 @@ def bits_per_byte(engine: Engine, stream: NDArray[np.uint8], limit: int | None =
         stream: ``(n,)`` bytes, at least two.
         limit: read only about so many, in lanes spread evenly over the text; ``None`` reads all.
     """
-    length = min(LANE, len(stream) - 1)
-    starts = np.arange(0, len(stream) - length, length)
-    if limit is not None and limit < length * len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // length)).astype(np.int64)]
     total, count = 0.0, 0
-    for first in range(0, len(starts), LANES_AT_ONCE):
-        lanes = np.stack([stream[start : start + length + 1] for start in starts[first : first + LANES_AT_ONCE]])
+    for lanes in lanes_of(stream, limit):
         found = run_centre(engine, lanes, outputs=LOGITS)
         assert found.logits is not None
         bits = bits_of_logits(found.logits, lanes[:, 1:])
         total, count = total + float(bits.sum()), count + bits.size
     return total / count, count
+
+
+def lanes_of(stream: NDArray[np.uint8], limit: int | None = None) -> Iterator[NDArray[np.uint8]]:
+    """The lanes ``(count, length + 1)`` that :func:`bits_per_byte` reads, as many at once as fit comfortably."""
+    length = min(LANE, len(stream) - 1)
+    starts = np.arange(0, len(stream) - length, length)
+    if limit is not None and limit < length * len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, max(1, limit // length)).astype(np.int64)]
+    for first in range(0, len(starts), LANES_AT_ONCE):
+        yield np.stack([stream[start : start + length + 1] for start in starts[first : first + LANES_AT_ONCE]])
 
 
 def table_bits(train: NDArray[np.uint8], held_out: NDArray[np.uint8]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from eggroll.loop import Evaluation, fitness_metrics
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import Corpus, window_starts, windows
 from eggroll.pretrain.engine import STATE, Engine, make_engine, run_centre, run_members
+from eggroll.pretrain.evaluate import bits_per_byte, sample
 from eggroll.pretrain.fixed_point import ONE
 from eggroll.pretrain.oracle import init_params
 from eggroll.pretrain.update import make_step, shape_pairs
@@ -53,7 +54,7 @@ class IntegerLearner:
     """See :class:`eggroll.loop.Learner`. The weights of generation t are those of t - 1 and the record of t alone."""
 
     def __init__(self, options: PretrainOptions, corpus: Corpus | None) -> None:
-        self.options, self.corpus = options, corpus
+        self.options, self.corpus, self.config = options, corpus, options.es()
         self.engine = open_engine(options, init_params(options.shape, options.seed))
 
     def evaluate(self, generation: int, sigma: float) -> Evaluation:
@@ -99,6 +100,14 @@ class IntegerLearner:
         )
         moved = self.engine.update(record.generation, np.arange(len(pairs), dtype=np.int64), pairs, step)
         return math.sqrt(moved) / ONE
+
+    def bits_per_byte(self, stream: NDArray[np.uint8], limit: int | None = None) -> tuple[float, int]:
+        """Bits per byte of a text, and how many bytes were predicted."""
+        return bits_per_byte(self.engine, stream, limit)
+
+    def sample(self, prompt: bytes, length: int, *, temperature: float = 1.0, seed: int = 0) -> bytes:
+        """What the model writes after a prompt."""
+        return sample(self.engine, prompt, length, temperature=temperature, seed=seed)
 
     def state_tensors(self) -> Mapping[str, Any]:
         """Parameters, int8, by name; momentum, int32, with a prefix."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from eggroll.errors import ConfigError, RunError
 from eggroll.loop import Heldout, Listener, Loop
@@ -19,8 +19,14 @@ from eggroll.pretrain.data import Corpus, load_corpus
 from eggroll.pretrain.learner import IntegerLearner
 from eggroll.run.run_dir import RunDir
 
+if TYPE_CHECKING:
+    from eggroll.pretrain.floating import FloatLearner
+
 KIND = "pretrain"
 RESULT = "result.json"
+
+
+AnyLearner: TypeAlias = "IntegerLearner | FloatLearner"
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Trained:
     """
 
     run: RunDir
-    learner: IntegerLearner
+    learner: AnyLearner
     result: dict[str, Any]
     interrupted: bool
     generation: int
@@ -51,7 +57,7 @@ def train(
     options: PretrainOptions,
     *,
     listeners: Callable[[RunDir, int], Sequence[Listener]] | None = None,
-    opened: Callable[[RunDir, IntegerLearner, Corpus], Any] | None = None,
+    opened: Callable[[RunDir, AnyLearner, Corpus], Any] | None = None,
 ) -> Trained:
     """Train a language model.
 
@@ -65,17 +71,15 @@ def train(
         DataError: the data cannot be read, or are shorter than a window.
         RunError: the run to resume was started with other settings or data.
     """
-    if options.precision != "int8":
-        raise ConfigError(f"precision={options.precision!r}: only int8 is trained here so far")
     corpus = load_corpus(options.data)
     corpus.check(options.context + options.tokens + 1)
     run_dir = _open_run(options, corpus)
-    learner = IntegerLearner(options, corpus)
+    learner = make_learner(options, corpus)
     began, before = time.perf_counter(), _seconds_done(run_dir)
     held = _HeldOut(options, learner, corpus)
-    config = learner_config = options.es()
+    config = learner.config
     loop = Loop(
-        config=learner_config,
+        config=config,
         learner=learner,
         evaluate=learner.evaluate,
         heldout=held,
@@ -96,6 +100,15 @@ def train(
     return Trained(run_dir, learner, result, loop.interrupted, loop.applied)
 
 
+def make_learner(options: PretrainOptions, corpus: Corpus | None) -> AnyLearner:
+    """The model as a run begins with it, in the precision of the options; without a corpus it can only replay."""
+    if options.precision == "int8":
+        return IntegerLearner(options, corpus)
+    from eggroll.pretrain.floating import FloatLearner
+
+    return FloatLearner(options, corpus)
+
+
 def options_of_run(path: str) -> PretrainOptions:
     """The settings of a run of ``eggroll pretrain``.
 
@@ -113,7 +126,7 @@ def options_of_run(path: str) -> PretrainOptions:
     return PretrainOptions(**stored)
 
 
-def model_of_run(path: str, *, generation: int | None = None) -> IntegerLearner:
+def model_of_run(path: str, *, generation: int | None = None) -> AnyLearner:
     """The model of a run: from its newest checkpoint and the records after it, or rebuilt from the first generation.
 
     Args:
@@ -123,7 +136,7 @@ def model_of_run(path: str, *, generation: int | None = None) -> IntegerLearner:
     Raises:
         RunError: it is no such run, or has not so many updates.
     """
-    run_dir, learner = RunDir.open(path), IntegerLearner(options_of_run(path), None)
+    run_dir, learner = RunDir.open(path), make_learner(options_of_run(path), None)
     records = run_dir.updates()
     wanted = len(records) if generation is None else generation
     if not 0 <= wanted <= len(records):
@@ -139,15 +152,14 @@ def model_of_run(path: str, *, generation: int | None = None) -> IntegerLearner:
 
 def sample_run(path: str, prompt: str, length: int, *, temperature: float = 1.0, seed: int = 0) -> str:
     """Text of a run's model after a prompt (the prompt is not repeated)."""
-    engine = model_of_run(path).engine
-    made = evaluate.sample(engine, prompt.encode(), length, temperature=temperature, seed=seed)
+    made = model_of_run(path).sample(prompt.encode(), length, temperature=temperature, seed=seed)
     return made.decode("utf-8", errors="replace")
 
 
 class _HeldOut:
     """Bits per byte of held-out text, and now and then a sample."""
 
-    def __init__(self, options: PretrainOptions, learner: IntegerLearner, corpus: Corpus) -> None:
+    def __init__(self, options: PretrainOptions, learner: AnyLearner, corpus: Corpus) -> None:
         self.options, self.learner, self.corpus = options, learner, corpus
         self.generation: Callable[[], int] = lambda: 0
 
@@ -155,11 +167,11 @@ class _HeldOut:
         options, generation = self.options, self.generation()
         last = generation == options.generations
         limit = None if last else options.eval_tokens
-        bits, count = evaluate.bits_per_byte(self.learner.engine, self.corpus.validation, limit)
+        bits, count = self.learner.bits_per_byte(self.corpus.validation, limit)
         samples = []
         every = options.sample_every
         if every and (last or generation % every < options.eval_every):
-            made = evaluate.sample(self.learner.engine, options.prompt.encode(), options.sample_length, seed=generation)
+            made = self.learner.sample(options.prompt.encode(), options.sample_length, seed=generation)
             text = made.decode("utf-8", errors="replace")
             samples = [{"member": -1, "prompt": options.prompt, "completion": text, "reward": -bits}]
         metrics = {"validation_bits_per_byte": bits, "validation_bytes": float(count)}
@@ -206,10 +218,10 @@ def _time_is_up(options: PretrainOptions, began: float) -> Callable[[dict[str, A
 
 
 def _finish(
-    run_dir: RunDir, learner: IntegerLearner, corpus: Corpus, options: PretrainOptions, loop: Loop
+    run_dir: RunDir, learner: AnyLearner, corpus: Corpus, options: PretrainOptions, loop: Loop
 ) -> dict[str, Any]:
     """Validate on all of the held-out text, compare with tables of counts, write ``result.json``."""
-    bits, count = evaluate.bits_per_byte(learner.engine, corpus.validation)
+    bits, count = learner.bits_per_byte(corpus.validation)
     lines = [line for line in run_dir.metrics() if "evaluate_s" in line]
     spent = sum(line["evaluate_s"] for line in lines)
     updating = sum(line["update_s"] for line in lines)
