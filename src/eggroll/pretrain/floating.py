@@ -106,6 +106,7 @@ class FloatLearner:
             lr_schedule="cosine", noise_reuse=options.noise_reuse, seed=options.seed,
         )  # fmt: skip
         self.replica = Replica(model, self.config, kinds=("matrix", "embedding", "vector"))
+        self.engine = self.replica  # what runs it, as whoever shows a run asks every learner
         self.apply = self.replica.apply
         self.state_tensors = self.replica.state_tensors
         self.load_state_tensors = self.replica.load_state_tensors
