@@ -164,10 +164,16 @@ def test_structure_scales_casts_and_slices():
             x[:, :2] @ lax.dynamic_slice(params["fused"], (2, 1), (3, 2)).T
             + x[:, :1] @ lax.slice(params["fused"], (1, 3), (6, 4), (2, 1)).T
         )
-        half = (x.astype(jnp.bfloat16) @ params["base"].astype(jnp.bfloat16).T).astype(jnp.float32)
-        return y, z, params["fused"].reshape(2, 3, 4)[1] @ x.T, half * 0
+        return y, z, params["fused"].reshape(2, 3, 4)[1] @ x.T
 
     check(fn, params, normal(2, 4))
+
+
+def test_a_cast_weight():
+    def fn(params, x):
+        return x.astype(jnp.float16) @ params["w"].astype(jnp.float16).T
+
+    check(fn, {"w": normal(3, 4)}, normal(2, 4), tolerance=4e-3)  # four units of float16's 2^-10
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.booleans(), st.integers(0, 2))

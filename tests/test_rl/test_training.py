@@ -96,7 +96,7 @@ def test_members_returns_are_those_of_their_materialised_policies(kind):
     )
     learner = trainer.make_learner(config, env)
     first = learner.evaluate(0, 0.3)
-    learner.stats = learner.stats.merge(learner._seen)
+    learner.stats = learner.stats.merge(learner._seen[0])
     played = learner._population((learner.state.params, learner.stats), jnp.int32(1), jnp.float32(0.3))
     from eggroll.core import oracle
 
@@ -114,6 +114,7 @@ def test_members_returns_are_those_of_their_materialised_policies(kind):
         alone = learner.rollouts._play(lambda x, p=params: forward(p, x), keys, learner.stats)
         np.testing.assert_allclose(played.returns[member // 2, member % 2], alone.returns, atol=1e-4)
     assert first.metrics["env_steps"] == 4 * 3 * env.max_steps
+    assert learner.env_steps == 0  # its update has not been taken
 
 
 def test_a_run_improves_logs_draws_and_reports(toy, tmp_path, capsys):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
@@ -148,9 +147,3 @@ def _cond(operands: list[Any], params: dict[str, Any]) -> list[Any]:
 
 
 CONTROL = {"scan": _scan, "while": _while, "cond": _cond}
-
-
-def trace(function: Any, *arguments: Any) -> tuple[Any, Any]:
-    """The jaxpr of a function of pytrees, and the structure of its result."""
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    return closed, jax.tree_util.tree_structure(shape)

@@ -61,7 +61,7 @@ def contract(
 def _rank_one(x: Any, weight: PerturbedWeight, x_contract: Sequence[int], w_contract: Sequence[int]) -> Any:
     """Rank 1 as a weighted sum and an outer product, loops that XLA fuses with their neighbours.
 
-    As a matrix product with one column this takes up to a fifth longer on a CPU.
+    Against a product with one column it measured from a fifth faster to a tenth slower on a CPU (docs/dev/log.md).
     """
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, weight.b.dtype), jnp.float32)
     free = [j for j in range(weight.ndim) if j not in w_contract]

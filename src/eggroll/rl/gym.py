@@ -141,10 +141,8 @@ class GymLearner(PolicyLearner):
             sums = [total + part for total, part in zip(sums, seen, strict=True)]
             lengths += int(steps.sum())
         count, total, squares = (jnp.asarray(value, jnp.float32) for value in sums)
-        self._seen = ObsStats.of_sums(count, total, squares, self.stats.mean)
-        self.env_steps += lengths
-        metrics = {"env_steps": float(self.env_steps), "episode_length_mean": lengths / returns.size}
-        return Evaluation(returns.reshape(2 * pairs, episodes).mean(axis=1), metrics=metrics)
+        self._seen = ObsStats.of_sums(count, total, squares, self.stats.mean), lengths
+        return self.evaluation(returns.reshape(2 * pairs, episodes), lengths / returns.size)
 
     def heldout(self, episodes: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns and lengths of the centre's held-out episodes."""
@@ -172,7 +170,7 @@ class GymLearner(PolicyLearner):
             for step in range(self.max_steps):
                 rows = jnp.asarray(self._flatten(np.asarray(x)[None]))
                 action = self._act_centre(self.state.params, self.stats, rows, jax.random.key(step))
-                x, reward, terminated, truncated, _ = env.step(self._unflatten(np.asarray(action))[0])
+                x, reward, terminated, truncated, _ = env.step(np.asarray(action)[0])
                 total += float(reward)
                 frames.append(env.render())
                 if terminated or truncated:
@@ -203,7 +201,7 @@ class GymLearner(PolicyLearner):
                 if collect:
                     shifted = rows[alive] - mean
                     sums = [sums[0] + len(shifted), sums[1] + shifted.sum(0), sums[2] + (shifted**2).sum(0)]
-                chosen = self._unflatten(actions(rows, jax.random.fold_in(key, step)))
+                chosen = actions(rows, jax.random.fold_in(key, step))
                 x, rewards, terminated, truncated, _ = envs.step(chosen)
                 returns += np.where(alive, rewards, 0.0)
                 lengths += alive
@@ -218,9 +216,6 @@ class GymLearner(PolicyLearner):
         if x.ndim == 1:  # Discrete: one of obs_size
             return np.eye(self.env.obs_size, dtype=np.float32)[x]
         return np.asarray(x, np.float32).reshape(len(x), -1)
-
-    def _unflatten(self, chosen: np.ndarray) -> np.ndarray:
-        return chosen
 
 
 def _seeds(seed: int, generation: int, pairs: np.ndarray, episodes: int) -> np.ndarray:

@@ -45,8 +45,10 @@ class PolicyLearner:
         self.state: State = self.strategy.init(params)
         self.strategy.leaves(params, rollouts.example)
         self.stats = ObsStats.empty(rollouts.env.obs_size)
-        self._seen: ObsStats | None = None  # of the generation that is being evaluated; its update takes it over
         self.env_steps = 0
+        # Of the generation that is being evaluated, observations and steps; its update takes them over, so that a
+        # generation that is given up half-way leaves nothing behind.
+        self._seen: tuple[ObsStats, int] | None = None
         self._population = jax.jit(self.strategy.spread(self._evaluate))
         self._centre = jax.jit(rollouts.centre, static_argnums=2)
 
@@ -74,15 +76,17 @@ class PolicyLearner:
         played = self._population((self.state.params, self.stats), jnp.int32(generation), jnp.float32(sigma))
         # Summed here, over parts in their order, whatever the number of devices.
         sums = (played.count.sum(), played.total.sum(0), played.squares.sum(0))
-        self._seen = ObsStats.of_sums(*sums, self.stats.mean)
         returns = np.asarray(played.returns, np.float64).reshape(self.config.population_size, -1)
         lengths = np.asarray(played.lengths)
-        steps = int(lengths.sum())
-        self.env_steps += steps
-        return Evaluation(
-            returns.mean(axis=1),
-            metrics={"env_steps": float(self.env_steps), "episode_length_mean": float(lengths.mean())},
-        )
+        self._seen = ObsStats.of_sums(*sums, self.stats.mean), int(lengths.sum())
+        return self.evaluation(returns, float(lengths.mean()))
+
+    def evaluation(self, returns: np.ndarray, length: float) -> Evaluation:
+        """A generation's scores from its members' returns ``(members, episodes)``, and what is logged with them."""
+        assert self._seen is not None
+        steps = self.env_steps + self._seen[1]
+        metrics = {"env_steps": float(steps), "episode_length_mean": length}
+        return Evaluation(returns.mean(axis=1), metrics=metrics)
 
     def heldout(self, episodes: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns and lengths of the centre's held-out episodes, ``(episodes,)`` each."""
@@ -94,13 +98,14 @@ class PolicyLearner:
         before = self.state.params
         self.state = self.strategy.tell(self.state, record.weights, shaped=True, lr=record.lr)
         if self._seen is not None:
-            self.stats, self._seen = self.stats.merge(self._seen), None
+            seen, steps = self._seen
+            self.stats, self.env_steps, self._seen = self.stats.merge(seen), self.env_steps + steps, None
         changes = jax.tree.map(lambda new, old: jnp.sum((new - old) ** 2), self.state.params, before)
         return float(jnp.sqrt(sum(jax.tree.leaves(changes))))
 
     def state_tensors(self) -> dict[str, np.ndarray]:
         """Everything that a checkpoint holds, as NumPy arrays by path."""
-        tree = {"state": self.state, "stats": self.stats, "env_steps": jnp.int32(0)}
+        tree = {"state": self.state, "stats": self.stats}
         arrays = {
             jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(value)
             for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -114,16 +119,18 @@ class PolicyLearner:
         Raises:
             CheckpointError: an array is missing or has another shape.
         """
-        tree = {"state": self.state, "stats": self.stats, "env_steps": jnp.int32(0)}
+        tree = {"state": self.state, "stats": self.stats}
         flat, structure = jax.tree_util.tree_flatten_with_path(tree)
         values, problems = [], []
         for path, old in flat:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             new = tensors.get(name)
-            if new is None or (name != "env_steps" and tuple(new.shape) != tuple(old.shape)):
+            if new is None or tuple(new.shape) != tuple(old.shape):
                 problems.append(f"{name} is {'missing' if new is None else f'{tuple(new.shape)}, not {old.shape}'}")
                 continue
-            values.append(old if name == "env_steps" else jnp.asarray(np.asarray(new), old.dtype))
+            values.append(jnp.asarray(np.asarray(new), old.dtype))
+        if "env_steps" not in tensors:
+            problems.append("env_steps is missing")
         if problems:
             raise CheckpointError(f"the checkpoint does not fit this policy: {'; '.join(problems[:3])}")
         restored = jax.tree_util.tree_unflatten(structure, values)

@@ -82,7 +82,7 @@ def make_learner(config: RLConfig, env: Any, kind: Callable[..., Any] | None = N
     return learner(rollouts, params, es, devices=present[: config.devices], low_rank=low_rank)
 
 
-def open_run(config: RLConfig, *, extra: dict[str, Any] | None = None) -> RunDir:
+def open_run(config: RLConfig) -> RunDir:
     """A new run directory, or the one to resume after a check of its settings.
 
     Raises:
@@ -92,7 +92,7 @@ def open_run(config: RLConfig, *, extra: dict[str, Any] | None = None) -> RunDir
     if config.resume is None:
         name = config.env.replace("/", "-")
         path = Path(config.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return RunDir.create(path, settings, extra=extra)
+        return RunDir.create(path, settings)
     run = RunDir.open(config.resume)
     done = len(run.updates())
     if done > config.generations:
