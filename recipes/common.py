@@ -25,7 +25,7 @@ from eggroll.loop import Evaluation, Heldout, Loop
 from eggroll.run.console import Display, duration
 from eggroll.run.report import write_report
 from eggroll.run.run_dir import RunDir
-from eggroll.run.trackers import make_trackers
+from eggroll.run.trackers import TrackerListener, make_trackers
 from eggroll.torch.es import Replica
 
 MAY_CHANGE = ("generations",)
@@ -151,7 +151,7 @@ def evolve(
         eval_every=eval_every,
         run=run,
         checkpoint_every=max(1, config.generations // 10),
-        listeners=[display, _Tracked(tracker)],
+        listeners=[display, TrackerListener(tracker)],
         stop=None if stop is None else lambda _: stop(run),
     )
     start = loop.resume() if resumed else 0
@@ -252,14 +252,3 @@ def _check_options(run: RunDir, options: dict[str, Any]) -> None:
 
 def _shown(value: Any) -> str:
     return "not given" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-class _Tracked:
-    """Hands a run's metrics to TensorBoard and its relatives."""
-
-    def __init__(self, tracker: Any) -> None:
-        self.tracker = tracker
-
-    def generation(self, metrics: dict[str, Any]) -> None:
-        """Log one generation."""
-        self.tracker.log(int(metrics["generation"]), metrics)

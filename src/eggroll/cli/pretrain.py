@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 from eggroll._optional import require
+from eggroll.cli.watch import Watch, resumed_run, show_result
 from eggroll.pretrain.config import PretrainOptions
 
 if TYPE_CHECKING:
-    from eggroll.loop import Listener
     from eggroll.pretrain.data import Corpus
     from eggroll.pretrain.learner import IntegerLearner
     from eggroll.pretrain.trainer import Trained
@@ -35,24 +35,9 @@ def pretrain(options: PretrainOptions) -> int:
         shown = (char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
         console.print(options.prompt + "".join(shown), markup=False)
         return 0
-    display: list[Any] = []
-
-    def listeners(run: RunDir, start: int) -> Sequence[Listener]:
-        from eggroll.run.console import Display
-        from eggroll.run.trackers import make_trackers
-
-        title = f"{options.n_layers} layers x {options.hidden}"
-        shown = Display(options.generations, start=start, title=title, history=run.metrics(), console=console)
-        tracked = _Tracked(make_trackers(options.report_to, run))
-        display.extend([shown, tracked])
-        shown.__enter__()
-        return [shown, tracked]
-
-    try:
-        trained = train(options, listeners=listeners, opened=lambda *what: _opened(console, options, *what))
-    finally:
-        for part in display:
-            part.__exit__(None, None, None)
+    title = f"{options.n_layers} layers x {options.hidden}"
+    with Watch(console, options.report_to, lambda _: title) as watch:
+        trained = train(options, listeners=watch.listeners, opened=lambda *what: _opened(console, options, *what))
     if trained.interrupted:
         command = f"eggroll pretrain --resume {shlex.quote(str(trained.run.path))}"
         console.print(f"\ninterrupted after generation {trained.generation}; continue with\n         {command}")
@@ -65,12 +50,8 @@ def resumed_options(arguments: Sequence[str]) -> PretrainOptions | None:
     """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
     from eggroll.pretrain.trainer import options_of_run
 
-    for index, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag == "--resume":
-            path = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
-            return dataclasses.replace(options_of_run(path), resume=path)
-    return None
+    path = resumed_run(arguments)
+    return None if path is None else dataclasses.replace(options_of_run(path), resume=path)
 
 
 def _opened(console: Console, options: PretrainOptions, run: RunDir, learner: IntegerLearner, corpus: Corpus) -> None:
@@ -90,23 +71,6 @@ def _finish(console: Console, trained: Trained) -> None:
     from eggroll.run.report import write_report
 
     report = write_report(trained.run)
-    console.print()
-    for key, value in trained.result.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        console.print(f"  {key.replace('_', ' '):28} [bold]{shown}[/]")
+    show_result(console, trained.result)
     path = shlex.quote(str(trained.run.path))
     console.print(f"\nreport   {escape(str(report))}\ntext     eggroll pretrain --sample {escape(path)} --prompt '...'")
-
-
-class _Tracked:
-    """Hands a run's metrics to TensorBoard and its relatives."""
-
-    def __init__(self, tracker: Any) -> None:
-        self.tracker = tracker
-
-    def generation(self, metrics: dict[str, Any]) -> None:
-        """Log one generation."""
-        self.tracker.log(int(metrics["generation"]), metrics)
-
-    def __exit__(self, *_: object) -> None:
-        self.tracker.close()

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from eggroll._optional import require
+from eggroll.cli.watch import resumed_run
 from eggroll.errors import ConfigError, MissingExtraError, RunError
 
 if TYPE_CHECKING:
@@ -66,12 +67,8 @@ def recipe(arguments: Sequence[str]) -> int:
 
 def _resumed(name: str, kind: type[Any], arguments: Sequence[str]) -> Any | None:
     """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
-    for index, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag == "--resume":
-            path = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
-            return dataclasses.replace(options_of_run(path, kind, name), resume=path)
-    return None
+    path = resumed_run(arguments)
+    return None if path is None else dataclasses.replace(options_of_run(path, kind, name), resume=path)
 
 
 def options_of_run(path: str, kind: type[Any], name: str) -> Any:

@@ -6,17 +6,17 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from eggroll._optional import require
+from eggroll.cli.watch import Watch, resumed_run, show_result
 from eggroll.rl.config import RLConfig
 
 if TYPE_CHECKING:
-    from eggroll.loop import Listener
     from eggroll.rl.envs.base import Environment
     from eggroll.rl.learner import PolicyLearner
     from eggroll.rl.trainer import Trained
@@ -40,24 +40,8 @@ def rl(options: RLConfig) -> int:
         return 0
     from eggroll.rl.trainer import train
 
-    display: list[Any] = []
-
-    def listeners(run: RunDir, start: int) -> Sequence[Listener]:
-        from eggroll.run.console import Display
-        from eggroll.run.trackers import make_trackers
-
-        total = int(run.config["generations"])
-        shown = Display(total, start=start, title=run.config["env"], history=run.metrics(), console=console)
-        tracked = _Tracked(make_trackers(options.report_to, run))
-        display.extend([shown, tracked])
-        shown.__enter__()
-        return [shown, tracked]
-
-    try:
-        trained = train(options, listeners=listeners, opened=lambda *what: _opened(console, *what))
-    finally:
-        for part in display:
-            part.__exit__(None, None, None)
+    with Watch(console, options.report_to, lambda run: str(run.config["env"])) as watch:
+        trained = train(options, listeners=watch.listeners, opened=lambda *what: _opened(console, *what))
     if trained.interrupted:
         command = f"eggroll rl --resume {shlex.quote(str(trained.run.path))}"
         console.print(f"\ninterrupted after generation {trained.generation}; continue with\n         {command}")
@@ -70,12 +54,8 @@ def resumed_options(arguments: Sequence[str]) -> RLConfig | None:
     """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
     from eggroll.rl.trainer import options_of_run
 
-    for index, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag == "--resume":
-            path = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
-            return dataclasses.replace(options_of_run(path), resume=path)
-    return None
+    path = resumed_run(arguments)
+    return None if path is None else dataclasses.replace(options_of_run(path), resume=path)
 
 
 def _opened(console: Console, run: RunDir, env: Environment, learner: PolicyLearner) -> None:
@@ -94,10 +74,7 @@ def _finish(console: Console, trained: Trained, *, render: bool) -> None:
 
     run, result = trained.run, trained.result
     report = write_report(run)
-    console.print()
-    for key, value in result.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        console.print(f"  {key.replace('_', ' '):24} [bold]{shown}[/]")
+    show_result(console, result)
     console.print(f"\ncurve    {escape(str(run.path / 'curve.png'))}\nreport   {escape(str(report))}")
     if not render:
         return
@@ -118,20 +95,3 @@ def _list(console: Console, rows: Sequence[Sequence[str]]) -> None:
         "\nAny other id of these libraries works too: gymnax/Acrobot-v1, brax/hopper, kinetix/m/arm_left, "
         "jumanji/TSP-v1, gymnasium/HalfCheetah-v5."
     )
-
-
-class _Tracked:
-    """Hands a run's metrics to TensorBoard and its relatives."""
-
-    def __init__(self, tracker: Any) -> None:
-        self.tracker = tracker
-
-    def generation(self, metrics: dict[str, Any]) -> None:
-        """Log one generation."""
-        self.tracker.log(int(metrics["generation"]), metrics)
-
-    def __exit__(self, *_: object) -> None:
-        self.tracker.close()
-
-
-__all__ = ["resumed_options", "rl"]

@@ -36,7 +36,7 @@ from eggroll.llm.trainer import EggrollTrainer
 from eggroll.run.console import Display
 from eggroll.run.report import before_and_after, write_report
 from eggroll.run.run_dir import RunDir
-from eggroll.run.trackers import Tracker, make_trackers
+from eggroll.run.trackers import Tracker, TrackerListener, make_trackers
 
 
 class Session:
@@ -99,7 +99,7 @@ class Session:
                 eval_data=heldout,
                 run=run,
                 resume=options.resume is not None,
-                listeners=[display, _TrackerListener(self.tracker)],
+                listeners=[display, TrackerListener(self.tracker)],
             )
         return self._finish(trainer, run)
 
@@ -213,17 +213,6 @@ class Session:
         for row in rows[:3]:
             table.add_row(_cell(row.prompt, None), _cell(*_text(row.before)), _cell(*_text(row.after)))
         Console(highlight=False).print(table)
-
-
-class _TrackerListener:
-    """Hands a run's metrics to TensorBoard and its relatives."""
-
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
-
-    def generation(self, metrics: dict[str, Any]) -> None:
-        """Log one generation."""
-        self.tracker.log(int(metrics["generation"]), metrics)
 
 
 def _way_on(run: RunDir, options: TuneOptions) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from eggroll.cli.watch import resumed_run
 from eggroll.core.config import OptimizerName, Rounding, Sampling, Shaping
 from eggroll.core.schedules import ScheduleName
 from eggroll.errors import ConfigError, RunError
@@ -132,14 +133,8 @@ RESUME_FREE = ("generations", "eval_every", "checkpoint_every", "report_to", "de
 
 def resumed_options(arguments: Sequence[str]) -> TuneOptions | None:
     """The options of the run that ``--resume DIR`` names, as defaults for the command line; ``None`` without it."""
-    for index, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name != "--resume":
-            continue
-        if not value and index + 1 < len(arguments):
-            value = arguments[index + 1]
-        return dataclasses.replace(options_of_run(value), resume=value)
-    return None
+    path = resumed_run(arguments)
+    return None if path is None else dataclasses.replace(options_of_run(path), resume=path)
 
 
 def options_of_run(path: str) -> TuneOptions:

@@ -167,11 +167,12 @@ class Strategy:
         fitness = self._evaluate_all(state, x, sigma)
         return self._update(state, shape_fitness(fitness, self.config), lr), fitness
 
-    def spread(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    def spread(self, evaluate: Callable[..., Any], *, shared_out: Sequence[int] = ()) -> Callable[..., Any]:
         """``evaluate(*arguments, draws)`` over all draws, shared among the devices; results are gathered.
 
-        For evaluations that are more than a function of one member, such as rollouts. Every output needs a first axis
-        of draws, or of equal parts of them.
+        Args:
+            evaluate: every output needs a first axis of draws, or of equal parts of them.
+            shared_out: which arguments have a first axis of draws too; of the others every device gets the whole.
         """
         draws = jnp.arange(self.num_draws, dtype=jnp.int32)
         if self.mesh is None:
@@ -179,7 +180,7 @@ class Strategy:
         mesh, spread, everywhere = self.mesh, PartitionSpec("members"), PartitionSpec()
 
         def run(*arguments: Any) -> Any:
-            specs = (*[everywhere] * len(arguments), spread)
+            specs = (*(spread if i in shared_out else everywhere for i in range(len(arguments))), spread)
             shared = jax.shard_map(evaluate, mesh=mesh, in_specs=specs, out_specs=spread, check_vma=False)
             gathered = jax.NamedSharding(mesh, everywhere)
             results = shared(*arguments, draws)
@@ -188,19 +189,11 @@ class Strategy:
         return run
 
     def _evaluate_all(self, state: State, x: Any, sigma: Any) -> Any:
-        draws = jnp.arange(self.num_draws, dtype=jnp.int32)
         if self.x_per_member:
             signs = 2 if self.config.antithetic else 1
             x = jax.tree.map(lambda value: value.reshape(self.num_draws, signs, *value.shape[1:]), x)
-        if not self.x_per_member:
-            return self.spread(self._evaluate_draws)(state, x, sigma).reshape(-1)
-        if self.mesh is None:
-            return self._evaluate_draws(state, x, sigma, draws).reshape(-1)
-        everywhere, spread = PartitionSpec(), PartitionSpec("members")
-        specs = (everywhere, spread, everywhere, spread)
-        shared = jax.shard_map(self._evaluate_draws, mesh=self.mesh, in_specs=specs, out_specs=spread, check_vma=False)
-        scores = shared(state, x, sigma, draws).reshape(-1)
-        return jax.lax.with_sharding_constraint(scores, jax.NamedSharding(self.mesh, everywhere))
+        evaluate = self.spread(self._evaluate_draws, shared_out=(1,) if self.x_per_member else ())
+        return evaluate(state, x, sigma).reshape(-1)
 
     def _evaluate_draws(self, state: State, x: Any, sigma: Any, draws: Any) -> Any:
         """``(draws, signs)`` scores of some draws of this generation."""

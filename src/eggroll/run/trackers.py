@@ -55,6 +55,17 @@ def make_trackers(report_to: str | Sequence[str], run: RunDir) -> Tracker:
     return _Trackers({name: _KINDS[name](run) for name in wanted})
 
 
+class TrackerListener:
+    """Hands the metrics of each generation of a loop to a tracker."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def generation(self, metrics: Mapping[str, Any]) -> None:
+        """Log one generation."""
+        self.tracker.log(int(metrics["generation"]), metrics)
+
+
 class _Trackers:
     """Several trackers as one. One that fails is dropped with a warning: it must never end a run."""
 
