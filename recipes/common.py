@@ -25,7 +25,7 @@ from eggroll.loop import Evaluation, Heldout, Loop
 from eggroll.run.console import Display, duration
 from eggroll.run.report import write_report
 from eggroll.run.run_dir import RunDir
-from eggroll.run.trackers import TrackerListener, make_trackers
+from eggroll.run.trackers import TrackerListener, make_trackers, tracker_names
 from eggroll.torch.es import Replica
 
 MAY_CHANGE = ("generations",)
@@ -131,6 +131,7 @@ def evolve(
     """
     _keep_freed_memory()
     config: ESConfig = replica.config
+    tracker_names(options.report_to)
     run = _run_dir(name, options, config, extra or {})
     resumed = options.resume is not None
     console.print(

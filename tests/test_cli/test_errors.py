@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from eggroll.cli.main import main
 from eggroll.run.run_dir import RunDir
 
 
@@ -368,3 +369,20 @@ def test_disk_full_while_writing(eggroll, limit, generations):
     assert eggroll.tune("-g", generations, "-o", "whole").status == 0
     assert (eggroll.work / "run/updates.jsonl").read_text() == (eggroll.work / "whole/updates.jsonl").read_text()
     assert run.latest_checkpoint().tensors["sha256"] == RunDir.open("whole").latest_checkpoint().tensors["sha256"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rl --env CartPole-v1 --pop_size 4 --hidden 8 -g 1",
+        "pretrain --data text.txt --n_layers 1 --hidden 16 --pop_size 4 -g 1",
+        "recipe cartpole -p 4 -g 1",
+        "tune smollm2-135m -r perplexity -d text.txt",
+    ],
+)
+def test_an_unknown_tracker_leaves_no_run_behind(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 50)
+    assert main([*command.split(), "--report-to", "tensorbord", "-o", "out"]) == 1
+    assert "report_to (='tensorbord') must be one or several of: tensorboard, wandb, none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -36,7 +36,7 @@ from eggroll.llm.trainer import EggrollTrainer
 from eggroll.run.console import Display
 from eggroll.run.report import before_and_after, write_report
 from eggroll.run.run_dir import RunDir
-from eggroll.run.trackers import Tracker, TrackerListener, make_trackers
+from eggroll.run.trackers import Tracker, TrackerListener, make_trackers, tracker_names
 
 
 class Session:
@@ -70,6 +70,7 @@ class Session:
     def run(self) -> int:
         """The whole command. Returns the exit status: 0, or 130 if it was interrupted."""
         options = self.options
+        tracker_names(options.report_to)
         train, heldout = self._data()
         if options.resume is None and (run_path(options) / "config.json").exists():
             RunDir.create(run_path(options), {})  # raises: the directory holds a run

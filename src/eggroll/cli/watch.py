@@ -31,9 +31,15 @@ class Watch:
         console: where to show.
         report_to: which trackers.
         title: of the display, from the run.
+
+    Raises:
+        ConfigError: a tracker is not known; nothing has been written then.
     """
 
     def __init__(self, console: Console, report_to: str, title: Callable[[RunDir], str]) -> None:
+        from eggroll.run.trackers import tracker_names
+
+        tracker_names(report_to)
         self.console, self.report_to, self.title = console, report_to, title
         self._display: Display | None = None
         self._tracker: Tracker | None = None

@@ -32,16 +32,14 @@ class Tracker(Protocol):
         """Write what is still held back. Nothing can be logged afterwards."""
 
 
-def make_trackers(report_to: str | Sequence[str], run: RunDir) -> Tracker:
-    """One tracker for all that ``report_to`` names.
+def tracker_names(report_to: str | Sequence[str]) -> list[str]:
+    """The trackers that ``report_to`` names, each once; to be asked before a run is made that would be left behind.
 
     Args:
         report_to: ``tensorboard``, ``wandb``, ``none``; several as a sequence or separated by commas.
-        run: the run. Call this after :meth:`RunDir.rewind`: events after the run's last generation are then hidden.
 
     Raises:
         ConfigError: a name is not known.
-        MissingExtraError: what a tracker needs is not installed.
     """
     names = report_to.split(",") if isinstance(report_to, str) else list(report_to)
     names = [name.strip().lower() for name in names if name.strip()]
@@ -51,8 +49,21 @@ def make_trackers(report_to: str | Sequence[str], run: RunDir) -> Tracker:
             near = difflib.get_close_matches(name, allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"report_to (={name!r}) must be one or several of: {', '.join(allowed)}{hint}")
-    wanted = dict.fromkeys(name for name in names if name != "none")
-    return _Trackers({name: _KINDS[name](run) for name in wanted})
+    return list(dict.fromkeys(name for name in names if name != "none"))
+
+
+def make_trackers(report_to: str | Sequence[str], run: RunDir) -> Tracker:
+    """One tracker for all that ``report_to`` names.
+
+    Args:
+        report_to: as for :func:`tracker_names`.
+        run: the run. Call this after :meth:`RunDir.rewind`: events after the run's last generation are then hidden.
+
+    Raises:
+        ConfigError: a name is not known.
+        MissingExtraError: what a tracker needs is not installed.
+    """
+    return _Trackers({name: _KINDS[name](run) for name in tracker_names(report_to)})
 
 
 class TrackerListener:
