@@ -1,15 +1,21 @@
 """Every engine equals the oracle, bit for bit: widths, depths, ranks, chunks, threads, extremes."""
 
+import ctypes
+import subprocess
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eggroll.errors import ConfigError
-from eggroll.pretrain import engine, library, oracle, update
+from eggroll.pretrain import engine, engine_c, fixed_point, library, oracle, update
 from eggroll.pretrain.noise import Noise
 from eggroll.pretrain.shape import ModelShape
+from eggroll.torch.kernels import compile_c
 
+WITHOUT_VNNI = ("-mno-avx512vnni",)
+"""Compiles what CPUs with AVX2 run, on CPUs with more too."""
 ALL = ("fitness", "likelihood", "logits", "state")
 BACKENDS = ["torch"] + ([] if isinstance(library.load(), str) else ["c"])
 # V, D, L: powers of four and others, below and above the kernel's 64 columns, one that is no multiple of 4
@@ -174,6 +180,61 @@ def test_products_without_integer_units_are_exact(monkeypatch):
     tokens = some_windows(shape, 1, 3, 0)
     made = engine.make_engine(params, backend="torch")
     assert_equal(engine.run_centre(made, tokens, outputs=ALL), 0, *oracle.forward(params, tokens[0, :-1]), tokens[0])
+
+
+@pytest.mark.parametrize("flags", [(), WITHOUT_VNNI], ids=["as it is here", "AVX2"])
+@pytest.mark.parametrize("values", ["127", "-127", "-128", "any"])
+def test_products_of_all_bytes_and_sizes_are_exact(values, flags):
+    made = library.load(*flags)
+    if isinstance(made, str):
+        pytest.skip(made)
+    rng = np.random.default_rng(0)
+    for inputs, outputs in [(1, 1), (3, 65), (64, 16), (66, 17), (257, 64), (1040, 1)]:
+        weight = rng.integers(-128, 128, (outputs, inputs)).astype(np.int8)
+        if values != "any":
+            weight[:] = int(values)
+        packed, start = library.packed_matrix(made, weight)
+        by = fixed_point.divisor(inputs)
+        shift = by.bit_length() - 1 if by & (by - 1) == 0 else -1
+        matrix = library.Matrix(library.address(packed), library.address(start), inputs, outputs, by, shift, 0, 0)
+        for rows in (1, 2, 3, 4, 5, 6, 13, 47, 49, 100):  # every rest of a tile of 6, above and below 48
+            x = rng.choice(np.array([0, 1, 127, 128, 255], np.uint8), (rows, library.padded(inputs)))
+            out = np.empty((rows, library.padded(outputs)), np.int8)
+            made.eggroll_multiply(ctypes.byref(matrix), library.address(x), library.address(out), rows)
+            sums = (x[:, :inputs].astype(np.int64) - 128) @ weight.T.astype(np.int64)
+            assert np.array_equal(out[:, :outputs], np.clip(sums // by, -127, 127))
+            assert not out[:, outputs:].any()
+
+
+@pytest.mark.parametrize("shape", [(256, 64, 1), (17, 100, 1), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_cpus_with_avx2_give_what_the_others_give(shape, rank):
+    made = library.load(*WITHOUT_VNNI)
+    if isinstance(made, str):
+        pytest.skip(made)
+    shape, noise = ModelShape(*shape), Noise(3, rank, "table", 1 << 15)
+    params, tokens = random_params(shape, 7), some_windows(shape, 2, 5, 7)
+    members = np.arange(14)
+    c = engine_c.CEngine(made, {k: v.copy() for k, v in params.items()}, shape, noise, 4, 1, None)
+    plain = engine.make_engine(params, noise, backend="torch")
+    for generation in range(2):
+        found = [engine.run_members(e, generation, members, tokens, members % 2, outputs=ALL) for e in (c, plain)]
+        assert all(np.array_equal(getattr(found[0], name), getattr(found[1], name)) for name in ALL)
+        weights = update.shape_pairs(found[0].fitness, "normalized")
+        step = update.make_step(weights, 0.3, rank, generation=generation, momentum_shift=generation)
+        assert c.update(generation, members[:7], weights, step) == plain.update(generation, members[:7], weights, step)
+        assert all(np.array_equal(c.params[name], plain.params[name]) for name in params)
+
+
+@pytest.mark.parametrize("units", ["-mavx2", "-mavx512f -mavx512bw -mavx512vl -mavx512vnni"])
+def test_the_source_compiles_for_all_units_wherever_it_is(units, tmp_path):
+    if isinstance(library.load(), str):
+        pytest.skip(library.load())
+    path = tmp_path / "pretrain.c"
+    path.write_text(library.source())
+    command = [*compile_c.compiler_command(), *library.FLAGS, *units.split(), "-Werror", "-fsyntax-only", str(path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_compiler_pytorch_takes_over(monkeypatch):

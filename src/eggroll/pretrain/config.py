@@ -102,9 +102,9 @@ class PretrainOptions:
     temperature: float = 1.0
     """Of samples; 0 is greedy."""
     backend: Backend = "auto"
-    """c (AVX-512 VNNI), torch, or the fastest here."""
+    """c (AVX2 or AVX-512 VNNI), torch, or the fastest here."""
     device: str = "auto"
-    """cpu, cuda, cuda:1; auto takes the CPU's integer units if they can be used, else a GPU if there is one."""
+    """cpu, cuda, cuda:1; auto takes the CPU if it has AVX-512 VNNI, else a GPU if there is one, else the CPU."""
     threads: int | None = None
     """CPU threads (default: all)."""
     members_per_forward: int | None = None

@@ -1,4 +1,5 @@
-/* The integer model on CPUs with AVX-512 VNNI: types and helpers. The arithmetic is that of oracle.py.
+/* The integer model on CPUs with AVX2 or AVX-512 VNNI: types and helpers. The arithmetic is that of oracle.py. What
+   depends on the instructions is in engine_avx512.c or engine_avx2.c.
 
    Activations that go into a product are stored as unsigned bytes, value + 128, because vpdpbusd multiplies unsigned by
    signed bytes; 128 times the sum of an output's weights is taken off by what its sum starts from. Rows of activations
@@ -11,16 +12,19 @@
 #include <stdint.h>
 #include <string.h>
 
-#if !defined(__AVX512BW__) || !defined(__AVX512VNNI__) || !defined(__AVX512VL__)
-#error "this machine has no AVX-512 VNNI"
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define AVX512 1
+#elif defined(__AVX2__)
+#define AVX512 0
+#else
+#error "this machine has neither AVX2 nor AVX-512 VNNI"
 #endif
 
-#define PANEL 64 /* outputs that are made together */
-#define TILE 6   /* rows that are made together: 6 x 4 registers of sums */
+#define DEPTH 256 /* pairs x rank that an update sums in one go */
 #define PAD(n) (((n) + 63) & ~(int64_t)63)
 #define INLINE static inline __attribute__((always_inline))
 
-/* One product. Weights lie as [panel][inputs / 4][64 outputs][4 inputs]; start is -128 times the sum of an output's. */
+/* One product. Weights lie as eggroll_pack makes them; start is -128 times the sum of an output's. */
 typedef struct {
   const int8_t *packed;
   const int32_t *start;
@@ -62,10 +66,17 @@ typedef struct {
   uint8_t *scratch;
 } Work;
 
-INLINE __m512i wide(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE __m512i wide_u(const void *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE void store_bytes(void *p, __m512i x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8(x)); }
-INLINE __m512i clip16(__m512i x) {
-  return _mm512_max_epi16(_mm512_min_epi16(x, _mm512_set1_epi16(127)), _mm512_set1_epi16(-127));
-}
+/* Rows times a matrix. */
+typedef struct {
+  const Matrix *matrix;
+  const uint8_t *in; /* (rows, in_stride), value + 128 */
+  int8_t *out;       /* (rows, out_stride) */
+  int64_t in_stride, out_stride, rows;
+  int unsigned_out;             /* whether 128 is added to the results */
+  int64_t rank, noise_shift;    /* rank 0: no low-rank term */
+  const int8_t *const *a;       /* (rows,) A of the row's member */
+  const int32_t *scales;        /* (rows, rank) */
+  void *expanded;               /* EXPANDED_BYTES(inputs) to write into */
+} Product;
+
 INLINE int32_t clip(int32_t x) { return x > 127 ? 127 : x < -127 ? -127 : x; }

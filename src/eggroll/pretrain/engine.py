@@ -1,9 +1,9 @@
 """The integer model, fast: members by the chunk, bit for bit the arithmetic of :mod:`eggroll.pretrain.oracle`.
 
 All members share the weights, so a step of a chunk of members is a few int8 products of ``(members, n)`` with
-``(n, m)``, to which every member adds its low-rank term. On CPUs with AVX-512 VNNI a C library does this, compiled at
-first use, with a chunk's activations in the cache; elsewhere :mod:`eggroll.pretrain.engine_torch` does, in plain
-PyTorch on any device. Results do not depend on the chunks, the threads, or which of the two it is.
+``(n, m)``, to which every member adds its low-rank term. On CPUs with AVX2 or AVX-512 VNNI a C library does this,
+compiled at first use, with a chunk's activations in the cache; elsewhere :mod:`eggroll.pretrain.engine_torch` does, in
+plain PyTorch on any device. Results do not depend on the chunks, the threads, or which of the two it is.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def make_engine(
         params: int8 arrays as in :func:`eggroll.pretrain.oracle.forward`; copied.
         noise: where draws come from; only the model itself can be run without it.
         sigma_shift: perturbations have a standard deviation of ``2^-sigma_shift``, where weights have 1.
-        backend: ``c`` (CPUs with AVX-512 VNNI and a compiler), ``torch``, or whichever is the fastest here.
+        backend: ``c`` (CPUs with AVX2 or AVX-512 VNNI, and a compiler), ``torch``, or whichever is the fastest here.
         threads: of the CPU; ``None`` is PyTorch's number.
         chunk: members at once; ``None`` chooses. Results do not depend on it.
         device: of PyTorch, for ``torch``.

@@ -15,6 +15,7 @@ typedef struct {
   int8_t *logits;
   int32_t *scales;
   const int8_t **a;
+  void *expanded; /* rows of a product, if it reads them in another form */
 } Places;
 
 INLINE void *take(uint8_t **at, int64_t bytes) {
@@ -48,6 +49,7 @@ static int64_t layout(const Model *m, const Work *w, Places *at) {
   at->logits = take(&next, rows * PAD(m->vocab));
   at->scales = take(&next, 4 * rows * rank);
   at->a = take(&next, (int64_t)sizeof(void *) * rows);
+  at->expanded = take(&next, EXPANDED_BYTES(4 * m->hidden));
   return next - first + 64;
 }
 
@@ -81,7 +83,7 @@ INLINE const int8_t *vector_of(const Model *m, const Work *w, const Places *at, 
 static void product(const Model *m, const Work *w, Places *at, int64_t matrix, const uint8_t *in, int64_t in_stride,
                     int8_t *out, int64_t out_stride, int64_t row, int64_t rows, int unsigned_out) {
   Product p = {m->matrices + matrix, in, out, in_stride, out_stride, rows, unsigned_out, m->rank, m->noise_shift, at->a,
-               at->scales};
+               at->scales, at->expanded};
   if (m->rank) scale_rows(m, w, at->blocks, at->sums, &p, row % w->members, at->scales, at->a);
   multiply(&p);
 }
@@ -98,11 +100,14 @@ static void embed(const Model *m, const Work *w, Places *at, int64_t t0, int64_t
         continue;
       }
       const int8_t *block = at->blocks + w->pair[i] * m->pair_bytes;
-      for (int64_t j = 0; j < d; j++) {
-        int32_t total = 0;
-        for (int64_t k = 0; k < m->rank; k++)
-          total += w->sign[i] * block[draws[2] + k * PAD(draws[0]) + token] * block[draws[3] + k * d + j];
-        x[j] = (int8_t)clip(base[j] + (total >> m->noise_shift));
+      for (int64_t j = 0; j < d; j += 64) {
+        int32_t total[64] = {0};
+        for (int64_t k = 0; k < m->rank; k++) {
+          const int32_t scale = w->sign[i] * block[draws[2] + k * PAD(draws[0]) + token];
+          const int8_t *a = block + draws[3] + k * d + j;
+          for (int64_t n = 0; n < 64; n++) total[n] += scale * a[n];
+        }
+        for (int64_t n = 0; n < 64; n++) x[j + n] = (int8_t)clip(base[j + n] + (total[n] >> m->noise_shift));
       }
     }
 }
@@ -114,23 +119,19 @@ static void layer_norm(const Model *m, const Work *w, const Places *at, const in
   for (int64_t r = 0, i = 0; r < rows; r++, i = i + 1 == w->members ? 0 : i + 1) {
     const int8_t *x = at->x + r * d, *weight = weights + i * at->vector_stride;
     uint8_t *u = at->u + r * d;
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t j = 0; j < d; j += 64)
-      total = _mm512_add_epi64(
-          total, _mm512_sad_epu8(_mm512_abs_epi8(_mm512_loadu_si512(x + j)), _mm512_setzero_si512()));
-    const int64_t mean = _mm512_reduce_add_epi64(total) / m->hidden;
+    const int64_t mean = sum_magnitudes(x, d) / m->hidden;
     const int size = mean < 1 ? 1 : (int)mean;
-    const __m512i by = _mm512_set1_epi16((short)size), most = _mm512_set1_epi16((short)(128 * size));
-    const __m512i least = _mm512_sub_epi16(_mm512_setzero_si512(), most);
-    const __m512i reciprocal = _mm512_set1_epi16((short)(size == 1 ? 65535 : 65536 / size));
-    const __m512i one = _mm512_set1_epi16(1), top = _mm512_set1_epi16(255);
-    for (int64_t j = 0; j < d; j += 32) {
-      __m512i n = _mm512_mullo_epi16(wide(x + j), wide(weight + j));
-      n = _mm512_add_epi16(_mm512_max_epi16(_mm512_min_epi16(n, most), least), most);
-      __m512i q = _mm512_mulhi_epu16(n, reciprocal);
-      const __m512i rest = _mm512_sub_epi16(n, _mm512_mullo_epi16(q, by));
-      q = _mm512_mask_add_epi16(q, _mm512_cmpge_epu16_mask(rest, by), q, one);
-      store_bytes(u + j, _mm512_max_epi16(_mm512_min_epi16(q, top), one));
+    const Vector by = V(set1_epi16)((short)size), most = V(set1_epi16)((short)(128 * size));
+    const Vector least = V(sub_epi16)(ZERO, most);
+    const Vector reciprocal = V(set1_epi16)((short)(size == 1 ? 65535 : 65536 / size));
+    const Vector one = V(set1_epi16)(1), top = V(set1_epi16)(255);
+    for (int64_t j = 0; j < d; j += LANES) {
+      Vector n = V(mullo_epi16)(wide(x + j), wide(weight + j));
+      n = V(add_epi16)(V(max_epi16)(V(min_epi16)(n, most), least), most);
+      Vector q = V(mulhi_epu16)(n, reciprocal);
+      const Vector rest = V(sub_epi16)(n, V(mullo_epi16)(q, by));
+      q = one_more_where(q, rest, by);
+      store_bytes(u + j, V(max_epi16)(V(min_epi16)(q, top), one));
     }
   }
 }
@@ -139,16 +140,16 @@ static void layer_norm(const Model *m, const Work *w, const Places *at, const in
 static void close_gate(const Model *m, const Work *w, const Places *at, const int8_t *fin, const uint8_t *state,
                        const int8_t *bias) {
   const int64_t d = PAD(m->hidden);
-  const __m512i offset = _mm512_set1_epi16(128), limit = _mm512_set1_epi16(127);
+  const Vector offset = V(set1_epi16)(128), limit = V(set1_epi16)(127);
   for (int64_t i = 0; i < w->members; i++)
-    for (int64_t j = 0; j < d; j += 32) {
+    for (int64_t j = 0; j < d; j += LANES) {
       const int64_t at_j = i * d + j;
-      __m512i f = _mm512_add_epi16(wide(at->prod + at_j), wide(fin + at_j));
-      f = clip16(_mm512_add_epi16(f, wide(bias + i * at->vector_stride + j)));
-      const __m512i g = _mm512_add_epi16(f, limit), s = _mm512_sub_epi16(wide_u(state + at_j), offset);
-      const __m512i kept = _mm512_mulhi_epi16(_mm512_slli_epi16(g, 7), _mm512_slli_epi16(s, 1));
+      Vector f = V(add_epi16)(wide(at->prod + at_j), wide(fin + at_j));
+      f = clip16(V(add_epi16)(f, wide(bias + i * at->vector_stride + j)));
+      const Vector g = V(add_epi16)(f, limit), s = V(sub_epi16)(wide_u(state + at_j), offset);
+      const Vector kept = V(mulhi_epi16)(V(slli_epi16)(g, 7), V(slli_epi16)(s, 1));
       store_bytes(at->gate + at_j, g);
-      store_bytes(at->kept + at_j, _mm512_add_epi16(kept, offset));
+      store_bytes(at->kept + at_j, V(add_epi16)(kept, offset));
     }
 }
 
@@ -156,17 +157,17 @@ static void close_gate(const Model *m, const Work *w, const Places *at, const in
 static void new_state(const Model *m, const Work *w, const Places *at, const int8_t *hin, uint8_t *state,
                       const int8_t *bias, int8_t *x) {
   const int64_t d = PAD(m->hidden);
-  const __m512i offset = _mm512_set1_epi16(128);
+  const Vector offset = V(set1_epi16)(128);
   for (int64_t i = 0; i < w->members; i++)
-    for (int64_t j = 0; j < d; j += 32) {
+    for (int64_t j = 0; j < d; j += LANES) {
       const int64_t at_j = i * d + j;
-      __m512i h = _mm512_add_epi16(wide(at->prod + at_j), wide(hin + at_j));
-      h = clip16(_mm512_add_epi16(h, wide(bias + i * at->vector_stride + j)));
-      __m512i s = _mm512_sub_epi16(wide_u(state + at_j), offset);
-      const __m512i g = _mm512_slli_epi16(wide_u(at->gate + at_j), 7);
-      s = _mm512_add_epi16(s, _mm512_mulhi_epi16(g, _mm512_slli_epi16(_mm512_sub_epi16(h, s), 1)));
-      store_bytes(state + at_j, _mm512_add_epi16(s, offset));
-      store_bytes(x + at_j, clip16(_mm512_add_epi16(wide(x + at_j), s)));
+      Vector h = V(add_epi16)(wide(at->prod + at_j), wide(hin + at_j));
+      h = clip16(V(add_epi16)(h, wide(bias + i * at->vector_stride + j)));
+      Vector s = V(sub_epi16)(wide_u(state + at_j), offset);
+      const Vector g = V(slli_epi16)(wide_u(at->gate + at_j), 7);
+      s = V(add_epi16)(s, V(mulhi_epi16)(g, V(slli_epi16)(V(sub_epi16)(h, s), 1)));
+      store_bytes(state + at_j, V(add_epi16)(s, offset));
+      store_bytes(x + at_j, clip16(V(add_epi16)(wide(x + at_j), s)));
     }
 }
 
@@ -176,8 +177,8 @@ static void mlp(const Model *m, const Work *w, Places *at, int64_t layer, int64_
     const int64_t count = rows - r < MLP_ROWS ? rows - r : MLP_ROWS;
     product(m, w, at, up, at->u + r * d, d, (int8_t *)at->mid, h, r, count, 1);
     product(m, w, at, up + 1, at->mid, h, at->prod, d, r, count, 0);
-    for (int64_t j = 0; j < count * d; j += 32)
-      store_bytes(at->x + r * d + j, clip16(_mm512_add_epi16(wide(at->x + r * d + j), wide(at->prod + j))));
+    for (int64_t j = 0; j < count * d; j += LANES)
+      store_bytes(at->x + r * d + j, clip16(V(add_epi16)(wide(at->x + r * d + j), wide(at->prod + j))));
   }
 }
 

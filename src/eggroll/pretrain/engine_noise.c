@@ -42,13 +42,6 @@ static void copy_padded(int8_t *to, const int8_t *from, int64_t n) {
   memset(to + n, 0, (size_t)(PAD(n) - n));
 }
 
-static int32_t sum_bytes(const int8_t *x, int64_t n) { /* n padded */
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 64)
-    total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), _mm512_loadu_si512(x + i));
-  return _mm512_reduce_add_epi32(total);
-}
-
 /* The noise of the work's pairs: blocks (pairs, pair_bytes) and 128 times the sums of B (pairs, pair_sums). */
 static void draw_pairs(const Model *model, const Work *work, int8_t *blocks, int32_t *sums, int8_t *buffer) {
   for (int64_t p = 0; p < work->pairs; p++) {

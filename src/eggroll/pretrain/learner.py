@@ -38,7 +38,7 @@ def open_engine(options: PretrainOptions, params: Mapping[str, NDArray[np.int8]]
         if backend != "c" and torch.cuda.is_available():
             from eggroll.pretrain import library
 
-            device = "cuda" if backend == "torch" or isinstance(library.load(), str) else "cpu"
+            device = "cuda" if backend == "torch" or not library.multiplies_bytes() else "cpu"
     return make_engine(
         params,
         options.make_noise(),

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from eggroll.torch.kernels import compile_c
 
-PARTS = ("engine.h", "engine_noise.c", "engine_product.c", "engine_forward.c", "engine_update.c")
+PARTS = (
+    "engine.h", "engine_avx512.c", "engine_avx2.c", "engine_noise.c", "engine_product.c", "engine_forward.c",
+    "engine_update.c",
+)  # fmt: skip
 FLAGS = ("-fwrapv", "-fno-strict-aliasing")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -70,11 +73,13 @@ def source() -> str:
 
 
 @functools.cache
-def load() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none here."""
-    library = compile_c.load("pretrain", source(), FLAGS)
+def load(*flags: str) -> ctypes.CDLL | str:
+    """The library, or the reason why there is none here; ``flags`` for the compiler, beside those it always has."""
+    library = compile_c.load("pretrain", source(), (*FLAGS, *flags))
     if isinstance(library, str):
         return library
+    library.eggroll_packed_bytes.argtypes = (_INT, _INT)
+    library.eggroll_packed_bytes.restype = _INT
     library.eggroll_pack.argtypes = (_POINTER, _INT, _INT, _POINTER, _POINTER)
     library.eggroll_multiply.argtypes = (ctypes.POINTER(Matrix), _POINTER, _POINTER, _INT)
     library.eggroll_normals.argtypes = (_POINTER, _INT, _INT, _POINTER, _POINTER)
@@ -98,6 +103,15 @@ def address(array: NDArray[Any] | None) -> int | None:
     return array.ctypes.data
 
 
+def multiplies_bytes() -> bool:
+    """Whether the library is here and multiplies bytes (AVX-512 VNNI), which only a large GPU does faster.
+
+    With AVX2 it multiplies numbers of 16 bits, a quarter as many at once, and weights are packed so.
+    """
+    library = load()
+    return not isinstance(library, str) and int(library.eggroll_packed_bytes(64, 4)) == 64 * 4
+
+
 def padded(size: int) -> int:
     """Bytes of a row: the next multiple of 64."""
     return (size + 63) // 64 * 64
@@ -106,7 +120,7 @@ def padded(size: int) -> int:
 def packed_matrix(library: ctypes.CDLL, weight: NDArray[np.int8]) -> tuple[NDArray[np.int8], NDArray[np.int32]]:
     """A weight ``(m, n)`` in the order that the kernel reads, and what its sums start from."""
     outputs, inputs = weight.shape
-    packed = np.empty(padded(outputs) * ((inputs + 3) // 4) * 4, np.int8)
+    packed = np.empty(library.eggroll_packed_bytes(outputs, inputs), np.int8)
     start = np.empty(padded(outputs), np.int32)
     library.eggroll_pack(address(weight), outputs, inputs, address(packed), address(start))
     return packed, start
