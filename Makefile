@@ -2,6 +2,7 @@
 #
 #   make demo     improve a real 135M-parameter language model on a score without a gradient
 #   make test     lint, format check, types, import contracts, tests
+#   make test-vllm  the tests of the vLLM backend, with vLLM's CPU build in an environment of its own (.venv-vllm)
 #   make lint     the same without the tests
 #   make bench    every script in benchmarks/; results go to benchmarks/results/
 #   make setup    only the virtual environment, with the development tools
@@ -18,7 +19,7 @@ SOURCES := src tests benchmarks examples recipes
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench setup clean
+.PHONY: help demo test test-vllm lint bench setup clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -43,6 +44,12 @@ lint: $(VENV)/.installed-dev
 test: lint
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
+.venv-vllm/.installed-vllm: pyproject.toml constraints-vllm.txt scripts/setup
+	@VENV=.venv-vllm PYTHON="$(PYTHON)" sh scripts/setup vllm
+
+test-vllm: .venv-vllm/.installed-vllm
+	@TOKENIZERS_PARALLELISM=false .venv-vllm/bin/python -m pytest -q tests/test_vllm
+
 bench: $(VENV)/.installed-dev
 	@for script in benchmarks/bench_*.py; do \
 		case $$script in *_cuda.py) nvidia-smi -L > /dev/null 2>&1 || { echo "== $$script: no GPU here, left out"; continue; };; esac; \
@@ -50,5 +57,5 @@ bench: $(VENV)/.installed-dev
 	done
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests benchmarks examples recipes -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ FLAGS = {
         --population/-p/--population-size --rank --sigma --lr --target-modules --exclude --embeddings --head --vectors
         --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
         --weight-decay --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
+        --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members --eval-every --checkpoint-every --dtype --device --backend --report-to --seed
         --trust-remote-code
     """,

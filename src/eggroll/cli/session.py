@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from eggroll.cli.backends import Backend, make_backend
 from eggroll.cli.tune import (
     DEFAULT_DATASET,
     RESUME_FREE,
@@ -24,13 +25,8 @@ from eggroll.cli.tune import (
     run_path,
 )
 from eggroll.errors import ConfigError, DataError, EggrollError
-from eggroll.llm import models
 from eggroll.llm.data import load_examples
-from eggroll.llm.estimate import check_memory
 from eggroll.llm.export import load_line
-from eggroll.llm.outline import look_up
-from eggroll.llm.rewards import Reward
-from eggroll.llm.rewards.load import load_reward
 from eggroll.llm.tasks import get_task
 from eggroll.llm.trainer import EggrollTrainer
 from eggroll.run.console import Display
@@ -47,6 +43,7 @@ class Session:
         self.console = Console(soft_wrap=True, highlight=False)
         self.tracker: Tracker | None = None
         self.run_dir: RunDir | None = None
+        self.backend: Backend | None = None
         self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> Self:
@@ -62,6 +59,8 @@ class Session:
             error.add_note(_way_on(self.run_dir, self.options))
         if self.tracker is not None:
             self.tracker.close()
+        if self.backend is not None:
+            self.backend.close()
 
     def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
         """A warning as a line above the display, without the place in the code that it came from."""
@@ -75,18 +74,14 @@ class Session:
         if options.resume is None and (run_path(options) / "config.json").exists():
             RunDir.create(run_path(options), {})  # raises: the directory holds a run
         with self.console.status(f"loading {options.model} ..."):
-            source, trust = options.model, options.trust_remote_code
-            found = look_up(source, dtype=options.dtype, device=options.device, trust_remote_code=trust)
-            check_memory(found.outline, options.config(), found.dtype, found.device)
-            loaded = models.load(source, dtype=found.dtype, device=found.device, trust_remote_code=trust)
+            backend = self.backend = make_backend(options, train, heldout)
+        trainer = backend.trainer
         # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
-        self.options = options = dataclasses.replace(options, dtype=str(loaded.dtype).removeprefix("torch."))  # type: ignore[arg-type]
-        reward = self._reward(loaded.tokenizer)
-        config = options.config()
-        trainer = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
+        self.options = options = dataclasses.replace(options, dtype=backend.dtype)  # type: ignore[arg-type]
         run = self.run_dir = self._run_dir(trainer)
         self.tracker = make_trackers(options.report_to, run)
-        self._header(trainer, loaded, run, len(train), found.notes)
+        self._header(backend, run, len(train))
+        config = trainer.config
         display = Display(
             config.generations,
             start=self._finished(run),
@@ -134,19 +129,11 @@ class Session:
         self.console.print("no --prompts given: the lines of wikitext-2 are the prompts")
         return examples
 
-    def _reward(self, tokenizer: Any) -> Reward:
-        options = self.options
-        if options.reward is not None:
-            return load_reward(options.reward, tokenizer)
-        if options.task is not None:
-            return load_reward(options.task, tokenizer)
-        return load_reward("perplexity", tokenizer)
-
     def _run_dir(self, trainer: EggrollTrainer) -> RunDir:
         options = self.options
         settings = {"options": option_dict(options), "config": trainer.config.to_dict()}
         if options.resume is None:
-            extra = {"model": options.model, "device": str(trainer.evaluator.device)}
+            extra = {"model": options.model, "device": self.backend.place if self.backend else ""}
             return RunDir.create(run_path(options), settings, command=command_line(), extra=extra)
         run = RunDir.open(options.resume)
         _check_resumed(run, settings)
@@ -161,20 +148,18 @@ class Session:
         run.note_resume(len(run.updates()), command_line())
         return run
 
-    def _header(
-        self, trainer: EggrollTrainer, loaded: models.LoadedModel, run: RunDir, prompts: int, notes: tuple[str, ...]
-    ) -> None:
-        config, out = trainer.config, self.console.print
+    def _header(self, backend: Backend, run: RunDir, prompts: int) -> None:
+        trainer, out = backend.trainer, self.console.print
+        config = trainer.config
         evolved = sum(spec.size for spec in trainer.evolved)
-        total = sum(parameter.numel() for parameter in loaded.model.parameters())
-        out(f"[bold]{escape(loaded.name)}[/]  {count(total)} parameters, {count(evolved)} evolved in "
-            f"{len(trainer.evolved)} tensors, {self.options.dtype} on {loaded.device}")  # fmt: skip
+        out(f"[bold]{escape(backend.name)}[/]  {count(backend.parameters)} parameters, {count(evolved)} evolved in "
+            f"{len(trainer.evolved)} tensors, {backend.dtype} on {backend.place}")  # fmt: skip
         what = "texts" if all(part.needs == "tokens" for part, _ in trainer.reward.parts) else "prompts"
         each = min(config.prompts_per_generation, prompts)
         out(f"reward {escape(trainer.reward.name)}, {prompts} {what}, {each} a generation")
         out(f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
             f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}")  # fmt: skip
-        for note in (*notes, *loaded.notes):
+        for note in backend.notes:
             out(f"[dim]{escape(note)}[/]")
         out(f"[dim]run directory: {escape(str(run.path))}[/]\n")
 
@@ -235,6 +220,14 @@ def _check_resumed(run: RunDir, settings: dict[str, Any]) -> None:
     # Read as options, so that a run from before an option existed has its default.
     stored = RunDir(run.path, _as_flags(option_dict(options_of_run(str(run.path)))), run.environment)
     stored.check_config(_as_flags(settings["options"]), may_change=[_flag(name) for name in RESUME_FREE])
+    before, now = stored.config[_flag("workers")], settings["options"]["workers"]
+    if (before is None) != (now is None):
+        # Members are computed in ranges there, in larger batches here, and round differently.
+        was = "without --workers" if before is None else f"with --workers {before}"
+        raise ConfigError(
+            f"the run in {run.path} was started {was}. Their number may change on the way, but not whether there are "
+            "any: results would differ in the last bits"
+        )
 
 
 def _as_flags(options: dict[str, Any]) -> dict[str, Any]:

@@ -106,8 +106,22 @@ class TuneOptions:
     """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..."""
-    backend: Literal["torch"] = "torch"
-    """Who generates."""
+    samples_per_prompt: int = 1
+    """Completions of each prompt that a member is scored on; more than one needs a temperature."""
+    pass_at: int = 0
+    """0 scores a prompt by the mean over its samples, k by the expected best of k of them (pass@k)."""
+    backend: Literal["torch", "vllm"] = "torch"
+    """Who generates: PyTorch in this process, or a vLLM engine whose adapters are the members."""
+    engine_args: str | None = None
+    """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""
+    workers: int | None = None
+    """Score members in so many worker processes (Ray), each with a replica; results do not depend on how many."""
+    ray_address: str | None = None
+    """Use this Ray cluster: auto, or host:port (default: workers on this machine)."""
+    worker_cpus: int = 1
+    """Cores that each worker takes, and threads that it computes with."""
+    worker_gpus: float = 0
+    """GPUs that each worker takes; 0.5 puts two on one."""
     report_to: str = "tensorboard"
     """tensorboard, wandb, none, or several separated by commas."""
     seed: int = 42
@@ -128,7 +142,10 @@ class TuneOptions:
 
 
 # What a resumed run takes from the command line instead of from the run.
-RESUME_FREE = ("generations", "eval_every", "checkpoint_every", "report_to", "device")
+RESUME_FREE = (
+    "generations", "eval_every", "checkpoint_every", "report_to", "device", "engine_args", "workers", "ray_address",
+    "worker_cpus", "worker_gpus",
+)  # fmt: skip
 
 
 def resumed_options(arguments: Sequence[str]) -> TuneOptions | None:

@@ -28,6 +28,10 @@ class EggrollConfig(ESConfig):
     """Longest completion, in tokens."""
     temperature: float = 0.0
     """0 is greedy; above it, tokens are sampled by address, the same for any split of the members."""
+    samples_per_prompt: int = 1
+    """Completions of each prompt that a member is scored on; more than one needs a temperature above 0."""
+    pass_at: int = 0
+    """0 scores a prompt by the mean over its samples; k by the expected best of k of them (pass@k)."""
     prompts_per_generation: int = 8
     """Prompts (or texts) that every member is scored on in a generation."""
     max_length: int = 512
@@ -56,6 +60,8 @@ class EggrollConfig(ESConfig):
         found = super().problems()
         minima = {
             "max_tokens": 1,
+            "samples_per_prompt": 1,
+            "pass_at": 0,
             "prompts_per_generation": 1,
             "max_length": 2,
             "eval_every": 0,
@@ -70,6 +76,21 @@ class EggrollConfig(ESConfig):
             found.append(f"batch_members (={self.batch_members}) must be at least 1, or None to choose by memory")
         if not self.temperature >= 0.0:
             found.append(f"temperature (={self.temperature!r}) must be 0 (greedy) or above")
+        elif not found:
+            found += self._sampling_problems()
+        return found
+
+    def _sampling_problems(self) -> list[str]:
+        found = []
+        if self.samples_per_prompt > 1 and self.temperature == 0.0:
+            found.append(
+                f"samples_per_prompt (={self.samples_per_prompt}) needs a temperature above 0: greedy samples are equal"
+            )
+        if self.pass_at > self.samples_per_prompt:
+            found.append(
+                f"pass_at (={self.pass_at}) must be at most samples_per_prompt (={self.samples_per_prompt}), "
+                "or 0 for the mean"
+            )
         return found
 
     @property

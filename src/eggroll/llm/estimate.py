@@ -388,16 +388,23 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def check_memory(outline: Outline, config: EggrollConfig, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(
+    outline: Outline, config: EggrollConfig, dtype: torch.dtype, device: torch.device, *, free: bool = False
+) -> None:
     """:func:`ensure_fits` for a device, before the reward and the data are known: with short texts.
+
+    ``free`` counts only the memory that nobody uses at the moment, where several runs share a machine.
 
     Raises:
         MemoryBudgetError: such a run cannot fit.
     """
     if device.type in ("cpu", "cuda"):
-        workload = Workload(config.prompts_per_generation, min(PROMPT_TOKENS, config.max_length))
-        total, _ = machine_memory(device)
-        ensure_fits(Estimate.of(outline, config, dtype), workload, total, where=f"this machine ({device})")
+        workload = Workload(
+            config.prompts_per_generation * config.samples_per_prompt, min(PROMPT_TOKENS, config.max_length)
+        )
+        total, unused = machine_memory(device)
+        where = f"this machine ({device}) free" if free else f"this machine ({device})"
+        ensure_fits(Estimate.of(outline, config, dtype), workload, unused if free else total, where=where)
 
 
 def ensure_fits(estimate: Estimate, workload: Workload, limit: int, *, where: str = "this machine") -> None:

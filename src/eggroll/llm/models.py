@@ -105,6 +105,51 @@ def load(
     return LoadedModel(model, tokenizer, source, _short_name(source), kind, place, tuple(notes))
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What belongs to a model besides its weights.
+
+    Attributes:
+        location: a directory or hub id, as other libraries take it.
+        tokenizer: with a pad token and padding on the left.
+        config: the model's configuration.
+        generation_config: its defaults for generation, or ``None``.
+    """
+
+    location: str
+    tokenizer: Any
+    config: Any
+    generation_config: Any
+
+
+def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surroundings:
+    """Everything that an engine which loads the weights itself leaves to be loaded.
+
+    Raises:
+        ModelError: there is no such model, or it is a GGUF file, which other engines read in ways of their own.
+    """
+    location, gguf = _locate(source)
+    if gguf is not None:
+        raise ModelError(
+            f"{source} is a GGUF file; this backend takes a directory or a hub id. Convert it once: "
+            f"eggroll.llm.models.load({source!r}) and .model.save_pretrained(directory), or use backend='torch'"
+        )
+    transformers = require("transformers", extra="llm")
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        with nullcontext() if Path(location).exists() else offline_if_unreachable(), quiet_progress():
+            config = transformers.AutoConfig.from_pretrained(location, **arguments)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(location, **arguments)
+            try:
+                generation = transformers.GenerationConfig.from_pretrained(location)
+            except OSError:
+                generation = None  # many models have none
+    except Exception as error:
+        raise ModelError(_not_loaded(source, location, error)) from error
+    prepare_tokenizer(tokenizer)
+    return Surroundings(location, tokenizer, config, generation)
+
+
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """A torch dtype from its name; ``None`` for ``auto``.
 

@@ -20,7 +20,7 @@ from eggroll.llm.export import save_pretrained
 from eggroll.llm.outline import Outline, exclude_of, separate_head
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
-from eggroll.loop import Evaluation, Heldout, Listener, Loop
+from eggroll.loop import Evaluation, Heldout, Learner, Listener, Loop
 from eggroll.run.run_dir import RunDir
 from eggroll.torch.es import Replica
 
@@ -50,14 +50,19 @@ class EggrollTrainer:
     """
 
     def __init__(self, model: Any, config: EggrollConfig, reward: Any, tokenizer: Any) -> None:
-        self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
-        self.reward: Reward = as_reward(reward, tokenizer)
-        if getattr(tokenizer, "pad_token_id", None) is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        self._begin(config, as_reward(reward, tokenizer), tokenizer)
+        self.model = model.eval()
         first = next(model.parameters())
         check_memory(Outline.of(model), config, first.dtype, first.device)
         self.replica = replica_for(model, config)
-        self.evaluator = HFEvaluator(self.replica.population, tokenizer, self.reward, config)
+        self.learner: Learner = self.replica
+        self.evaluator: Any = HFEvaluator(self.replica.population, tokenizer, self.reward, config)
+
+    def _begin(self, config: EggrollConfig, reward: Reward, tokenizer: Any) -> None:
+        """What every backend has."""
+        self.config, self.reward, self.tokenizer = config, reward, tokenizer
+        if getattr(tokenizer, "pad_token_id", None) is None:
+            tokenizer.pad_token = tokenizer.eos_token
         self.history: list[dict[str, Any]] = []
         self.interrupted = False
         self.done = 0
@@ -97,8 +102,8 @@ class EggrollTrainer:
             RewardError: the reward fails.
             ConfigError: all generations are done already.
         """
-        source = _BatchSource(data, self.config, self.reward)
-        heldout = None if eval_data is None else _BatchSource(eval_data, self.config, self.reward).everything()
+        source = BatchSource(data, self.config, self.reward)
+        heldout = None if eval_data is None else BatchSource(eval_data, self.config, self.reward).everything()
         listeners = list(listeners)
         self.evaluator.choose_mode(source.at(0))
         for listener in listeners:
@@ -114,7 +119,7 @@ class EggrollTrainer:
 
         loop = Loop(
             config=self.config,
-            learner=self.replica,
+            learner=self.learner,
             evaluate=evaluate,
             heldout=evaluate_center if heldout is not None else None,
             eval_every=self.config.eval_every,
@@ -145,7 +150,7 @@ class EggrollTrainer:
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write the evolved parameters and the optimizer's state, so that :meth:`load_checkpoint` can go on."""
         run = RunDir.create(path, self.config.to_dict()) if not Path(path).exists() else RunDir.open(path)
-        return run.save_checkpoint(self.done, self.replica.state_tensors(), {"config": self.config.to_dict()})
+        return run.save_checkpoint(self.done, self.learner.state_tensors(), {"config": self.config.to_dict()})
 
     def load_checkpoint(self, path: str | Path) -> int:
         """Put back what :meth:`save_checkpoint` wrote; returns the number of finished generations.
@@ -156,7 +161,7 @@ class EggrollTrainer:
         checkpoint = RunDir.open(path).latest_checkpoint()
         if checkpoint is None:
             raise RunError(f"{path} holds no checkpoint")
-        self.replica.load_state_tensors(checkpoint.load())
+        self.learner.load_state_tensors(checkpoint.load())
         self.done = checkpoint.generation
         return self.done
 
@@ -167,14 +172,23 @@ def replica_for(model: Any, config: EggrollConfig) -> Replica:
     return Replica(model.eval(), dataclasses.replace(config, exclude=exclude), kinds=config.kinds)
 
 
-class _BatchSource:
-    """Batches by generation, from examples or from tokenised batches."""
+class BatchSource:
+    """Batches by generation, from examples or from tokenised batches.
+
+    Args:
+        data: what :meth:`EggrollTrainer.evolve` takes.
+        config: the run's settings.
+        reward: says whether texts or prompts are read.
+
+    Raises:
+        DataError: the data is empty or of the wrong form.
+    """
 
     def __init__(self, data: Any, config: EggrollConfig, reward: Reward) -> None:
         self.config = config
         self.stream: list[dict[str, Any]] | None = None
         self.examples: list[Example] = []
-        if _is_batches(data):
+        if is_batches(data):
             self.stream = [_as_batch(item) for item in data]
             if not self.stream:
                 raise DataError("the data loader yields no batch")
@@ -183,11 +197,13 @@ class _BatchSource:
             self.examples = load_examples(data, purpose=purpose)  # type: ignore[arg-type]
 
     def at(self, generation: int) -> Batch:
+        """The batch of a generation, the same on every machine."""
         if self.stream is not None:
             return self.stream[generation % len(self.stream)]
         return batches(self.examples, self.config.prompts_per_generation, generation, self.config.seed)
 
     def everything(self) -> Batch:
+        """All of it, for held-out data."""
         if self.stream is None:
             return self.examples
         if len({tuple(batch["input_ids"].shape[1:]) for batch in self.stream}) > 1:
@@ -195,7 +211,7 @@ class _BatchSource:
         return {key: torch.cat([batch[key] for batch in self.stream]) for key in self.stream[0]}
 
 
-def _is_batches(data: Any) -> bool:
+def is_batches(data: Any) -> bool:
     """Whether data consists of tokenised batches rather than of prompts or texts."""
     if isinstance(data, torch.utils.data.DataLoader):
         return True

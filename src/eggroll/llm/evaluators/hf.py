@@ -18,6 +18,7 @@ from eggroll.llm.chat import format_prompts, plain_text
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, columns_of, prompts_of
 from eggroll.llm.estimate import Estimate, Workload, rows_budget
+from eggroll.llm.evaluators.passes import reduce_samples
 from eggroll.llm.generation import Sampling, generate
 from eggroll.llm.outline import Outline
 from eggroll.llm.rewards import Reward
@@ -53,7 +54,7 @@ class HFEvaluator:
         self.population, self.tokenizer, self.reward, self.config = population, tokenizer, reward, config
         self.model: Any = population.model
         self.device = next(self.model.parameters()).device
-        self.eos_ids = _eos_ids(self.model, tokenizer)
+        self.eos_ids = eos_ids(getattr(self.model, "generation_config", None), self.model.config, tokenizer)
         self.mode_note = ""
         dtype = next(self.model.parameters()).dtype
         self.estimate = Estimate(Outline.of(self.model), config, dtype, tuple(population.specs))
@@ -92,21 +93,28 @@ class HFEvaluator:
         return inputs
 
     @torch.no_grad()
-    def evaluate(self, generation: int, sigma: float, batch: Sequence[Example] | dict[str, Any]) -> Evaluation:
-        """Scores of all members on a batch: ``(N, prompts)``, or ``(N, 1)`` for rewards of the model itself."""
-        size = self.population.population_size
+    def evaluate(
+        self,
+        generation: int,
+        sigma: float,
+        batch: Sequence[Example] | dict[str, Any],
+        members: range | None = None,
+    ) -> Evaluation:
+        """Scores of members (all by default) on a batch: ``(N, prompts)``, or ``(N, 1)`` for rewards of the model."""
+        everyone = range(self.population.population_size) if members is None else members
+        batch = self._repeated(batch)
         draw_start = time.perf_counter()
         self.population.noise.prepare(generation, self.population.num_pairs, self.device)
         draw_seconds = time.perf_counter() - draw_start
         tables, samples, tokens = [], [], 0
-        for members in self._chunks(size, batch):
-            with self._active(generation, members, sigma) as active:
-                scores = self._score(batch, active, generation, members)
-            table = scores.values.reshape(len(members), -1)
-            tables.append(table)
+        for part in self._chunks(everyone, batch):
+            with self._active(generation, part, sigma) as active:
+                scores = self._score(batch, active, generation, part)
+            table = scores.values.reshape(len(part), -1)
+            tables.append(self._reduced(table))
             tokens += scores.tokens
             if isinstance(batch, Sequence):
-                samples += self._samples(batch, members, table, scores.completions, generation)
+                samples += self._samples(batch, part, table, scores.completions, generation)
         return Evaluation(np.concatenate(tables), {"draw_s": draw_seconds}, tokens, samples)
 
     @torch.no_grad()
@@ -115,19 +123,20 @@ class HFEvaluator:
         if isinstance(batch, dict):
             return Heldout(float(np.nanmean(self._score(batch, None, 0, range(1)).values)))
         per_row = max(map(self.estimate.row_bytes, self._workloads(batch)))
-        rows = max(1, min(max_rows, rows_budget(self.device) // per_row))
-        values, samples = [], []
+        rows = max(1, min(max_rows, rows_budget(self.device) // per_row) // self.config.samples_per_prompt)
+        values, samples, times = [], [], self.config.samples_per_prompt
         for start in range(0, len(batch), rows):
             part = batch[start : start + rows]
-            scores = self._score(part, None, 0, range(1))
-            values.append(scores.values)
-            for index, completion in enumerate(scores.completions):
+            scores = self._score(self._repeated(part), None, 0, range(1))
+            reduced = self._reduced(scores.values.reshape(1, -1))[0]
+            values.append(reduced)
+            for index, completion in enumerate(scores.completions[::times]):
                 samples.append(
                     {
                         "member": HELDOUT_MEMBER,
                         "prompt": plain_text(part[index].prompt or ""),
                         "completion": completion,
-                        "reward": float(scores.values[index]),
+                        "reward": float(reduced[index]),
                         "split": "heldout",
                     }
                 )
@@ -144,13 +153,27 @@ class HFEvaluator:
             with self.population.perturbed(generation, members, sigma=sigma) as active:
                 yield active
 
-    def _chunks(self, size: int, batch: Sequence[Example] | dict[str, Any]) -> Iterator[range]:
+    def _repeated(self, batch: Sequence[Example] | dict[str, Any]) -> Sequence[Example] | dict[str, Any]:
+        """Each prompt as often as it is sampled, one after the other."""
+        times = self.config.samples_per_prompt
+        if times == 1 or isinstance(batch, dict) or not self._needs("text"):
+            return batch
+        return [example for example in batch for _ in range(times)]
+
+    def _reduced(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scores of samples ``(members, prompts * samples)`` as scores of prompts."""
+        times = self.config.samples_per_prompt
+        if times == 1 or not self._needs("text") or table.shape[1] % times:
+            return table
+        return reduce_samples(table.reshape(len(table), -1, times), self.config.pass_at)
+
+    def _chunks(self, everyone: range, batch: Sequence[Example] | dict[str, Any]) -> Iterator[range]:
         if self.population.mode == "loop":
             step = 1
         else:
             step = self.config.batch_members or self.members_that_fit(batch)
-        for start in range(0, size, step):
-            yield range(start, min(start + step, size))
+        for start in range(everyone.start, everyone.stop, step):
+            yield range(start, min(start + step, everyone.stop))
 
     def members_that_fit(self, batch: Sequence[Example] | dict[str, Any]) -> int:
         """Members evaluated together by default: an even number whose caches, activations and noise fit a budget.
@@ -309,9 +332,10 @@ def _examples_of(batch: dict[str, Any], tokenizer: Any) -> list[Example]:
     return [Example(text) for text in tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)]
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_ids(*sources: Any) -> list[int]:
+    """The tokens that end a completion, after a generation config, a model's config and a tokenizer."""
     found: list[int] = []
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+    for source in sources:
         value = getattr(source, "eos_token_id", None)
         if value is not None:
             found += list(value) if isinstance(value, list | tuple) else [value]

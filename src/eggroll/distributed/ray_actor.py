@@ -1,0 +1,180 @@
+"""The process behind a worker in a Ray cluster, and how messages reach it."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eggroll._optional import require
+from eggroll.distributed.host import Host, StateLostError, set_threads
+from eggroll.distributed.state import Packed
+from eggroll.distributed.transport import WorkerLostError
+from eggroll.distributed.worker import Factory
+from eggroll.errors import ConfigError, EggrollError
+
+TAIL = 2000
+"""Characters of a dead process's output that a message shows."""
+
+
+class WorkerActor:
+    """A :class:`Host` as a Ray actor; one message at a time, in the order in which the driver sends them."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._host = Host(_fetch)
+
+    def build(self, factory: bytes) -> None:
+        """Make the worker. What the factory needs is imported here, when the number of threads is set.
+
+        Raises:
+            ConfigError: a module that the factory needs is not on this machine.
+        """
+        set_threads(self._threads)
+        try:
+            made = require("ray.cloudpickle", extra="ray").loads(factory)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"the factory needs the module {error.name!r}, which node {platform.node()} cannot import: install it "
+                "on every machine of the cluster, or define what is needed in the script itself"
+            ) from error
+        set_threads(self._threads)
+        self._host.build(made)
+        set_threads(self._threads)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A method of the host."""
+        return getattr(self._host, method)(*args)
+
+
+def _fetch(reference: list[Any]) -> Packed:
+    """A state from the object store. It comes in a list, so that Ray passes the reference on and not the state."""
+    ray = require("ray", extra="ray")
+    try:
+        return ray.get(reference[0])
+    except ray.exceptions.RayError as error:
+        raise StateLostError(str(error).splitlines()[0]) from None
+
+
+class RayTransport:
+    """Workers as actors of the cluster that this process is connected to.
+
+    Ray does not restart them: a new process would have the first weights, and only the pool knows what to do about it.
+
+    Args:
+        factory: makes a worker.
+        cpus: cores that a worker takes, and threads that it computes with.
+        gpus: GPUs that a worker takes.
+
+    Raises:
+        ConfigError: the factory cannot be sent to another process.
+    """
+
+    def __init__(self, factory: Factory, *, cpus: int, gpus: float) -> None:
+        self._ray = require("ray", extra="ray")
+        self._pickle = require("ray.cloudpickle", extra="ray")
+        self.sent_bytes = self.received_bytes = 0
+        self._cpus, self._gpus = cpus, gpus
+        try:
+            pickled = self._pickle.dumps(factory)
+        except Exception as error:
+            raise ConfigError(
+                f"the factory {factory!r} cannot be sent to another process ({error}). Open files, locks and loaded "
+                "models cannot travel: make them inside the factory"
+            ) from error
+        self._factory = self._ray.put(pickled)  # once, however many workers there are
+        # fmt: off
+        self._actor = self._ray.remote(WorkerActor).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD",
+        )
+        # fmt: on
+        self._states: set[Any] = set()
+        self._actors: list[Any] = []
+
+    def launch(self) -> Any:
+        """A new actor, wherever there is room."""
+        self._actors.append(self._actor.remote(self._cpus))
+        return self._actors[-1]
+
+    def build(self, worker: Any) -> Any:
+        """Let it make its worker."""
+        return worker.build.remote(self._factory)
+
+    def send(self, worker: Any, method: str, *args: Any) -> Any:
+        """Send a message."""
+        if method == "catch_up" and args[0] is not None:
+            args = ([args[0]], *args[1:])
+        self.sent_bytes += len(self._pickle.dumps((method, args)))
+        ticket = worker.call.remote(method, *args)
+        if method == "state":
+            self._states.add(ticket.hex())
+        return ticket
+
+    def wait(self, tickets: Sequence[Any], timeout: float) -> list[Any]:
+        """The first answer, and whatever else is there by then."""
+        if not tickets:
+            return []
+        first, rest = self._ray.wait(list(tickets), num_returns=1, timeout=timeout, fetch_local=False)
+        if first and rest:
+            first += self._ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
+        return first
+
+    def result(self, ticket: Any) -> Any:
+        """The answer."""
+        errors = self._ray.exceptions
+        try:
+            value = self._ray.get(ticket)
+        except errors.RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if not isinstance(cause, Exception):
+                raise
+            if not isinstance(cause, EggrollError):  # a bug in someone's code: where it is
+                cause.add_note("In a worker of the cluster:\n" + re.sub("\x1b\\[\\d+m", "", str(error)))
+            raise cause from None
+        except errors.RayError as error:
+            raise WorkerLostError(_reason(error)) from None
+        if ticket.hex() in self._states:
+            self._states.discard(ticket.hex())
+        else:
+            self.received_bytes += len(self._pickle.dumps(value))
+        return value
+
+    def keep(self, state: Packed) -> Any:
+        """Put a state into the object store; it lies with the driver."""
+        return self._ray.put(state)
+
+    def stop(self, worker: Any) -> None:
+        """Kill an actor."""
+        self._actors = [actor for actor in self._actors if actor is not worker]
+        if self._ray.is_initialized():
+            self._ray.kill(worker)
+
+    def last_output(self, info: dict[str, Any]) -> str:
+        """The end of the file that its standard error went to, where that is on this machine."""
+        try:
+            text = Path(info["output"]).read_text(errors="replace")
+        except (KeyError, OSError):
+            return ""
+        return "\n".join(line for line in text[-TAIL:].splitlines() if not line.startswith(":"))
+
+    def shortage(self) -> str:
+        """What a worker needs and what the cluster has."""
+        needs = f"{self._cpus} CPU{'s' if self._cpus > 1 else ''}" + (f" and {self._gpus:g} GPU" if self._gpus else "")
+        total, free = self._ray.cluster_resources(), self._ray.available_resources()
+        has = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s are free" for kind in ("CPU", "GPU"))
+        return f"each needs {needs} on one node; in the cluster {has}"
+
+    def close(self) -> None:
+        """Kill all actors."""
+        for actor in list(self._actors):
+            self.stop(actor)
+
+
+def _reason(error: Exception) -> str:
+    """What Ray says about a death, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = ("dead because", "exit detail", "killed", "ModuleNotFoundError", "failed to import")
+    telling = [line for line in lines if any(word in line for word in words)]
+    return (telling or lines or [type(error).__name__])[0].split(" Some common causes")[0][:300]

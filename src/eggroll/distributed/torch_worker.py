@@ -1,0 +1,98 @@
+"""``TorchWorker``: any small PyTorch module and a fitness function as a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eggroll.core.config import ESConfig
+from eggroll.core.records import UpdateRecord
+from eggroll.errors import ConfigError, RewardError
+from eggroll.loop import Evaluation, Heldout
+from eggroll.torch.es import MATRIX_KINDS, Replica
+from eggroll.torch.population import Active
+
+Fitness = Callable[[nn.Module, Active, int], Any]
+
+
+class TorchWorker:
+    """A module whose members are scored by one function, all of a range in one call::
+
+        def fitness(model, active, generation):
+            y = active.split(model(active.expand(x)))           # (members, batch, ...)
+            return -(y - target).square().mean(dim=(1, 2))      # (members,)
+
+        evolve(lambda: TorchWorker(make_model, fitness, config), config, workers=4)
+
+    Args:
+        make_model: makes the module, with the same weights each time: seed inside (``torch.manual_seed(0)``).
+        fitness_fn: called with the model while it is a part of the population, with that part (its ``expand`` and
+            ``split`` put members into a batch and take them out again, ``members`` counts them), and with the
+            generation, which may choose the data. Returns ``(members,)`` or ``(members, prompts)`` scores.
+        config: the settings of the algorithm.
+        heldout_fn: the centre's score, given the plain model.
+        kinds: kinds of parameters that are evolved when ``config.target_modules`` is ``None``.
+
+    Raises:
+        ConfigError: settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        fitness_fn: Fitness,
+        config: ESConfig,
+        *,
+        heldout_fn: Callable[[nn.Module], Any] | None = None,
+        kinds: Sequence[str] = MATRIX_KINDS,
+    ) -> None:
+        self.replica = Replica(make_model().eval(), config, kinds=kinds)
+        self._fitness, self._heldout = fitness_fn, heldout_fn
+
+    @torch.no_grad()
+    def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
+        """Scores of some members.
+
+        Raises:
+            RewardError: ``fitness_fn`` returned something else than a score for each of them.
+        """
+        population = self.replica.population
+        # All of the generation's noise: the update of this replica needs every pair of it anyway.
+        population.noise.prepare(generation, population.num_pairs, population.device)
+        with population.perturbed(generation, members, sigma=sigma) as active:
+            scores = self._fitness(self.replica.model, active, generation)
+        table = scores.detach().double().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores)
+        if table.ndim not in (1, 2) or len(table) != len(members) or table.dtype.kind not in "fiub":
+            given = f"{table.dtype} {table.shape}" if table.shape else repr(scores)
+            raise RewardError(
+                f"fitness_fn must return ({len(members)},) scores, one for each member (active.members), or "
+                f"({len(members)}, prompts); it returned {given}. active.split(y) gives (members, batch, ...)"
+            )
+        return Evaluation(table.astype(np.float64))
+
+    @torch.no_grad()
+    def evaluate_center(self) -> Heldout:
+        """The centre's score.
+
+        Raises:
+            ConfigError: there is no ``heldout_fn``.
+        """
+        if self._heldout is None:
+            raise ConfigError("held-out scores need heldout_fn; give one to TorchWorker, or use heldout=False")
+        return Heldout(float(self._heldout(self.replica.model)))
+
+    def apply(self, record: UpdateRecord) -> float:
+        """Take one update; returns the norm of the change."""
+        return self.replica.apply(record)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Evolved parameters, masters and the optimizer's state."""
+        return self.replica.state_tensors()
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_tensors`."""
+        self.replica.load_state_tensors(tensors)

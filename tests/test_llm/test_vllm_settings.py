@@ -1,0 +1,139 @@
+"""What can be said about a run on vLLM before an engine is started, and the parts that need none."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from eggroll import EggrollConfig, PerplexityReward
+from eggroll.errors import ConfigError, MissingExtraError, ModelError
+from eggroll.llm.adapter import save_adapter
+from eggroll.llm.evaluators.passes import reduce_samples
+from eggroll.llm.evaluators.vllm import check_vllm
+from eggroll.llm.evaluators.vllm_worker import MemberAddress, check_equal
+from eggroll.llm.outline import Outline
+from eggroll.llm.rewards.load import as_reward
+
+
+def outline():
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.device("meta"):
+        return Outline.of(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=99)))
+
+
+def score(text):
+    return float(len(text))
+
+
+def test_matrices_are_taken(tiny_tokenizer):
+    specs = check_vllm(EggrollConfig(rank=512), outline(), as_reward(score, tiny_tokenizer))
+    assert len(specs) == 14
+    assert {spec.kind for spec in specs} == {"matrix"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"embeddings": True}, r"model\.embed_tokens\.weight cannot be evolved: adapters of vLLM.*backend='torch'"),
+        ({"vectors": True}, r"layernorm\.weight.* and 2 more cannot be evolved"),
+        ({"head": True}, r"lm_head\.weight cannot be evolved"),
+        ({"target_modules": ["q_proj", "norm"]}, r"model\.norm\.weight cannot be evolved"),
+        ({"rank": 513}, r"rank \(=513\) must be at most 512"),
+    ],
+)
+def test_what_an_adapter_cannot_change_is_refused(settings, text, tiny_tokenizer):
+    with pytest.raises(ConfigError, match=text):
+        check_vllm(EggrollConfig(**settings), outline(), as_reward(score, tiny_tokenizer))
+
+
+def test_all_problems_come_at_once(tiny_tokenizer):
+    config = EggrollConfig(rank=600, embeddings=True)
+    with pytest.raises(ConfigError, match=r"(?s)3 problems.*embed_tokens.*rank.*reward 'perplexity' needs"):
+        check_vllm(config, outline(), PerplexityReward(tiny_tokenizer))
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**20), st.floats(1e-9, 1e3))
+def test_an_address_survives_as_a_path(generation, member, sigma):
+    address = MemberAddress(generation, member, sigma)
+    assert MemberAddress.parse(address.path()) == address
+    assert MemberAddress.parse("/adapters/eggroll") is None
+
+
+def test_workers_that_disagree_are_an_error():
+    assert check_equal([[1, 2], [1, 2]], "x") == [1, 2]
+    with pytest.raises(ModelError, match=r"disagree about the weights: \['a', 'b'\]"):
+        check_equal(["a", "b", "a"], "the weights")
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.data())
+def test_pass_at_k_is_the_mean_of_the_best_over_all_choices(scores, data):
+    k = data.draw(st.integers(1, len(scores)))
+    wanted = np.mean([max(chosen) for chosen in itertools.combinations(scores, k)])
+    np.testing.assert_allclose(reduce_samples(np.array([[scores]]), k), [[wanted]], atol=1e-9)
+    np.testing.assert_allclose(reduce_samples(np.array([[scores]])), [[np.mean(scores)]], atol=1e-9)
+
+
+def test_samples_without_a_score():
+    nan = float("nan")
+    table = np.array([[[1.0, nan, 3.0], [nan, nan, nan]]])
+    np.testing.assert_array_equal(reduce_samples(table), [[2.0, nan]])
+    np.testing.assert_array_equal(reduce_samples(table, 3), [[3.0, nan]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"samples_per_prompt": 4}, "needs a temperature above 0"),
+        ({"samples_per_prompt": 2, "temperature": 1.0, "pass_at": 3}, r"pass_at \(=3\) must be at most"),
+        ({"samples_per_prompt": 0}, "whole number of at least 1"),
+    ],
+)
+def test_settings_of_samples(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        EggrollConfig(**settings)
+
+
+def test_an_adapter_of_full_rank_is_exact_and_a_smaller_one_as_good_as_can_be(tmp_path):
+    torch.manual_seed(0)
+    changes = {"model.layers.0.q_proj.weight": torch.randn(6, 8), "model.layers.0.down_proj.weight": torch.randn(3, 5)}
+    report = save_adapter(changes, tmp_path / "full", rank=8, base_model="base", metadata={"generations": 2})
+    assert report.relative_error < 1e-12
+    assert report.full_rank == 6
+    tensors = load_file(tmp_path / "full" / "adapter_model.safetensors")
+    for name, change in changes.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        product = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+        torch.testing.assert_close(product, change, atol=1e-5, rtol=0)
+    config = json.loads((tmp_path / "full" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 8, ["down_proj", "q_proj"])
+    small = save_adapter(changes, tmp_path / "small", rank=1, base_model="base", metadata={})
+    spectra = [torch.linalg.svdvals(change.double()) for change in changes.values()]
+    wanted = (sum(float(s[1:].square().sum()) for s in spectra) / sum(float(s.square().sum()) for s in spectra)) ** 0.5
+    assert small.relative_error == pytest.approx(wanted)
+    with pytest.raises(ConfigError, match="at least 1"):
+        save_adapter(changes, tmp_path, rank=0, base_model="", metadata={})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="cannot be saved"):
+        save_adapter(changes, tmp_path / "file", rank=1, base_model="", metadata={})
+
+
+def test_without_vllm_the_pip_line_is_given(monkeypatch, tmp_path, tiny_tokenizer):
+    import sys
+
+    import transformers
+
+    from eggroll.vllm_backend import VllmEggrollTrainer
+
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'eggroll-es\[vllm\]'"):
+        VllmEggrollTrainer(str(tmp_path), EggrollConfig(), score, dtype="float32")
