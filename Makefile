@@ -2,6 +2,7 @@
 #
 #   make demo     improve a real 135M-parameter language model on a score without a gradient
 #   make test     lint, format check, types, import contracts, tests
+#   make test-all   the same with the tests that take longest (marked slow)
 #   make test-vllm  the tests of the vLLM backend, with vLLM's CPU build in an environment of its own (.venv-vllm)
 #   make lint     the same without the tests
 #   make bench    every script in benchmarks/; results go to benchmarks/results/
@@ -14,12 +15,13 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 2
+PYTEST_MARKS ?= not slow
 DEMO_ARGS ?= tune smollm2-135m --task one_sentence
 SOURCES := src tests benchmarks examples recipes
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint bench setup clean
+.PHONY: help demo test test-all test-vllm lint bench setup clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -42,13 +44,16 @@ lint: $(VENV)/.installed-dev
 
 # One thread a process: the tests are many small operations, and two processes share two cores.
 test: lint
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m "$(PYTEST_MARKS)" $(PYTEST_ARGS)
+
+test-all:
+	@$(MAKE) test PYTEST_MARKS="slow or not slow"
 
 .venv-vllm/.installed-vllm: pyproject.toml constraints-vllm.txt scripts/setup
 	@VENV=.venv-vllm PYTHON="$(PYTHON)" sh scripts/setup vllm
 
 test-vllm: .venv-vllm/.installed-vllm
-	@TOKENIZERS_PARALLELISM=false .venv-vllm/bin/python -m pytest -q tests/test_vllm
+	@TOKENIZERS_PARALLELISM=false .venv-vllm/bin/python -m pytest -q -m "$(PYTEST_MARKS)" tests/test_vllm
 
 bench: $(VENV)/.installed-dev
 	@for script in benchmarks/bench_*.py; do \

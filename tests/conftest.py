@@ -1,6 +1,9 @@
 """What all tests share: no network, no deadlines, and the optional folder with data sets."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,14 @@ from hypothesis import settings
 # before any Hugging Face library is imported: a test must not depend on a hub that may or may not be reachable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Many tests compile the same programs: each is compiled once in a run of the suite, whatever process it is in. The
+# directory is the session's own, because entries are tied to versions and to the machine.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="eggroll-jax-cache-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # A busy machine is no failure; and CI must fail on the same examples when it is run again.
 settings.register_profile("eggroll", deadline=None, derandomize="CI" in os.environ)

@@ -116,7 +116,8 @@ def test_changed_settings_are_refused(eggroll):
         "  - --sigma: 0.05 in the run, 0.5 now\n"
         '  - --target-modules: null in the run, ["q_proj"] now\n'
         "Resume it with the settings it has, or start a new run in another directory (-o). Only --checkpoint-every, "
-        "--device, --eval-every, --generations, --report-to may change.\n"
+        "--device, --engine-args, --eval-every, --generations, --ray-address, --report-to, --worker-cpus, "
+        "--worker-gpus, --workers may change.\n"
     )
     assert (eggroll.work / "run/config.json").read_bytes() == before
     assert "--output: " in eggroll("tune", "--resume", "run", "-o", "elsewhere").err
@@ -165,6 +166,7 @@ def test_ctrl_c_in_the_first_generation(eggroll):
     assert same("run", "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", ["signal.SIGINT", "signal.SIGTERM"])
 def test_stopped_again_and_again(eggroll, signal):
     """Also during held-out evaluations: calls 0 (start), 3, 6, ... are those of the centre."""

@@ -200,12 +200,15 @@ for count, per_member in ((1, False), (2, False), (4, False), (4, True)):
         state = strategy.tell(state, scores)
     results.append((np.asarray(scores), jax.tree.map(np.asarray, state.params)))
 for scores, trained in results[1:]:
-    np.testing.assert_array_equal(scores, results[0][0])
+    # XLA compiles another loop for another number of members a device, which may round the last bit differently
+    # (it does with AVX2, not with AVX-512); their ranks, and so the updates, are the same.
+    np.testing.assert_allclose(scores, results[0][0], rtol=3e-7, atol=1e-7)
     jax.tree.map(np.testing.assert_array_equal, trained, results[0][1])
 print("equal")
 """
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_devices():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     code = SHARDED.format(folder=str(Path(__file__).parent))

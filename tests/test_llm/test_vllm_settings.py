@@ -14,7 +14,7 @@ from eggroll import EggrollConfig, PerplexityReward
 from eggroll.errors import ConfigError, MissingExtraError, ModelError
 from eggroll.llm.adapter import save_adapter
 from eggroll.llm.evaluators.passes import reduce_samples
-from eggroll.llm.evaluators.vllm import check_vllm
+from eggroll.llm.evaluators.vllm_engine import check_vllm
 from eggroll.llm.evaluators.vllm_worker import MemberAddress, check_equal
 from eggroll.llm.outline import Outline
 from eggroll.llm.rewards.load import as_reward

@@ -162,6 +162,7 @@ def test_profile(recipe):
         assert part in done.out
 
 
+@pytest.mark.slow
 def test_hyperscale(recipe, tmp_path, monkeypatch):
     """Full-rank noise of 256 members is 0.26 GiB, so within 0.3 GiB it ends there and EGGROLL goes on."""
     module = load("hyperscale")
@@ -268,6 +269,7 @@ def test_the_data_of_a_run_stay_the_same(tmp_path):
         common._run_dir("mnist", now, mnist.replica_for(now).config, {})
 
 
+@pytest.mark.slow
 def test_a_recipe_is_a_program_of_its_own(tmp_path):
     for arguments in ([*small("cartpole")[1:], "-o", "out"], ["--resume", "out", "-g", "4"]):
         done = subprocess.run(

@@ -146,6 +146,7 @@ def test_resume_is_bit_for_bit(toy, tmp_path):
     assert whole.learner.env_steps == resumed.learner.env_steps
 
 
+@pytest.mark.slow
 def test_a_killed_run_plays_the_generations_after_its_checkpoint_again(toy, tmp_path):
     whole = run(tmp_path / "whole", generations=5)
     cut = run(tmp_path / "cut", generations=5)
@@ -156,6 +157,7 @@ def test_a_killed_run_plays_the_generations_after_its_checkpoint_again(toy, tmp_
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_replay_rebuilds_the_weights(toy, tmp_path, capsys):
     trained = run(tmp_path / "run", generations=3)
     assert main(["replay", str(tmp_path / "run")]) == 0
@@ -189,11 +191,13 @@ def test_returns_that_are_not_a_number_count_as_the_worst(monkeypatch, tmp_path)
     assert sum(line.get("invalid_scores", 0) for line in trained.run.metrics()) > 0
 
 
+@pytest.mark.slow
 def test_openes_is_the_same_run_with_dense_noise(toy, tmp_path):
     trained = run(tmp_path / "run", noiser="openes", generations=2)
     assert not any(leaf.low_rank for leaf in trained.learner.leaves)
 
 
+@pytest.mark.slow
 def test_a_budget_of_steps_ends_the_run(toy, tmp_path):
     trained = run(tmp_path / "run", generations=50, env_steps=16 * 12 * 3)
     assert trained.generation == 3
@@ -223,6 +227,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_devices():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     code = SHARDED.format(folder=str(Path(__file__).parent))

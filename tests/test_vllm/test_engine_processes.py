@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from eggroll.cli.main import main
 from eggroll.run.run_dir import RunDir
 
+pytestmark = pytest.mark.slow  # several processes, each of which loads vLLM
+
 ROWS = "What is red?\nName a fish.\nSay hi.\nCount to three.\n"
 TUNE = ["tune", "tiny", "--backend", "vllm", "-r", "score.py", "--prompts", "prompts.txt", "-p", "4", "--rank", "1"]
 TUNE += ["--max-tokens", "8", "--batch-size", "2", "--dtype", "float32", "--sigma", "0.05", "--lr", "0.02", "-g", "6"]

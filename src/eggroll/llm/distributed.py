@@ -164,7 +164,7 @@ class DistributedTrainer(RemoteTrainer):
         around = models.load_surroundings(model, trust_remote_code=trust_remote_code)
         checked: Reward = as_reward(reward, around.tokenizer)
         if backend == "vllm":
-            from eggroll.llm.evaluators.vllm import check_vllm
+            from eggroll.llm.evaluators.vllm_engine import check_vllm
 
             specs = check_vllm(config, found.outline, checked)
         else:

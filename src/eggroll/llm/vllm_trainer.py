@@ -13,7 +13,8 @@ from eggroll.llm import models
 from eggroll.llm.adapter import AdapterReport, save_adapter
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.evaluators.hf import eos_ids
-from eggroll.llm.evaluators.vllm import VllmEngine, VllmEvaluator, check_vllm
+from eggroll.llm.evaluators.vllm import VllmEvaluator
+from eggroll.llm.evaluators.vllm_engine import VllmEngine, check_vllm
 from eggroll.llm.export import save_pretrained
 from eggroll.llm.outline import look_up
 from eggroll.llm.remote import RemoteTrainer
