@@ -121,10 +121,10 @@ def figure(runs: dict[str, Any], path: Path) -> None:
     for axis, label in zip(axes, ("member-tokens", "seconds"), strict=True):
         axis.set_xscale("log")
         axis.set_xlabel(label)
-        axis.axhline(first["unigram_bits_per_byte"], color="grey", ls=":", lw=1)
-        axis.axhline(first["order_1_bits_per_byte"], color="grey", ls="--", lw=1)
+        axis.axhline(first["unigram_bits_per_byte"], color="grey", ls=":", lw=1, label="table of bytes")
+        axis.axhline(first["order_1_bits_per_byte"], color="grey", ls="--", lw=1, label="table of pairs")
         axis.legend(fontsize=7)
-    axes[0].set_ylabel("bits per held-out byte (dotted: single bytes, dashed: pairs)")
+    axes[0].set_ylabel("bits per held-out byte")
     axes[0].set_ylim(3.4, 6.0)
     drawn.tight_layout()
     drawn.savefig(path, dpi=120)
