@@ -59,7 +59,9 @@ def bits_per_byte(model: Any, stream: np.ndarray) -> float:
     return total / count / math.log(2)
 
 
-def train(args: argparse.Namespace, kind: str, rate: float, minutes: float, data: Any, held: Any) -> dict[str, Any]:
+def train(
+    args: argparse.Namespace, kind: str, rate: float, minutes: float, data: Any, held: Any, looks: int = 0
+) -> dict[str, Any]:
     """Train for so many minutes; the learning rate follows the time that has passed."""
     model = make_model(args.n_layers, args.hidden, args.seed)
     if kind == "adam":
@@ -69,7 +71,7 @@ def train(args: argparse.Namespace, kind: str, rate: float, minutes: float, data
     rng = np.random.default_rng(args.seed)
     began, spent, steps = time.perf_counter(), 0.0, 0
     curve: list[list[float]] = []
-    next_look = 0.0
+    next_look = 0.0 if looks else math.inf
     while spent < 60 * minutes:
         progress = spent / (60 * minutes)
         factor = min(1.0, progress / 0.02) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
@@ -88,7 +90,7 @@ def train(args: argparse.Namespace, kind: str, rate: float, minutes: float, data
             look = time.perf_counter()
             curve.append([steps * args.batch * CONTEXT, round(spent, 1), round(bits_per_byte(model, held[:32769]), 4)])
             began += time.perf_counter() - look  # looking does not count
-            next_look += 60 * minutes / 30
+            next_look += 60 * minutes / looks
     return {
         "optimizer": kind, "learning_rate": rate, "minutes": minutes, "steps": steps, "loss": float(loss.detach()),
         "tokens": steps * args.batch * CONTEXT, "tokens_per_s": steps * args.batch * CONTEXT / spent,
@@ -124,10 +126,12 @@ def main() -> None:
     part = len(data) * 19 // 20
     runs = {}
     for kind in args.optimizers:
-        found = {r: train(args, kind, r, args.search_minutes, data[:part], data[part:]) for r in RATES[kind]}
+        found = {
+            r: train(args, kind, r, args.search_minutes, data[:part], data[part : part + 16385]) for r in RATES[kind]
+        }
         search = {str(rate): round(run["validation_bits_per_byte"], 4) for rate, run in found.items()}
         best = min(found, key=lambda rate: found[rate]["validation_bits_per_byte"])
-        runs[kind] = {**train(args, kind, best, args.minutes, data, held), "search": search}
+        runs[kind] = {**train(args, kind, best, args.minutes, data, held, looks=10), "search": search}
         print(kind, search, round(runs[kind]["validation_bits_per_byte"], 4), flush=True)
     head = {
         "what": "pretrain_backprop", "data": args.data.name, "hardware": hardware(), "threads": args.threads,
