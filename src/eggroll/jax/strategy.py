@@ -66,7 +66,8 @@ class Strategy:
         optimizer: any optax transformation, with its own learning rate; ``None`` takes ``config.optimizer`` with
             ``config.lr`` and its schedule.
         x_per_member: ``x`` has a first axis of length ``population_size``; otherwise all members get the same.
-        members_per_forward: members evaluated at once; 0 is all. A bound keeps activations in cache and memory.
+        members_per_forward: members evaluated at once; 0 is all. A bound keeps activations in cache and memory, and
+            below each device's share it makes scores equal to the bit, whatever the number of devices.
         devices: devices to share the members among; ``None`` is one. Only fitness is gathered.
         low_rank: false is ES with dense noise, to compare with.
         materialize: path patterns of parameters that may be materialised where a primitive has no rule.
