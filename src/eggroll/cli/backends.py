@@ -46,7 +46,7 @@ def make_backend(options: TuneOptions, train: Sequence[Any], heldout: Sequence[A
         EggrollError: the model, the reward or the engine cannot be had, or do not fit each other.
     """
     if options.workers is not None:
-        return _workers(options)
+        return _workers(options, train, heldout)
     for flag in ("ray_address", "worker_cpus", "worker_gpus"):
         if getattr(options, flag) != getattr(TuneOptions, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} is for runs on workers; say how many with --workers N")
@@ -112,7 +112,7 @@ def _vllm(options: TuneOptions) -> Backend:
     return Backend(trainer, found.name, found.outline.size, _name(found.dtype), place, notes, trainer.cleanup)
 
 
-def _workers(options: TuneOptions) -> Backend:
+def _workers(options: TuneOptions, train: Sequence[Any], heldout: Sequence[Any] | None) -> Backend:
     from eggroll.llm.distributed import DistributedTrainer
 
     assert options.workers is not None
@@ -130,6 +130,7 @@ def _workers(options: TuneOptions) -> Backend:
         cpus_per_worker=options.worker_cpus,
         gpus_per_worker=options.worker_gpus,
     )
+    trainer.start(train, heldout)  # now, so that a wrong address is known before there is a run directory
     found = trainer.found
     each = f"{options.worker_cpus} CPU{'s' if options.worker_cpus > 1 else ''}"
     each += f" and {options.worker_gpus:g} GPU" if options.worker_gpus else ""

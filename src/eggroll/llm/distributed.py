@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from eggroll.llm.remote import RemoteTrainer
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.trainer import BatchSource, EggrollTrainer, is_batches
-from eggroll.loop import Evaluation, Heldout, Listener
+from eggroll.loop import Evaluation, Heldout
 
 BackendName = Literal["torch", "vllm"]
 
@@ -177,6 +177,26 @@ class DistributedTrainer(RemoteTrainer):
             "trust_remote_code": trust_remote_code,
         }  # fmt: skip
         self.pool: Pool | None = None
+        self._data: tuple[Any, Any] = (None, None)
+
+    def start(self, data: Any, eval_data: Any = None) -> None:
+        """Start the workers with the data that they train on and are held out; :meth:`evolve` does it if need be.
+
+        What is learned so far moves to the new workers.
+
+        Raises:
+            EggrollError: no cluster at the address, no place for a worker, or what its construction raised.
+        """
+        before = None if self.pool is None else self.learner.state_tensors()
+        self.cleanup()
+        train, heldout = self._examples(data), None if eval_data is None else self._examples(eval_data)
+        factory = WorkerFactory(train=train, heldout=heldout, **self._parts)
+        size = self.config.population_size
+        self.pool = RayPool(factory, workers=self.workers, population_size=size, **self.placement)
+        self.learner, self.evaluator = self.pool, _PoolEvaluator(self.pool)
+        self._data = (data, eval_data)
+        if before is not None:
+            self.pool.load_state_tensors(before)
 
     def evolve(
         self,
@@ -184,28 +204,12 @@ class DistributedTrainer(RemoteTrainer):
         callback: Callable[[dict[str, Any]], Any] | None = None,
         *,
         eval_data: Any = None,
-        listeners: Iterable[Listener] = (),
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """As :meth:`EggrollTrainer.evolve`. Workers are started here, since they hold the data."""
-        listeners = list(listeners)
-        train, heldout = self._examples(data), None if eval_data is None else self._examples(eval_data)
-        before = None if self.pool is None else self.learner.state_tensors()
-        self.cleanup()
-        factory = WorkerFactory(train=train, heldout=heldout, **self._parts)
-        tellers = [listener.message for listener in listeners if hasattr(listener, "message")]
-
-        def tell(text: str) -> None:
-            for teller in tellers:
-                teller(text)
-
-        size = self.config.population_size
-        options_of_pool = {"notify": tell if tellers else None, **self.placement}
-        self.pool = RayPool(factory, workers=self.workers, population_size=size, **options_of_pool)
-        self.learner, self.evaluator = self.pool, _PoolEvaluator(self.pool)
-        if before is not None:
-            self.pool.load_state_tensors(before)
-        return super().evolve(train, callback, eval_data=heldout, listeners=listeners, **options)
+        """As :meth:`EggrollTrainer.evolve`. What happens to workers is told by warnings."""
+        if self.pool is None or self._data[0] is not data or self._data[1] is not eval_data:
+            self.start(data, eval_data)
+        return super().evolve(data, callback, eval_data=eval_data, **options)
 
     def cleanup(self) -> None:
         """End the workers. The trainer cannot be saved after that."""
