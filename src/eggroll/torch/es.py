@@ -1,4 +1,4 @@
-"""One replica: a model, its population and its optimizer. Records of updates go in, new weights come out."""
+"""The centre of a run, alone or as a module with its population: records of updates in, new weights out."""
 
 from __future__ import annotations
 
@@ -11,50 +11,34 @@ from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.torch.gradient import es_gradient
+from eggroll.torch.noise import Noise
 from eggroll.torch.optim import OptimizerFactory, Updater, optimizer_factory
 from eggroll.torch.population import Mode, Population
 
 MATRIX_KINDS = ("matrix", "conv", "experts")
 
 
-class Replica:
-    """The centre of a run and everything that its updates need.
+class Centre:
+    """The evolved parameters of a run, where their noise comes from, and their optimizer.
 
-    Two replicas that start from the same weights and apply the same records have the same weights, bit for bit on the
+    Two of them that start from the same weights and apply the same records have the same weights, bit for bit on the
     same kind of machine.
 
     Args:
-        model: the module to evolve, in evaluation mode; its parameters are changed in place by :meth:`apply`.
+        parameters: name to parameter, for every parameter of the noise; changed in place by :meth:`apply`.
+        noise: the noise that members are drawn from.
         config: the settings of the algorithm.
-        kinds: kinds of parameters that are evolved when ``config.target_modules`` is ``None``.
         factory: makes the optimizer, set to maximise; ``None`` takes the one that ``config.optimizer`` names.
-        mode: how members are evaluated (see :class:`Population`).
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        noise: Noise,
         config: ESConfig,
-        *,
-        kinds: Sequence[str] = MATRIX_KINDS,
         factory: OptimizerFactory | None = None,
-        mode: Mode = "auto",
     ) -> None:
-        self.model, self.config = model, config
-        self.population = Population(
-            model,
-            population_size=config.population_size,
-            sigma=config.sigma,
-            rank=config.rank,
-            seed=config.seed,
-            antithetic=config.antithetic,
-            noise_reuse=config.noise_reuse,
-            target_modules=config.target_modules,
-            exclude=config.exclude,
-            kinds=kinds,
-            mode=mode,
-        )
-        parameters = {spec.name: self.population.parameter(spec.name) for spec in self.population.specs}
+        self.noise, self.config = noise, config
         self.updater = Updater(
             parameters, factory or optimizer_factory(config), rounding=config.rounding, seed=config.seed
         )
@@ -72,14 +56,14 @@ class Replica:
                 f"population has {self.config.population_size}"
             )
         weights, squares = record.weights, 0.0
-        for spec in self.population.specs:
+        for spec in self.noise.specs:
             gradient = es_gradient(
-                self.population.noise,
+                self.noise,
                 spec,
                 weights,
                 record.generation,
                 antithetic=self.config.antithetic,
-                device=self.population.parameter(spec.name).device,
+                device=self.updater.parameters[spec.name].device,
             )
             squares += self.updater.step(spec.name, gradient, lr=record.lr, generation=record.generation)
             del gradient  # before the next one is made
@@ -112,3 +96,41 @@ class Replica:
         for name, parameter in self.updater.parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
         self.updater.load_state_tensors(tensors)
+
+
+class Replica(Centre):
+    """The centre of a run as a module, with its population.
+
+    Args:
+        model: the module to evolve, in evaluation mode; its parameters are changed in place by :meth:`apply`.
+        config: the settings of the algorithm.
+        kinds: kinds of parameters that are evolved when ``config.target_modules`` is ``None``.
+        factory: makes the optimizer, set to maximise; ``None`` takes the one that ``config.optimizer`` names.
+        mode: how members are evaluated (see :class:`Population`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ESConfig,
+        *,
+        kinds: Sequence[str] = MATRIX_KINDS,
+        factory: OptimizerFactory | None = None,
+        mode: Mode = "auto",
+    ) -> None:
+        self.model = model
+        self.population = Population(
+            model,
+            population_size=config.population_size,
+            sigma=config.sigma,
+            rank=config.rank,
+            seed=config.seed,
+            antithetic=config.antithetic,
+            noise_reuse=config.noise_reuse,
+            target_modules=config.target_modules,
+            exclude=config.exclude,
+            kinds=kinds,
+            mode=mode,
+        )
+        parameters = {spec.name: self.population.parameter(spec.name) for spec in self.population.specs}
+        super().__init__(parameters, self.population.noise, config, factory)

@@ -8,7 +8,6 @@ perturbation itself, ``lora_A = B^T`` and ``lora_B = sign sigma / sqrt(r) A``.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
+from eggroll.distributed.state import digest
 from eggroll.errors import ModelError
-from eggroll.torch.gradient import es_gradient
+from eggroll.torch.es import Centre
 from eggroll.torch.noise import Noise
-from eggroll.torch.optim import Updater, optimizer_factory
 
 SCHEME = "eggroll"
 """What the path of an adapter that is drawn begins with."""
@@ -85,14 +84,9 @@ class EggrollWorker:
             for spec in self.eggroll_specs
         }
         self.eggroll_siblings = {name: tensor for name, tensor in tensors.items() if name not in names}
-        self.eggroll_updater = Updater(
-            parameters,
-            optimizer_factory(self.eggroll_config),
-            rounding=self.eggroll_config.rounding,
-            seed=self.eggroll_config.seed,
-        )
         settings = self.eggroll_config
-        self.eggroll_noise = Noise(self.eggroll_specs, settings.rank, settings.seed, settings.noise_reuse)
+        noise = Noise(self.eggroll_specs, settings.rank, settings.seed, settings.noise_reuse)
+        self.eggroll_centre = Centre(parameters, noise, settings)
         self._eggroll_drawn: tuple[tuple[int, int], dict[str, tuple[Tensor, Tensor]]] | None = None
         ordinary = manager._load_adapter
 
@@ -107,48 +101,28 @@ class EggrollWorker:
         """Draw a generation's noise now if it is small enough to be kept; returns the number of normals."""
         config = self.eggroll_config
         pairs = config.population_size // 2 if config.antithetic else config.population_size
-        self.eggroll_noise.prepare(generation, pairs, self.device)
-        return float(pairs * self.eggroll_noise.draw_size)
+        self.eggroll_centre.noise.prepare(generation, pairs, self.device)
+        return float(pairs * self.eggroll_centre.noise.draw_size)
 
-    @torch.no_grad()
     def eggroll_apply(self, record: str) -> float:
         """Rebuild one update from its record and write it into the engine's weights; returns the norm of the change."""
-        update = UpdateRecord.from_json(record)
-        weights, squares = update.weights, 0.0
-        for spec in self.eggroll_specs:
-            gradient = es_gradient(
-                self.eggroll_noise,
-                spec,
-                weights,
-                update.generation,
-                antithetic=self.eggroll_config.antithetic,
-                device=self.device,
-            )
-            squares += self.eggroll_updater.step(spec.name, gradient, lr=update.lr, generation=update.generation)
-            del gradient
+        norm = self.eggroll_centre.apply(UpdateRecord.from_json(record))
         self._eggroll_write()
-        return float(squares**0.5)
+        return norm
 
     def eggroll_digest(self) -> str:
-        """A digest of the evolved weights, equal on workers that hold the same bits."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, parameter in self.eggroll_updater.parameters.items():
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """A digest of the evolved weights and their masters, equal on workers that hold the same bits."""
+        return digest(self.eggroll_centre.state_tensors())
 
     def eggroll_save(self, path: str) -> None:
         """Write the state (evolved weights, masters, optimizer) to a safetensors file; the first worker does."""
         if getattr(self, "rank", 0) == 0:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in self._eggroll_state().items()}, path)
+            state = self.eggroll_centre.state_tensors()
+            save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, path)
 
-    @torch.no_grad()
     def eggroll_load(self, path: str) -> None:
         """Put back what :meth:`eggroll_save` wrote, in the engine too."""
-        tensors = load_file(path)
-        for name, parameter in self.eggroll_updater.parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
-        self.eggroll_updater.load_state_tensors(tensors)
+        self.eggroll_centre.load_state_tensors(load_file(path))
         self._eggroll_write()
 
     @torch.no_grad()
@@ -162,10 +136,6 @@ class EggrollWorker:
         eye = torch.eye(layer.input_size, device=self.device, dtype=self.model_config.dtype)
         product = base.quant_method.apply(base, eye, None)
         return product.T[part].float().cpu().tolist()
-
-    def _eggroll_state(self) -> dict[str, Tensor]:
-        parameters = {f"parameter/{name}": p.detach() for name, p in self.eggroll_updater.parameters.items()}
-        return parameters | self.eggroll_updater.state_tensors()
 
     def _eggroll_adapter(self, adapter_id: int, address: MemberAddress) -> Any:
         """The adapter of a member, drawn: both members of a pair share the tensor of ``lora_A``."""
@@ -195,10 +165,10 @@ class EggrollWorker:
     def _eggroll_factors(self, generation: int, pair: int) -> dict[str, tuple[Tensor, Tensor]]:
         """``name -> (A (m, r), B^T (r, n))`` of a pair; the last one is kept, since its two members come together."""
         if self._eggroll_drawn is None or self._eggroll_drawn[0] != (generation, pair):
-            draws = self.eggroll_noise.draw(generation, [pair], self.device)
+            draws = self.eggroll_centre.noise.draw(generation, [pair], self.device)
             factors = {}
             for spec in self.eggroll_specs:
-                a, b = self.eggroll_noise.factors(spec, draws[spec.name])
+                a, b = self.eggroll_centre.noise.factors(spec, draws[spec.name])
                 factors[spec.name] = (
                     a[0],
                     b[0].T.contiguous().to(self.model_runner.lora_manager.lora_config.lora_dtype),
@@ -218,6 +188,7 @@ class EggrollWorker:
             if self.eggroll_groups.holds(name)
         }
 
+    @torch.no_grad()
     def _eggroll_write(self) -> None:
         """Load the current weights into the layers that hold them, through vLLM's own loaders and its repacking.
 
@@ -240,7 +211,7 @@ class EggrollWorker:
 
     def _eggroll_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of all opened layers, layer by layer, so that vLLM holds one of them at a time."""
-        parameters = self.eggroll_updater.parameters
+        parameters = self.eggroll_centre.updater.parameters
         for names in self.eggroll_groups.tensors(parameters, self.eggroll_siblings):
             for name in names:
                 yield name, parameters[name].detach() if name in parameters else self.eggroll_siblings[name]
