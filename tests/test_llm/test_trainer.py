@@ -17,6 +17,7 @@ from eggroll import (
 )
 from eggroll.core.oracle import member_params
 from eggroll.errors import ConfigError, DataError, RewardError, RunError
+from eggroll.llm import generation
 from eggroll.llm.data import load_examples
 from eggroll.run.run_dir import RunDir
 
@@ -121,9 +122,21 @@ def test_sampling_is_by_address(build_model, tiny_tokenizer):
     assert len(set(texts(0, 0.0)[0])) == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "mamba", "t5"])
-def test_each_members_text_is_what_generate_gives(build_model, tiny_tokenizer, name):
-    """Rows that end early are dropped on the way; the text equals that of the member's own weights."""
+OWN = ["What is red?", "Hi", "Count to three, slowly."]
+ALIKE = [f"The same twenty-odd bytes, then {rest}" for rest in ("red", "a colour that is not red", "9")]
+
+
+@pytest.mark.parametrize(
+    "name, prompts, shares",
+    [(name, OWN, False) for name in ("llama", "gpt2", "gemma2", "mixtral", "mamba", "t5")]
+    + [(name, ALIKE, name in ("llama", "gpt2", "mixtral")) for name in ("llama", "gpt2", "gemma2", "mixtral", "mamba")],
+)
+def test_each_members_text_is_what_generate_gives(build_model, tiny_tokenizer, monkeypatch, name, prompts, shares):
+    """Rows that end early are dropped on the way, and what prompts share is computed once where the cache allows it;
+    the text equals that of the member's own weights."""
+    spreads = []
+    spread = generation.spread
+    monkeypatch.setattr(generation, "spread", lambda *given: spreads.append(given) or spread(*given))
     seen = []
     reward = FunctionReward(lambda prompts, completions: seen.extend(completions) or [0.0] * len(completions))
     model = build_model(name)
@@ -131,9 +144,9 @@ def test_each_members_text_is_what_generate_gives(build_model, tiny_tokenizer, n
     trainer = EggrollTrainer(model, settings, reward, tiny_tokenizer)
     # Every third token ends a text, so that rows end at all lengths.
     trainer.evaluator.eos_ids = ends = list(range(0, 300, 3))
-    prompts = ["What is red?", "Hi", "Count to three, slowly."]
     scores_of(trainer, prompts, generation=1)
     assert len(seen) == 12
+    assert len(spreads) == int(shares)
     encoded = tiny_tokenizer(prompts, return_tensors="pt", padding=True)
     weights = {key: parameter.detach().double().numpy() for key, parameter in model.named_parameters()}
     start = 1 if model.config.is_encoder_decoder else encoded.input_ids.shape[1]
@@ -152,6 +165,15 @@ def test_each_members_text_is_what_generate_gives(build_model, tiny_tokenizer, n
             lengths.add(len(kept))
             assert seen[member * 3 + index] == tiny_tokenizer.decode(kept, skip_special_tokens=True)
     assert len(lengths) > 2
+
+
+def test_the_centre_shares_the_beginning_of_prompts_too(tiny_model, tiny_tokenizer, monkeypatch):
+    settings = config(population_size=4, max_tokens=12, chat=False)
+    trainer = EggrollTrainer(tiny_model, settings, lambda text: float(len(text)), tiny_tokenizer)
+    shared = trainer.evaluator.evaluate_center(load_examples(ALIKE))
+    monkeypatch.setattr(generation, "common_prefix", lambda ids, mask: 0)
+    alone = trainer.evaluator.evaluate_center(load_examples(ALIKE))
+    assert [sample["completion"] for sample in shared.samples] == [sample["completion"] for sample in alone.samples]
 
 
 class MixesRows(transformers.LlamaForCausalLM):

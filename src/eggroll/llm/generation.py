@@ -1,7 +1,8 @@
 """Generated text for a whole population, without computing rows that have finished.
 
-The members' rows are decoded together with a KV cache. When enough rows have ended, they are cut out of the cache, the
-mask and the population's factors, so a member that says little costs little. Models that are not decoders with a
+The members' rows are decoded together with a KV cache. A beginning that all prompts share (a system prompt, worked
+examples) is computed once per member, not once per prompt. When enough rows have ended, they are cut out of the cache,
+the mask and the population's factors, so a member that says little costs little. Models that are not decoders with a
 cache of that kind (T5, Mamba) go through their own ``generate``.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eggroll.core.threefry import fold_in, seed_key
+from eggroll.llm.prefix import can_spread, common_prefix, spread
 from eggroll.torch.threefry import random_bits
 
 COMPACT_FRACTION = 0.2
@@ -65,6 +67,7 @@ def generate(
     pad_id: int,
     sampling: Sampling | None = None,
     select_rows: Callable[[Tensor], None] | None = None,
+    prompts: int | None = None,
 ) -> list[list[int]]:
     """Continue every row until it ends or ``max_tokens`` are made.
 
@@ -78,6 +81,8 @@ def generate(
         sampling: how tokens are chosen; greedy by default.
         select_rows: told the indices (into the rows computed before) that are still computed from now on; ``None``
             computes all rows to the end.
+        prompts: the rows are so many prompts, the same ones for each member in turn; what these have in common at
+            their beginning is then computed once per member. ``None`` computes every row by itself.
 
     Returns:
         One list of token ids per row, without the prompt.
@@ -99,10 +104,20 @@ def generate(
     extra: dict[str, Any] = {}
     if "logits_to_keep" in parameters:
         extra["logits_to_keep"] = torch.tensor([-1], device=device)
+
+    def forward(**given: Any) -> Any:
+        if "position_ids" not in parameters:
+            given.pop("position_ids")
+        return model(use_cache=True, **given, **extra)
+
     cache: Any = None
+    shared = common_prefix(tokens[:prompts], mask[:prompts]) if prompts else 0
+    if shared and prompts:
+        cache = _shared_cache(forward, tokens, mask, prompts, shared)
+        if cache is not None:
+            tokens, positions = tokens[:, shared:], positions[:, shared:]
     for step in range(max_tokens):
-        inputs = {"position_ids": positions} if "position_ids" in parameters else {}
-        out = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs, **extra)
+        out = forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, position_ids=positions)
         cache = out.past_key_values
         chosen = sampling.choose(out.logits[:, -1].float(), step, alive)
         ended = torch.isin(chosen, ends) & open_rows
@@ -122,6 +137,18 @@ def generate(
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [row[:length] for row, length in zip(made.tolist(), lengths.tolist(), strict=True)]
+
+
+def _shared_cache(forward: Callable[..., Any], tokens: Tensor, mask: Tensor, prompts: int, shared: int) -> Any:
+    """The cache of the first ``shared`` columns of all rows, or ``None`` if this model's cannot be spread."""
+    begin = int(mask.shape[1] - mask[0].sum())
+    prefix = tokens[::prompts, begin : begin + shared]
+    places = torch.arange(shared, device=tokens.device).expand(len(prefix), -1)
+    cache = forward(input_ids=prefix, attention_mask=torch.ones_like(prefix), position_ids=places).past_key_values
+    if not can_spread(cache):
+        return None
+    padding = (mask.shape[1] - mask.sum(-1)).to(torch.long)
+    return spread(cache, torch.arange(len(tokens), device=tokens.device) // prompts, padding)
 
 
 def _decodes_with_cache(model: Any) -> bool:

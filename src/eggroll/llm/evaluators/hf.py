@@ -288,6 +288,7 @@ class HFEvaluator:
             pad_id=int(self.tokenizer.pad_token_id or 0),
             sampling=Sampling.for_rows(config.temperature, config.seed, generation, rows),
             select_rows=select,
+            prompts=len(batch),
         )
         return self.tokenizer.batch_decode(made, skip_special_tokens=True), sum(map(len, made))
 
