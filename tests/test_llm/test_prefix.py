@@ -17,7 +17,7 @@ LONG = list(range(1, MIN_PREFIX + 5))
 
 
 @pytest.mark.parametrize(
-    "rows, length",
+    ("rows", "length"),
     [
         ([[*LONG, 91], [*LONG, 92, 93]], len(LONG)),
         ([[*LONG, 91, 50], [*LONG, 92, 50], [*LONG[:-1], 0, 0, 50]], len(LONG) - 1),  # 0 is a token here, not padding

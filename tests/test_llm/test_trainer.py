@@ -17,7 +17,7 @@ from eggroll import (
 )
 from eggroll.core.oracle import member_params
 from eggroll.errors import ConfigError, DataError, RewardError, RunError
-from eggroll.llm import generation
+from eggroll.llm import generation as decoding
 from eggroll.llm.data import load_examples
 from eggroll.run.run_dir import RunDir
 
@@ -127,7 +127,7 @@ ALIKE = [f"The same twenty-odd bytes, then {rest}" for rest in ("red", "a colour
 
 
 @pytest.mark.parametrize(
-    "name, prompts, shares",
+    ("name", "prompts", "shares"),
     [(name, OWN, False) for name in ("llama", "gpt2", "gemma2", "mixtral", "mamba", "t5")]
     + [(name, ALIKE, name in ("llama", "gpt2", "mixtral")) for name in ("llama", "gpt2", "gemma2", "mixtral", "mamba")],
 )
@@ -135,8 +135,8 @@ def test_each_members_text_is_what_generate_gives(build_model, tiny_tokenizer, m
     """Rows that end early are dropped on the way, and what prompts share is computed once where the cache allows it;
     the text equals that of the member's own weights."""
     spreads = []
-    spread = generation.spread
-    monkeypatch.setattr(generation, "spread", lambda *given: spreads.append(given) or spread(*given))
+    spread = decoding.spread
+    monkeypatch.setattr(decoding, "spread", lambda *given: spreads.append(given) or spread(*given))
     seen = []
     reward = FunctionReward(lambda prompts, completions: seen.extend(completions) or [0.0] * len(completions))
     model = build_model(name)
@@ -171,7 +171,7 @@ def test_the_centre_shares_the_beginning_of_prompts_too(tiny_model, tiny_tokeniz
     settings = config(population_size=4, max_tokens=12, chat=False)
     trainer = EggrollTrainer(tiny_model, settings, lambda text: float(len(text)), tiny_tokenizer)
     shared = trainer.evaluator.evaluate_center(load_examples(ALIKE))
-    monkeypatch.setattr(generation, "common_prefix", lambda ids, mask: 0)
+    monkeypatch.setattr(decoding, "common_prefix", lambda ids, mask: 0)
     alone = trainer.evaluator.evaluate_center(load_examples(ALIKE))
     assert [sample["completion"] for sample in shared.samples] == [sample["completion"] for sample in alone.samples]
 

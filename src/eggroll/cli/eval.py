@@ -35,6 +35,8 @@ class EvalOptions:
     """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m."""
     task: str
     """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME."""
+    shots: int = 0
+    """Worked examples before each problem (countdown, gsm8k)."""
     samples: int | None = None
     """Test problems that are answered (default: 128, or all if there are fewer)."""
     max_tokens: int | None = None
@@ -87,7 +89,7 @@ def evaluate(options: EvalOptions) -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     with console.status(f"making the problems of {escape(options.task)} ..."):
-        task = get_task(options.task)
+        task = get_task(options.task, shots=options.shots)
         config = options.config(task)
         problems = draw_problems(task, options.samples, options.seed)
     if options.output is not None:
@@ -237,6 +239,7 @@ def _write(
     settings = {"max_tokens": config.max_tokens, "max_length": config.max_length, "system": config.system}
     content = {
         "task": task.name,
+        "shots": options.shots,
         "split": "test" if task.test else "heldout",
         "samples": len(problems),
         "settings": {**settings, "temperature": config.temperature, "dtype": dtype, "device": options.device,

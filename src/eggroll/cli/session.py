@@ -105,7 +105,7 @@ class Session:
     def _data(self) -> tuple[list[Any], list[Any] | None]:
         options = self.options
         if options.task is not None:
-            task = get_task(options.task)
+            task = get_task(options.task, shots=options.shots)
             train = task.train if options.prompts is None else _load(options.prompts, options)
             heldout = task.heldout if options.eval_prompts is None else _load(options.eval_prompts, options)
             return load_examples(train), load_examples(heldout)

@@ -34,6 +34,8 @@ class TuneOptions:
     """perplexity, a .py file, "lambda text: ...", package.module:function, or a task."""
     task: str | None = None
     """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts and settings."""
+    shots: int = 0
+    """Worked examples before each problem of a task (countdown, gsm8k)."""
     dataset: Annotated[str | None, arg(aliases=["-d"])] = None
     """Training data: hub id (name or name:config), .jsonl, .txt, .csv, .parquet or folder (default: wikitext-2)."""
     prompts: str | None = None
@@ -181,11 +183,13 @@ def tune(options: TuneOptions) -> int:
 
 def _with_task(options: TuneOptions) -> TuneOptions:
     """A shipped task's recommended settings in the place of those that were left at their defaults."""
+    if options.task is None and options.shots:
+        raise ConfigError(f"--shots {options.shots} needs a --task whose worked examples are shown; none is given")
     if options.task is None or options.resume is not None:
         return options
     from eggroll.llm.tasks import get_task
 
-    task = get_task(options.task)
+    task = get_task(options.task, shots=options.shots)
     names = {"population_size": "population", "prompts_per_generation": "batch_size"}
     wanted = {"max_tokens": task.max_tokens, "system": task.system, **task.settings}
     defaults = {field.name: field.default for field in dataclasses.fields(TuneOptions)}

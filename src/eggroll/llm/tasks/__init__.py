@@ -1,6 +1,7 @@
 """Tasks that ship with eggroll: a reward, the prompts to train and to test on, and settings that work.
 
     task = get_task("countdown")                        or one_sentence, gsm8k, zeros, reasoning-gym:chain_sum, ...
+    task = get_task("countdown", shots=2)               two worked examples before each problem
     task.reward(prompts, completions, **columns)        plain Python, in TRL's form
     task.train, task.validation, task.heldout, task.test    lists of {"prompt": ..., ...}, no problem in two of them
 
@@ -11,8 +12,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from typing import Any
 
 from eggroll.errors import ConfigError
 from eggroll.llm.tasks import countdown, gsm8k, one_sentence, reasoning, zeros
+from eggroll.llm.tasks.task import Task, with_shots
 
 __all__ = ["SOLVED", "Task", "get_task", "is_task", "names"]
 
@@ -27,31 +27,6 @@ _DATA = Path(__file__).parent / "data"
 _MODULES: dict[str, ModuleType] = {"countdown": countdown, "gsm8k": gsm8k, "zeros": zeros}
 SOLVED = 1.0
 """An answer with at least this score counts as right, in every task."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a model is to become better at.
-
-    ``reward(prompts, completions, **columns) -> list[float]`` is higher for better answers, from 0 to ``best``; from
-    ``SOLVED`` on an answer is right. ``train`` is for training, ``validation`` for choosing settings, ``heldout`` is
-    what a run watches, and ``test`` is what figures are reported on: no run looks at it (empty if the task has too
-    few problems for that; ``heldout`` serves then). ``system`` is the system prompt (``None``: what the model's chat
-    template has by default), ``max_tokens`` the length at which answers are cut, ``settings`` the fields of the
-    configuration that were found to work.
-    """
-
-    name: str
-    description: str
-    reward: Callable[..., list[float]]
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    heldout: list[dict[str, Any]]
-    max_tokens: int
-    system: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    test: list[dict[str, Any]] = field(default_factory=list)
-    best: float = 1.0
 
 
 def names() -> list[str]:
@@ -64,20 +39,27 @@ def is_task(name: str) -> bool:
     return _key(name) in names() or _reasoning_name(name) is not None
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, *, shots: int = 0) -> Task:
     """The task called ``name``; ``-`` and ``_`` are the same. Its problems are made or read at the first call.
 
+    Args:
+        name: one of :func:`names`, or ``reasoning-gym:NAME``.
+        shots: worked examples that come before each problem, as earlier turns of a conversation. They are training
+            problems, which are no longer among those to train on.
+
     Raises:
-        ConfigError: there is no such task; the message lists near matches.
+        ConfigError: there is no such task (the message lists near matches), or none with worked examples.
         MissingExtraError: the package that the task needs is not installed.
         DataError: the task's data set cannot be found.
     """
     inner = _reasoning_name(name)
     if inner is not None:
-        return _reasoning_task(reasoning.check_name(inner))
-    if _key(name) not in names():
+        task = _reasoning_task(reasoning.check_name(inner))
+    elif _key(name) not in names():
         raise ConfigError(f"there is no task {name!r}; {_hint(name)}")
-    return _task(_key(name))
+    else:
+        task = _task(_key(name))
+    return with_shots(task, _MODULES.get(task.name), shots)
 
 
 @cache

@@ -12,7 +12,7 @@ import ast
 from collections.abc import Callable
 from fractions import Fraction
 
-__all__ = ["MAX_CHARACTERS", "evaluate"]
+__all__ = ["MAX_CHARACTERS", "evaluate", "steps"]
 
 MAX_CHARACTERS = 256
 """Longer expressions are refused unread: four numbers need thirty."""
@@ -23,6 +23,8 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
     ast.Mult: lambda left, right: left * right,
     ast.Div: lambda left, right: left / right,
 }
+
+_SIGNS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
@@ -53,3 +55,24 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction:
         left = _value(node.left, numbers)
         return _OPERATIONS[type(node.op)](left, _value(node.right, numbers))
     raise ValueError(f"{type(node).__name__} is not arithmetic")
+
+
+def steps(text: str) -> list[str]:
+    """An expression's operations with their values, in the order of computing: ``["6 * 7 = 42", "42 - 2 = 40"]``.
+
+    Raises:
+        SyntaxError, ValueError, ZeroDivisionError: the text is not such an expression. It is not meant for what a
+            model wrote.
+    """
+    found: list[str] = []
+    _write_steps(ast.parse(text, mode="eval").body, found)
+    return found
+
+
+def _write_steps(node: ast.expr, found: list[str]) -> Fraction:
+    if not isinstance(node, ast.BinOp):
+        return _value(node, [])
+    left, right = _write_steps(node.left, found), _write_steps(node.right, found)
+    value = _OPERATIONS[type(node.op)](left, right)
+    found.append(f"{left} {_SIGNS[type(node.op)]} {right} = {value}")
+    return value

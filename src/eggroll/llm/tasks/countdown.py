@@ -19,16 +19,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from eggroll.llm.tasks.answers import FORMAT_WEIGHT, column, format_score, last_block, text_of
-from eggroll.llm.tasks.arithmetic import evaluate
+from eggroll.llm.tasks.arithmetic import evaluate, steps
 from eggroll.llm.tasks.splits import Splits, fill
 
-__all__ = ["BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SYSTEM", "is_solution", "problems", "reward", "splits"]
+__all__ = [
+    "BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SHOTS_SYSTEM", "SYSTEM", "is_solution", "problems", "reward",
+    "splits", "worked",
+]  # fmt: skip
 
 DESCRIPTION = "Make the target out of the numbers, each used exactly once, with + - * /."
 MAX_TOKENS = 256
 BEST = 1.0 + FORMAT_WEIGHT
 SYSTEM: str | None = None
 SETTINGS: dict[str, Any] = {}
+SHOTS_SYSTEM = (
+    "Make the target out of the numbers, using each number exactly once, with + - * /. Answer in the form "
+    "<think> steps </think> <answer> expression </answer>."
+)
+"""The system prompt with worked examples, which then need not say it again with each problem."""
 
 SEED = 2024
 SIZES = {"train": 4096, "validation": 64, "heldout": 64, "test": 1024}
@@ -64,6 +72,13 @@ def problems(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 def splits() -> Splits:
     """The task's problems."""
     return fill(problems(SEED), SIZES)
+
+
+def worked(row: dict[str, Any]) -> tuple[str, str]:
+    """A problem as it is put after ``SHOTS_SYSTEM``, and a full answer to it."""
+    question = f"Numbers: {', '.join(map(str, row['numbers']))}. Target: {row['target']}."
+    thought = ", ".join(steps(row["solution"]))
+    return question, f"<think> {thought} </think> <answer> {row['solution']} </answer>"
 
 
 def is_solution(answer: str, numbers: Sequence[int], target: int) -> bool:

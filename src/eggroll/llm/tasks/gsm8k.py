@@ -29,13 +29,17 @@ from eggroll.errors import DataError
 from eggroll.llm.tasks.answers import FORMAT_WEIGHT, column, text_of
 from eggroll.llm.tasks.splits import Row, Splits, fill, normal
 
-__all__ = ["BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SYSTEM", "extract", "is_correct", "reward", "splits"]
+__all__ = [
+    "BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SHOTS_SYSTEM", "SYSTEM", "extract", "is_correct", "reward",
+    "splits", "worked",
+]  # fmt: skip
 
 DESCRIPTION = "Solve a grade-school word problem; the answer is a number."
 MAX_TOKENS = 256
 BEST = 1.0 + FORMAT_WEIGHT
 SYSTEM: str | None = None
 SETTINGS: dict[str, Any] = {}
+SHOTS_SYSTEM: str | None = None
 
 HUB = "openai/gsm8k:main"
 SHARES = {"train": 0.9, "validation": 0.05, "heldout": 0.05}
@@ -44,6 +48,7 @@ MAX_CHARACTERS = 80
 SECONDS = 2
 _PROMPT = "{question}\nThink step by step, and end with the answer as a number in \\boxed{{}}."
 _EXAMPLE = '{"prompt": "...", "answer": "72"}'
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?", re.ASCII)
 _COMMANDS = re.compile(r"\\(?:dfrac|tfrac|frac|cdot|times|div|left|right)(?![A-Za-z])")
 _NOISE = re.compile(r"\\(?:text|mathrm|mbox)\{[^{}]*\}|\\[,;:! ]|\\?[$%€£]|\{,\}")
@@ -52,7 +57,7 @@ _AROUND = re.compile(r"^[A-Za-z][A-Za-z ]*=|(?<=[\d)}])\s*[A-Za-z][A-Za-z ./]*$"
 
 
 def splits() -> Splits:
-    """The task's problems: rows of ``prompt`` and ``answer``, the gold number as a string.
+    """The task's problems: rows of ``prompt``, ``answer`` (the gold number as a string) and ``solution``, in words.
 
     Raises:
         MissingExtraError: math-verify is not installed.
@@ -62,6 +67,11 @@ def splits() -> Splits:
     test = dict(_problems("test"))
     train = ((key, row) for key, row in _problems("train") if key not in test)
     return {**fill(train, SIZES, SHARES), "test": list(test.values())}
+
+
+def worked(row: dict[str, Any]) -> tuple[str, str]:
+    """A problem, and a full answer to it."""
+    return row["prompt"], row["solution"]
 
 
 def extract(text: str) -> str | None:
@@ -154,7 +164,14 @@ def _problems(split: str) -> Iterator[tuple[str, Row]]:
         ) from error
     for example in examples:
         question = str(example.prompt).strip()
-        row = {"prompt": _PROMPT.format(question=question), "answer": _gold_number(str(example.columns["answer"]))}
+        gold = str(example.columns["answer"])
+        number = _gold_number(gold)
+        words = _CALCULATOR.sub("", gold.rpartition("####")[0]).strip()
+        row = {
+            "prompt": _PROMPT.format(question=question),
+            "answer": number,
+            "solution": f"{words}\nThe answer is \\boxed{{{number}}}.",
+        }
         yield normal(question), row
 
 

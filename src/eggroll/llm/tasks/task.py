@@ -1,0 +1,83 @@
+"""What a task is, and the same task with worked examples before each problem."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from eggroll.errors import ConfigError
+
+__all__ = ["MAX_SHOTS", "Task", "with_shots"]
+
+MAX_SHOTS = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is to become better at.
+
+    ``reward(prompts, completions, **columns) -> list[float]`` is higher for better answers, from 0 to ``best``; from
+    ``SOLVED`` on an answer is right. ``train`` is for training, ``validation`` for choosing settings, ``heldout`` is
+    what a run watches, and ``test`` is what figures are reported on: no run looks at it (empty if the task has too
+    few problems for that; ``heldout`` serves then). ``system`` is the system prompt (``None``: what the model's chat
+    template has by default), ``max_tokens`` the length at which answers are cut, ``settings`` the fields of the
+    configuration that were found to work.
+    """
+
+    name: str
+    description: str
+    reward: Callable[..., list[float]]
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    max_tokens: int
+    system: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    test: list[dict[str, Any]] = field(default_factory=list)
+    best: float = 1.0
+
+
+def with_shots(task: Task, module: ModuleType | None, shots: int) -> Task:
+    """``task`` with ``shots`` worked examples in front of each problem: conversations of user and assistant turns.
+
+    The examples are the last of the training problems, the same ones everywhere, so that their tokens are computed
+    once per member and not once per problem.
+
+    Args:
+        task: the task without examples.
+        module: what it comes from: ``worked(row)`` gives a question and an answer to it, and ``SHOTS_SYSTEM`` the
+            system prompt that goes with them (``None``: the task's).
+        shots: how many; 0 gives ``task`` itself.
+
+    Raises:
+        ConfigError: so many are not allowed, or this task has no worked answers.
+    """
+    if shots == 0:
+        return task
+    if not 0 <= shots <= MAX_SHOTS:
+        raise ConfigError(f"shots (={shots}) must be from 0 to {MAX_SHOTS} worked examples")
+    if not hasattr(module, "worked"):
+        raise ConfigError(
+            f"shots (={shots}): the task {task.name} has no worked answers to show; countdown and gsm8k have. "
+            "Conversations in a .jsonl file (--prompts) can show any example"
+        )
+    assert module is not None
+    examples: list[dict[str, str]] = []
+    for row in task.train[-shots:]:
+        question, answer = module.worked(row)
+        examples += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**row, "prompt": [*examples, {"role": "user", "content": module.worked(row)[0]}]} for row in rows]
+
+    return dataclasses.replace(
+        task,
+        train=shown(task.train[:-shots]),
+        validation=shown(task.validation),
+        heldout=shown(task.heldout),
+        test=shown(task.test),
+        system=module.SHOTS_SYSTEM or task.system,
+    )
