@@ -91,7 +91,7 @@ def plot(folder: Path) -> None:
         if file is None:
             continue
         result = json.loads(file.read_text())
-        searched = ", ".join(f"{last(run):.3f}" for run in result["search"])
+        searched = ", ".join(f"{last(run):.3f}" if "curve" in run else "failed" for run in result["search"])
         chosen = ", ".join(f"{key} {value}" for key, value in result["chosen"].items())
         for number, run in enumerate(run for run in result["runs"] if "curve" in run):
             curve = run["curve"]

@@ -120,8 +120,8 @@ def run_grpo(args: argparse.Namespace, loaded: LoadedModel, task: Task, measure:
     config = GRPOConfig(
         **{**settings, **args.setting}, output_dir=str(args.out.with_suffix(".trl")), max_steps=100_000,
         max_completion_length=args.max_tokens, temperature=1.0, lr_scheduler_type="constant",
-        use_cpu=args.device == "cpu", bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
-        disable_tqdm=True, seed=args.seed,
+        use_cpu=args.device == "cpu", bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+        logging_steps=1, disable_tqdm=True, seed=args.seed,
     )  # fmt: skip
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(True)

@@ -1,12 +1,9 @@
 """A tiny model on disk, data beside it, and the command line called in this process."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-import transformers
+from tiny_models import write_llama
 
 from eggroll.cli.main import main
 
@@ -14,32 +11,10 @@ PROMPTS = ["What is red?", "Name a fish.", "Say hi.", "Count to three.", "Who is
 TEXTS = [f"the cat sat on mat number {number}" for number in range(12)]
 
 
-def _llm_conftest():
-    path = Path(__file__).parents[1] / "test_llm" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("eggroll_test_llm_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A Llama of 26,000 parameters with a byte-level tokenizer and a chat template."""
-    made = _llm_conftest()
-    tokenizer = made.byte_tokenizer(padding_side="left")
-    tokenizer.chat_template = made.CHAT_TEMPLATE
-    torch.manual_seed(0)
-    sizes = {**made.SIZES, "vocab_size": len(tokenizer)}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id)
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -54,6 +54,15 @@ def test_one_model(eggroll):
     assert {row["prompt"] for row in found["problems"]} <= prompts
 
 
+def test_worked_examples_come_before_each_problem(eggroll):
+    given = ["--task", "countdown", "--shots", "1", "--samples", "3", "--max-tokens", "2", "--dtype", "float32"]
+    done = eggroll("eval", "tiny", *given, "-o", "eval.json")
+    assert done.status == 0, done.err
+    found = json.loads((eggroll.work / "eval.json").read_text())
+    assert found["shots"] == 1
+    assert all(row["prompt"].startswith("Numbers: ") for row in found["problems"])
+
+
 def test_the_seed_chooses_the_problems_and_batches_change_nothing(eggroll):
     for name, extra in (("a", ["--batch-size", "3"]), ("b", ["--batch-size", "12"]), ("c", ["--seed", "7"])):
         assert eggroll("eval", "tiny", *ZEROS, *extra, "-o", f"{name}.json").status == 0

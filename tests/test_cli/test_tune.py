@@ -18,7 +18,7 @@ from eggroll.run.run_dir import RunDir
 # A flag here is a promise to users: none may go or change its short form, and a new one is added here on purpose.
 FLAGS = {
     "tune": """
-        MODEL --reward/-r --task --dataset/-d --prompts --eval-prompts --output/-o --resume --generations/-g
+        MODEL --reward/-r --task --shots --dataset/-d --prompts --eval-prompts --output/-o --resume --generations/-g
         --population/-p/--population-size --rank --sigma --lr --target-modules --exclude --embeddings --head --vectors
         --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
         --weight-decay --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
@@ -27,8 +27,8 @@ FLAGS = {
         --trust-remote-code
     """,
     "eval": """
-        MODEL --task --samples --max-tokens --max-length --temperature --system --batch-size --output/-o --dtype
-        --device --seed --trust-remote-code
+        MODEL --task --shots --samples --max-tokens --max-length --temperature --system --batch-size --output/-o
+        --dtype --device --seed --trust-remote-code
     """,
     "info": """
         MODEL --population/-p/--population-size --rank --target-modules --exclude --embeddings --head --vectors
@@ -302,3 +302,21 @@ def test_in_a_process_of_its_own(work):
     assert "\x1b" not in done.stdout
     assert "Traceback" not in done.stderr
     assert FILES - {"samples.jsonl"} <= {path.name for path in (work / "run").iterdir()}
+
+
+def test_worked_examples_come_before_each_problem(eggroll):
+    done = eggroll("tune", "tiny", "--task", "countdown", "--shots", "1", "-g", "1", "-p", "2", "--max-tokens", "2",
+                   "--batch-size", "2", "--eval-every", "0", "-o", "run")  # fmt: skip
+    assert done.status == 0, done.err
+    (sample, *_) = lines(eggroll.work / "run" / "samples.jsonl")
+    assert sample["prompt"].startswith("Numbers: ")
+    config = json.loads((eggroll.work / "run" / "config.json").read_text())
+    assert config["options"]["shots"] == 1
+    assert config["options"]["system"].startswith("Make the target out of the numbers")
+
+
+def test_worked_examples_of_no_task_are_refused(eggroll):
+    done = eggroll("tune", "tiny", "--prompts", "prompts.txt", "--shots", "2", "-o", "run")
+    assert done.status != 0
+    assert "--shots 2 needs a --task whose worked examples are shown; none is given" in done.err
+    assert not (eggroll.work / "run").exists()

@@ -3,32 +3,7 @@
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 300,
-}
-
-
-def byte_tokenizer(**kwargs):
-    """A byte-level tokenizer without merges: every text is its bytes, and decodes to itself."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    settings = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**settings, **kwargs})
-    made.add_tokens(["<|user|>", "<|assistant|>", "<|system|>"], special_tokens=True)
-    return made
+from tiny_models import CHAT_TEMPLATE, SIZES, byte_tokenizer
 
 
 @pytest.fixture

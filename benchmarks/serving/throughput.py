@@ -1,6 +1,6 @@
 """Generated tokens per second: members as adapters of vLLM, vLLM without adapters, and the PyTorch evaluator.
 
-    .venv-vllm/bin/python benchmarks/vllm/throughput.py [--members 32] [--prompts 4] [--max-tokens 32] [--rank 1]
+    .venv-vllm/bin/python benchmarks/serving/throughput.py [--members 32] [--prompts 4] [--max-tokens 32] [--rank 1]
 
 One process, in turns, the same prompts and the same number of rows. Completions have the same length everywhere: ends
 are ignored. Each turn of vLLM has another generation, so that drawing the members and setting their adapters is
