@@ -4,7 +4,8 @@
 
 A generation is what the trainer's own loop does, tokeniser, scores and all. Plain inference is the same number of rows
 through the unperturbed model by the same functions: the likelihood of texts of 64 tokens, or 32 greedy tokens with a KV
-cache. No token ends a text here, so that both make the same number of tokens.
+cache, and what prompts share computed as often as there. No token ends a text here, so that both make the same number
+of tokens.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class Text(Work):
             max_tokens=self.config.max_tokens,
             eos_ids=[],
             pad_id=int(self.tokenizer.pad_token_id),
+            prompts=self.rows_per_member,
         )
         assert sum(map(len, made)) == self.copies * self.rows_per_member * self.config.max_tokens
 

@@ -42,8 +42,8 @@ def can_spread(cache: Any) -> bool:
     """Whether a cache is one of plain keys and values for every column (no windows, no quantisation, no states)."""
     from transformers.cache_utils import DynamicLayer
 
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    layers = getattr(cache, "layers", None) or []
+    return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def spread(cache: Any, owners: Tensor, padding: Tensor) -> Any:
