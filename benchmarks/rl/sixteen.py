@@ -76,7 +76,8 @@ def run(env: str, kind: str, steps: int, limit: int | None, members: int, seed: 
         values = json.loads(line)
         if values.get("heldout_reward") is not None:
             curve.append([values.get("env_steps", 0.0), round(values["heldout_reward"], 4)])
-    return {**result, "seed": seed, "wall_s": round(time.perf_counter() - began, 1), "curve": curve}
+    wall = round(time.perf_counter() - began, 1)
+    return {**result, "seed": seed, "wall_s": wall, "date": str(datetime.date.today()), "curve": curve}
 
 
 RANDOM = """

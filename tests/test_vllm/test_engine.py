@@ -74,6 +74,22 @@ def test_members_write_what_the_pytorch_evaluator_says(trainers, prompts):
     assert unperturbed == plain_texts
 
 
+@pytest.mark.slow
+@pytest.mark.model
+def test_members_of_a_real_model_write_the_same_and_learn_the_same():
+    config = dataclasses.replace(CONFIG, sigma=0.01, lr=0.001, generations=2, max_tokens=24)
+    made, plain = both("smollm2-135m", config)
+    try:
+        mine, theirs = (completions(t, load_examples(PROMPTS), 0, range(8), 0.01) for t in (made, plain))
+        assert np.mean([a == b for a, b in zip(mine, theirs, strict=True)]) >= 0.95
+        assert len(set(mine)) > 2 * len(PROMPTS)
+        made.evolve(prompts=PROMPTS)
+        plain.evolve(PROMPTS)
+        assert_same_weights(made, plain)
+    finally:
+        made.cleanup()
+
+
 def test_five_generations_give_the_same_weights_everywhere(trainers, tmp_path):
     made, plain = trainers
     mine = made.evolve(prompts=PROMPTS, eval_data=["What is blue?"])
