@@ -113,11 +113,12 @@ def child(work) -> int:
 def kill(path: Path) -> None:
     rng = random.Random(0)
     finished = killed = 0
-    for _ in range(40):
+    # 40 moments; on a busy machine, where hardly a generation is done between two of them, more and further apart
+    while killed < 40 or (killed < 400 and (finished < 6 or RunDir.open(path).latest_checkpoint() is None)):
         reader, writer = os.pipe()
         pid = child(lambda writer=writer: train(path, 10_000, every=3, acknowledge=writer))
         os.close(writer)
-        time.sleep(rng.uniform(0.0, 0.08))
+        time.sleep(rng.uniform(0.0, 0.08) * (1 + killed // 40))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status), f"the run ended by itself with status {status}"
