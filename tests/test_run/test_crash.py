@@ -25,7 +25,8 @@ def run_script(mode, path, *, inside=None):
 
 
 def test_kill_9_at_random_moments_loses_at_most_the_running_generation(tmp_path):
-    assert "killed 40 times" in run_script("kill", tmp_path / "run")
+    times = int(run_script("kill", tmp_path / "run").removeprefix("killed ").split()[0])
+    assert times >= 40
 
 
 def test_a_crash_before_every_single_system_call_loses_at_most_the_running_generation(tmp_path):
