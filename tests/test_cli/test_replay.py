@@ -12,7 +12,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_every_generation(eggroll, dtype):
     arguments = ["--checkpoint-every", "1", "--dtype", dtype, "--optimizer", "momentum"]
     work = eggroll.work

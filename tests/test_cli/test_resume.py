@@ -53,7 +53,13 @@ def same(one, other):
     return True
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+# Each case takes ten seconds where cores are slow: two of them are enough for every day.
+EVERY_DAY = ("adam", "sampled, one-sided, noise kept")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in EVERY_DAY else pytest.mark.slow) for case in SETTINGS]
+)
 def test_stopped_and_continued_is_the_same_run(eggroll, case):
     """With schedules, the length of the run is a setting like others, so the run is stopped by Ctrl-C."""
     (eggroll.work / "mine.py").write_text(INTERRUPTS.format(stops="{3}", signal="signal.SIGINT"))

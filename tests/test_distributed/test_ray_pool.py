@@ -82,7 +82,7 @@ def test_one_two_and_four_workers_have_the_same_weights(cluster, toys, alone, mo
             assert same(state(pool), expected)
 
 
-@pytest.mark.parametrize("victims", [1, 2])
+@pytest.mark.parametrize("victims", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_workers_killed_in_the_middle_of_a_generation_change_nothing(cluster, toys, alone, killing, victims, tmp_path):
     """With two workers and two victims, all are gone at some point or another and the first weights are made again."""
     directory = RunDir.create(tmp_path / "run", {}) if victims == 2 else None
@@ -119,6 +119,7 @@ def test_a_worker_added_in_the_middle_takes_part_in_the_next_generation(cluster,
     assert [len(seen[generation]) for generation in range(10)] == [1] * 5 + [2] * 5
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_place_joins_when_there_is_one(cluster, toys):
     told = []
     with RayPool(toys.NumpyWorker, workers=3, population_size=SIZE, cpus_per_worker=4, notify=told.append) as pool:
