@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll.cli.main import COMMANDS
 from eggroll.cli.session import _cell
+from eggroll.cli.tune import TuneOptions, _with_task
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
 
@@ -313,6 +314,13 @@ def test_worked_examples_come_before_each_problem(eggroll):
     config = json.loads((eggroll.work / "run" / "config.json").read_text())
     assert config["options"]["shots"] == 1
     assert config["options"]["system"].startswith("Make the target out of the numbers")
+
+
+@pytest.mark.parametrize(("backend", "vectors"), [("torch", True), ("vllm", False)])
+def test_a_task_does_not_recommend_what_adapters_of_vllm_cannot_evolve(backend, vectors):
+    options = TuneOptions("tiny", task="one_sentence", backend=backend)
+    assert _with_task(options).vectors is vectors
+    assert _with_task(options).lr == get_task("one_sentence").settings["lr"]
 
 
 def test_worked_examples_of_no_task_are_refused(eggroll):

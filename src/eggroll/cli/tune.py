@@ -182,7 +182,10 @@ def tune(options: TuneOptions) -> int:
 
 
 def _with_task(options: TuneOptions) -> TuneOptions:
-    """A shipped task's recommended settings in the place of those that were left at their defaults."""
+    """A shipped task's recommended settings in the place of those that were left at their defaults.
+
+    What vLLM's adapters cannot evolve is not recommended there.
+    """
     if options.task is None and options.shots:
         raise ConfigError(f"--shots {options.shots} needs a --task whose worked examples are shown; none is given")
     if options.task is None or options.resume is not None:
@@ -194,9 +197,10 @@ def _with_task(options: TuneOptions) -> TuneOptions:
     wanted = {"max_tokens": task.max_tokens, "system": task.system, **task.settings}
     defaults = {field.name: field.default for field in dataclasses.fields(TuneOptions)}
     changes = {}
+    beyond_adapters = ("embeddings", "head", "vectors") if options.backend == "vllm" else ()
     for key, value in wanted.items():
         name = names.get(key, key)
-        if getattr(options, name) == defaults[name]:
+        if name not in beyond_adapters and getattr(options, name) == defaults[name]:
             changes[name] = value
     return dataclasses.replace(options, **changes)
 

@@ -23,20 +23,31 @@ from eggroll.llm.tasks.arithmetic import evaluate, steps
 from eggroll.llm.tasks.splits import Splits, fill
 
 __all__ = [
-    "BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SHOTS_SYSTEM", "SYSTEM", "is_solution", "problems", "reward",
-    "splits", "worked",
+    "BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SHOTS_MAX_TOKENS", "SHOTS_SYSTEM", "SYSTEM",
+    "is_solution", "problems", "reward", "splits", "worked",
 ]  # fmt: skip
 
 DESCRIPTION = "Make the target out of the numbers, each used exactly once, with + - * /."
 MAX_TOKENS = 256
 BEST = 1.0 + FORMAT_WEIGHT
 SYSTEM: str | None = None
-SETTINGS: dict[str, Any] = {}
+SETTINGS: dict[str, Any] = {
+    "population_size": 16,
+    "rank": 1,
+    "sigma": 0.01,
+    "lr": 0.05,
+    "optimizer": "sgd",
+    "vectors": True,
+    "prompts_per_generation": 4,
+}
+"""Chosen of four on the validation problems, with SmolLM2-135M and two worked examples (benchmarks/grpo)."""
 SHOTS_SYSTEM = (
     "Make the target out of the numbers, using each number exactly once, with + - * /. Answer in the form "
     "<think> steps </think> <answer> expression </answer>."
 )
 """The system prompt with worked examples, which then need not say it again with each problem."""
+SHOTS_MAX_TOKENS = 80
+"""Worked answers have 41 to 68 tokens of SmolLM2's."""
 
 SEED = 2024
 SIZES = {"train": 4096, "validation": 64, "heldout": 64, "test": 1024}

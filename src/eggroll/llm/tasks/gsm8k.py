@@ -30,8 +30,8 @@ from eggroll.llm.tasks.answers import FORMAT_WEIGHT, column, text_of
 from eggroll.llm.tasks.splits import Row, Splits, fill, normal
 
 __all__ = [
-    "BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SHOTS_SYSTEM", "SYSTEM", "extract", "is_correct", "reward",
-    "splits", "worked",
+    "BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SHOTS_MAX_TOKENS", "SHOTS_SYSTEM", "SYSTEM",
+    "extract", "is_correct", "reward", "splits", "worked",
 ]  # fmt: skip
 
 DESCRIPTION = "Solve a grade-school word problem; the answer is a number."
@@ -40,6 +40,7 @@ BEST = 1.0 + FORMAT_WEIGHT
 SYSTEM: str | None = None
 SETTINGS: dict[str, Any] = {}
 SHOTS_SYSTEM: str | None = None
+SHOTS_MAX_TOKENS = MAX_TOKENS
 
 HUB = "openai/gsm8k:main"
 SHARES = {"train": 0.9, "validation": 0.05, "heldout": 0.05}

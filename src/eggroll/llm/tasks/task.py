@@ -48,8 +48,8 @@ def with_shots(task: Task, module: ModuleType | None, shots: int) -> Task:
 
     Args:
         task: the task without examples.
-        module: what it comes from: ``worked(row)`` gives a question and an answer to it, and ``SHOTS_SYSTEM`` the
-            system prompt that goes with them (``None``: the task's).
+        module: what it comes from: ``worked(row)`` gives a question and an answer to it, ``SHOTS_SYSTEM`` the system
+            prompt that goes with them (``None``: the task's), and ``SHOTS_MAX_TOKENS`` how long answers like those get.
         shots: how many; 0 gives ``task`` itself.
 
     Raises:
@@ -80,4 +80,5 @@ def with_shots(task: Task, module: ModuleType | None, shots: int) -> Task:
         heldout=shown(task.heldout),
         test=shown(task.test),
         system=module.SHOTS_SYSTEM or task.system,
+        max_tokens=module.SHOTS_MAX_TOKENS,
     )
