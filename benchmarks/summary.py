@@ -21,6 +21,7 @@ TITLES = {
     "functional": "Small networks, functional API",
     "kernels_cuda": "Fused kernels on a GPU",
     "generation": "A whole generation",
+    "prefix": "Beginnings that prompts share",
     "one_member_at_a_time": "Against one member at a time",
     "memory": "Memory",
     "noise": "Noise",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eggroll.core.threefry import fold_in, seed_key
-from eggroll.llm.prefix import can_spread, common_prefix, spread
+from eggroll.llm.prefix import common_prefix, plain_cache, spread
 from eggroll.torch.threefry import random_bits
 
 COMPACT_FRACTION = 0.2
@@ -112,10 +112,9 @@ def generate(
 
     cache: Any = None
     shared = common_prefix(tokens[:prompts], mask[:prompts]) if prompts else 0
-    if shared and prompts:
-        cache = _shared_cache(forward, tokens, mask, prompts, shared)
-        if cache is not None:
-            tokens, positions = tokens[:, shared:], positions[:, shared:]
+    if shared and prompts and (empty := plain_cache(model)) is not None:
+        cache = _shared_cache(forward, empty, tokens, mask, prompts, shared)
+        tokens, positions = tokens[:, shared:], positions[:, shared:]
     for step in range(max_tokens):
         out = forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, position_ids=positions)
         cache = out.past_key_values
@@ -139,14 +138,15 @@ def generate(
     return [row[:length] for row, length in zip(made.tolist(), lengths.tolist(), strict=True)]
 
 
-def _shared_cache(forward: Callable[..., Any], tokens: Tensor, mask: Tensor, prompts: int, shared: int) -> Any:
-    """The cache of the first ``shared`` columns of all rows, or ``None`` if this model's cannot be spread."""
+def _shared_cache(
+    forward: Callable[..., Any], empty: Any, tokens: Tensor, mask: Tensor, prompts: int, shared: int
+) -> Any:
+    """The cache of the first ``shared`` columns of all rows."""
     begin = int(mask.shape[1] - mask[0].sum())
     prefix = tokens[::prompts, begin : begin + shared]
     places = torch.arange(shared, device=tokens.device).expand(len(prefix), -1)
-    cache = forward(input_ids=prefix, attention_mask=torch.ones_like(prefix), position_ids=places).past_key_values
-    if not can_spread(cache):
-        return None
+    ones = torch.ones_like(prefix)
+    cache = forward(input_ids=prefix, attention_mask=ones, past_key_values=empty, position_ids=places).past_key_values
     padding = (mask.shape[1] - mask.sum(-1)).to(torch.long)
     return spread(cache, torch.arange(len(tokens), device=tokens.device) // prompts, padding)
 

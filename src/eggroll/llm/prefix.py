@@ -38,12 +38,12 @@ def common_prefix(ids: Tensor, mask: Tensor) -> int:
     return length if length >= MIN_PREFIX else 0
 
 
-def can_spread(cache: Any) -> bool:
-    """Whether a cache is one of plain keys and values for every column (no windows, no quantisation, no states)."""
-    from transformers.cache_utils import DynamicLayer
+def plain_cache(model: Any) -> Any:
+    """An empty cache of keys and values for every column; ``None`` if the model has windows or states instead."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    layers = getattr(cache, "layers", None) or []
-    return len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return cache if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 def spread(cache: Any, owners: Tensor, padding: Tensor) -> Any:
@@ -63,4 +63,4 @@ def spread(cache: Any, owners: Tensor, padding: Tensor) -> Any:
     return cache
 
 
-__all__ = ["MIN_PREFIX", "can_spread", "common_prefix", "spread"]
+__all__ = ["MIN_PREFIX", "common_prefix", "plain_cache", "spread"]
