@@ -3,7 +3,9 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ from hypothesis import settings
 # before any Hugging Face library is imported: a test must not depend on a hub that may or may not be reachable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# What a shell starts in the background ignores SIGINT, and tests of Ctrl-C send it.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Many tests compile the same programs: each is compiled once in a run of the suite, whatever process it is in. The
 # directory is the session's own, because entries are tied to versions and to the machine.
