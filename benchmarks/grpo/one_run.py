@@ -126,18 +126,17 @@ def run_grpo(args: argparse.Namespace, loaded: LoadedModel, task: Task, measure:
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(True)
     rows = [{key: row[key] for key in ("prompt", "numbers", "target")} for row in task.train]
-    holder: dict[str, Clock] = {}
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            holder["clock"] = clock = Clock(60 * options.minutes, options.looks, guarded, options.now)
-            clock.look(0.0)
+        clock: Clock
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if not holder["clock"].tick(state.global_step):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.clock = Clock(60 * args.minutes, args.looks, guarded, args.now)
+            self.clock.look(0.0)
+
+        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+            if not self.clock.tick(state.global_step):
                 control.should_training_stop = True
-
-    options = args
 
     def guarded() -> dict[str, Any]:
         training = loaded.model.training
@@ -147,13 +146,14 @@ def run_grpo(args: argparse.Namespace, loaded: LoadedModel, task: Task, measure:
         finally:
             loaded.model.train(training)
 
+    watch = Watch()
     trainer = GRPOTrainer(
         model=loaded.model, reward_funcs=task.reward, args=config, train_dataset=Dataset.from_list(rows),
-        processing_class=loaded.tokenizer, callbacks=[Watch()],
+        processing_class=loaded.tokenizer, callbacks=[watch],
     )  # fmt: skip
     trainer.train()
     log = [round(entry["reward"], 4) for entry in trainer.state.log_history if "reward" in entry]
-    clock = holder["clock"]
+    clock = watch.clock
     return {**closing(clock, clock.steps * config.generation_batch_size), "train_reward": log}
 
 

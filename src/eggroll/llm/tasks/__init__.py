@@ -59,7 +59,12 @@ def get_task(name: str, *, shots: int = 0) -> Task:
         raise ConfigError(f"there is no task {name!r}; {_hint(name)}")
     else:
         task = _task(_key(name))
-    return with_shots(task, _MODULES.get(task.name), shots)
+    return task if shots == 0 else _shown(task.name, shots)
+
+
+@cache
+def _shown(name: str, shots: int) -> Task:
+    return with_shots(get_task(name), _MODULES.get(name), shots)
 
 
 @cache

@@ -50,14 +50,12 @@ def with_shots(task: Task, module: ModuleType | None, shots: int) -> Task:
         task: the task without examples.
         module: what it comes from: ``worked(row)`` gives a question and an answer to it, ``SHOTS_SYSTEM`` the system
             prompt that goes with them (``None``: the task's), and ``SHOTS_MAX_TOKENS`` how long answers like those get.
-        shots: how many; 0 gives ``task`` itself.
+        shots: how many, at least 1.
 
     Raises:
         ConfigError: so many are not allowed, or this task has no worked answers.
     """
-    if shots == 0:
-        return task
-    if not 0 <= shots <= MAX_SHOTS:
+    if not 1 <= shots <= MAX_SHOTS:
         raise ConfigError(f"shots (={shots}) must be from 0 to {MAX_SHOTS} worked examples")
     if not hasattr(module, "worked"):
         raise ConfigError(
