@@ -1,11 +1,13 @@
 """The paper's sixteen environments in short runs: EGGROLL, full-rank ES and PPO at the same number of steps.
 
-    python benchmarks/rl/sixteen.py [--only navix] [--scale 1.0] [--seeds 0] [--out benchmarks/results/rl]
+    python benchmarks/rl/sixteen.py [--only navix] [--kinds ppo] [--seeds 0] [--file benchmarks/results/rl/FILE.json]
 
 Each run is one ``eggroll rl`` in a process of its own; budgets are minutes on two cores, hundreds of times below the
 paper's 5e8 steps, so hyperparameters are one common set for short runs (``COMMON``), not the paper's, and were not
 tuned for any environment. Returns are means over 64 held-out episodes. The table also gives steps per second of the
-population and, on the same machine, of random actions with as many episodes at once.
+population and, on the same machine, of random actions with as many episodes at once. Each result is written as soon as
+it is there, into a file that may hold others already, so the table can be made in several sittings and by several
+processes; a result carries its own date.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ RUNS: dict[str, tuple[int, int | None, int]] = {
 }
 
 
-def run(env: str, kind: str, steps: int, limit: int | None, members: int, seed: int, folder: Path) -> dict[str, Any]:
+def run(
+    env: str, kind: str, steps: int, limit: int | None, members: int, seed: int, folder: Path, minutes: float
+) -> dict[str, Any]:
     """One ``eggroll rl``; its result, with wall time."""
     out = folder / f"{kind}-{seed}"
     command = [sys.executable, "-m", "eggroll.cli.main", "rl", "--env", env, "--env_steps", str(steps), "-o", str(out)]
@@ -67,7 +71,10 @@ def run(env: str, kind: str, steps: int, limit: int | None, members: int, seed: 
         command += ["--pop_size", str(members)]
         command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=minutes * 60)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not at its end after {minutes:g} minutes", "seed": seed, "date": str(datetime.date.today())}
     if done.returncode:
         return {"error": (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][-300:], "seed": seed}
     result = json.loads((out / "result.json").read_text())
@@ -132,7 +139,8 @@ def table(rows: dict[str, Any]) -> str:
     def end(row: dict[str, Any], kind: str) -> str:
         runs = [run for run in row.get(kind, []) if "error" not in run]
         if not runs:
-            return "failed" if row.get(kind) else ""
+            errors = [run["error"] for run in row.get(kind, [])]
+            return ("not ended" if all("not at its end" in text for text in errors) else "failed") if errors else ""
         values = [run["end_return"] for run in runs]
         spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
         return f"{statistics.mean(values):.4g}{spread}"
@@ -153,35 +161,46 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["eggroll", "openes", "ppo"])
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "rl")
+    parser.add_argument("--file", type=Path, help="results to add to (default: a new file in benchmarks/results/rl)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="give a run up after so long (default 30)")
     options = parser.parse_args()
     from common import hardware, slug
 
     from eggroll.run.provenance import git_revision, versions
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"sixteen_{slug(hardware())}_{datetime.date.today()}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    rows: dict[str, Any] = stored.get("rows", {})
+    results = ROOT / "benchmarks" / "results" / "rl"
+    path = options.file or results / f"sixteen_{slug(hardware())}_{datetime.date.today()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {
+        "what": "rl_sixteen", "hardware": hardware(), "load_before": os.getloadavg()[0], "common": COMMON,
+        "brax": CALMER,
+        "revision": git_revision(ROOT), "versions": versions(), "date": str(datetime.date.today()),
+    }  # fmt: skip
+
+    def store(env: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Add to an environment's row of the file as it is now; the rows."""
+        stored = json.loads(path.read_text()) if path.exists() else {**head, "rows": {}}
+        stored["rows"].setdefault(env, {}).update(values)
+        rows = {name: stored["rows"][name] for name in RUNS if name in stored["rows"]}
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps({**stored, "rows": rows}, indent=1) + "\n")
+        new.replace(path)
+        path.with_suffix(".md").write_text(table(rows))
+        return rows
+
     for env, (thousands, limit, members) in RUNS.items():
         if options.only not in env:
             continue
         steps = int(thousands * 1000 * options.scale)
-        row = rows.setdefault(env, {})
-        row |= {"steps": steps, "max_steps": limit, "population": members}
-        row.setdefault("random_steps_per_s", random_rate(env, limit, members))
+        rows = store(env, {"steps": steps, "max_steps": limit, "population": members})
+        if "random_steps_per_s" not in rows[env]:
+            store(env, {"random_steps_per_s": random_rate(env, limit, members)})
         for kind in options.kinds:
             with tempfile.TemporaryDirectory() as folder:
-                row[kind] = [run(env, kind, steps, limit, members, seed, Path(folder)) for seed in options.seeds]
-            print(env, kind, [(r.get("end_return"), r.get("wall_s"), r.get("error")) for r in row[kind]], flush=True)
-        rows = {name: rows[name] for name in RUNS if name in rows}
-        head = {
-            "what": "rl_sixteen", "hardware": hardware(), "load_before": os.getloadavg()[0], "common": COMMON,
-            "brax": CALMER,
-            "revision": git_revision(ROOT), "versions": versions(), "date": str(datetime.date.today()),
-        }  # fmt: skip
-        path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(table(rows))
+                place, minutes = Path(folder), options.minutes
+                runs = [run(env, kind, steps, limit, members, seed, place, minutes) for seed in options.seeds]
+            rows = store(env, {kind: runs})
+            print(env, kind, [(r.get("end_return"), r.get("wall_s"), r.get("error")) for r in runs], flush=True)
     print(table(rows))
 
 

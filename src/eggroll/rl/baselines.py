@@ -123,6 +123,12 @@ def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
     state = jax.jit(algorithm.init_state)(jax.random.key(config.seed % 2**32))
     iterate = jax.jit(algorithm.train_iteration)
     heldout_key = jax.random.key((config.seed + 1_000_003) % 2**32)
+
+    @jax.jit  # rejax takes the policy as a static argument: without a compiled call around it, each evaluation compiles
+    def heldout_returns(state: Any) -> Any:
+        act = algorithm.make_act(state)
+        return evaluate(act, heldout_key, view, view.default_params, config.eval_episodes, max_steps)[1]
+
     every = max(1, iterations // 20)
     best, score, first, spent = -math.inf, math.nan, math.nan, 0.0
     for number in range(iterations + 1):
@@ -131,10 +137,7 @@ def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
             state = jax.block_until_ready(iterate(state))
             spent += time.perf_counter() - began
         if number % every == 0 or number == iterations:
-            _, returns = evaluate(
-                algorithm.make_act(state), heldout_key, view, view.default_params, config.eval_episodes, max_steps
-            )
-            score = float(np.mean(returns))
+            score = float(np.mean(heldout_returns(state)))
             first = score if number == 0 else first
             best = max(best, score)
             run.append_metrics(
