@@ -328,3 +328,11 @@ def test_worked_examples_of_no_task_are_refused(eggroll):
     assert done.status != 0
     assert "--shots 2 needs a --task whose worked examples are shown; none is given" in done.err
     assert not (eggroll.work / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--eval-prompts"])
+def test_worked_examples_beside_a_file_of_prompts_are_refused(eggroll, option):
+    done = eggroll("tune", "tiny", "--task", "countdown", "--shots", "2", option, "prompts.txt", "-o", "run")
+    assert done.status != 0
+    assert f"{option} prompts.txt takes their place as it is: training and held-out prompts would differ" in done.err
+    assert not (eggroll.work / "run").exists()

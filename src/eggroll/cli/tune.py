@@ -188,6 +188,13 @@ def _with_task(options: TuneOptions) -> TuneOptions:
     """
     if options.task is None and options.shots:
         raise ConfigError(f"--shots {options.shots} needs a --task whose worked examples are shown; none is given")
+    for given in ("prompts", "eval_prompts"):
+        if options.shots and (file := getattr(options, given)) is not None:
+            raise ConfigError(
+                f"--shots {options.shots} shows worked examples before the task's own problems, and --"
+                f"{given.replace('_', '-')} {file} takes their place as it is: training and held-out prompts would "
+                "differ. Leave one of the two out, or write the examples into the file's conversations"
+            )
     if options.task is None or options.resume is not None:
         return options
     from eggroll.llm.tasks import get_task
