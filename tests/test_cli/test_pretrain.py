@@ -64,6 +64,11 @@ def test_resume_is_bit_for_bit(text, tmp_path):
         (("--pop_size", "7"), "pop_size (=7) must be even"),
         (("--tokens", "100000"), "text.txt"),
         (("--noise-table-size", "10"), "table"),
+        (("--device", "gpu0"), "device (='gpu0') must be auto, cpu, cuda, cuda:1, mps"),
+        (("--threads", "-1"), "threads (=-1) must be at least 1"),
+        (("--members-per-forward", "0"), "members_per_forward (=0) must be at least 1"),
+        (("--backend", "c", "--device", "cuda"), "backend='c' runs on the CPU, not on device='cuda'"),
+        (("--alpha", "1e-17"), "alpha (=1e-17) must be at least 1e-09"),
     ],
 )
 def test_errors_say_what_to_do(text, tmp_path, capsys, more, message):
@@ -74,6 +79,19 @@ def test_errors_say_what_to_do(text, tmp_path, capsys, more, message):
     assert status in (1, 2)
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_floating_point_is_replayed_in_floating_point(text, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "run"
+    assert main(command(text, "-g", "3", "-o", str(out), "--precision", "fp32", "--threads", "1")) == 0
+    assert "fp32 parameters" in capsys.readouterr().out
+    assert main(["replay", str(out)]) == 0
+    assert "generation 3 of 3, equal to its checkpoint, bit for bit" in capsys.readouterr().out
+    assert {value.dtype.is_floating_point for value in load_file(out / "replay-3" / "model.safetensors").values()} == {
+        True
+    }
 
 
 def test_resume_refuses_other_settings(text, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -75,3 +77,19 @@ def test_a_gap_or_a_repeat_is_an_error(tmp_path, generations, line, found):
 
 def test_truncate():
     assert truncate((record(i) for i in range(5)), 2) == [record(0), record(1)]
+
+
+def test_many_sixteenths_are_packed_and_come_back_exactly():
+    rng = np.random.default_rng(0)
+    sixteenths = rng.integers(-127, 128, 4096) / 16
+    made = UpdateRecord.make(7, 0.25, 0.5, sixteenths)
+    line = made.to_json()
+    assert len(line) < 1.5 * len(sixteenths)
+    assert UpdateRecord.from_json(line) == made
+    few, fractions = UpdateRecord.make(0, 1.0, 1.0, sixteenths[:255]), UpdateRecord.make(0, 1.0, 1.0, sixteenths / 3)
+    large = UpdateRecord.make(0, 1.0, 1.0, 16 * sixteenths)
+    for record in (few, fractions, large):
+        assert "shaped_fitness" in json.loads(record.to_json())
+        assert UpdateRecord.from_json(record.to_json()) == record
+    with pytest.raises(ValueError, match=r"Incorrect padding|Only base64"):
+        UpdateRecord.from_json(line.replace(line[-12:-2], "?"))

@@ -68,6 +68,21 @@ def test_a_hub_data_set_is_loaded_once(tmp_path, monkeypatch):
     assert asked[1:] == [("some/texts", "small")]
 
 
+def test_a_column_of_a_hub_data_set(tmp_path, monkeypatch):
+    """Rows without a text and texts that are no Unicode are taken as they come; a missing column is named."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("EGGROLL_CACHE_DIR", str(tmp_path))
+    rows = {"story": ["one", None, "two", "", "three four five six"], "label": [1, 2, 3, 4, 5]}
+    table = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: table)
+    corpus = data.load_corpus("some/stories", text_column="story")
+    assert corpus.train.tobytes() + corpus.validation.tobytes() == b"\0one\0two\0three four five six"
+    with pytest.raises(DataError, match=r"no column 'text'; its columns are story, label \(choose with --text_column"):
+        data.load_corpus("some/stories")
+    with pytest.raises(DataError, match="column 'label' holds int, not text"):
+        data.load_corpus("some/stories", text_column="label")
+
+
 def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.setenv("EGGROLL_CACHE_DIR", str(tmp_path))
 
@@ -132,3 +147,18 @@ def test_the_fingerprint_knows_other_data(text_file, tmp_path):
     other = tmp_path / "other.txt"
     other.write_bytes(text_file.read_bytes()[:-1] + b"!")
     assert data.load_corpus(str(other)).fingerprint() != first
+
+
+def test_files_that_hold_nothing_readable(tmp_path):
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty.npy cannot be read: "):
+        data.load_corpus(str(tmp_path / "empty.npy"))
+    np.savez(tmp_path / "several.npz", a=np.zeros(3, np.uint8))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    with pytest.raises(DataError, match=r"several.npy holds several arrays \(.npz\); save the one of bytes"):
+        data.load_corpus(str(tmp_path / "several.npy"))
+    (tmp_path / "folder").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "folder" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"all 2 .txt files of the folder are empty"):
+        data.load_corpus(str(tmp_path / "folder"))

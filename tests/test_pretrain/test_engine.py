@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eggroll.errors import ConfigError
+from eggroll.errors import ConfigError, DataError
 from eggroll.pretrain import engine, engine_c, fixed_point, library, oracle, update
 from eggroll.pretrain.noise import Noise
 from eggroll.pretrain.shape import ModelShape
@@ -251,5 +251,26 @@ def test_settings_that_cannot_work():
         engine.make_engine(params, backend="cuda")
     with pytest.raises(ConfigError, match=r"chunk .* at least 1"):
         engine.make_engine(params, chunk=0)
-    with pytest.raises(ConfigError, match="largest draw: emb takes 272 normals at rank 1; use at least 272"):
+    with pytest.raises(ConfigError, match="largest draw: emb takes 272 normals at rank 1; use at least 4367 "):
         engine.make_engine(params, Noise(table_size=271))
+
+
+def test_states_windows_and_tokens_that_do_not_fit_are_refused(backend):
+    """An engine in C would read beyond their ends."""
+    params = oracle.init_params(ModelShape(20, 16, 2))
+    for state in (np.zeros((1, 16), np.int8), np.zeros((2, 15), np.int8), np.zeros((2, 16), np.int64)):
+        refused = r"state must be int8 \(L, D\) = \(2, 16\); got " + str(state.dtype)
+        with pytest.raises(DataError, match=refused):
+            engine.forward(params, [1, 2], state, backend=backend)
+        with pytest.raises(DataError, match=refused):
+            oracle.forward(params, [1, 2], state)
+    made, tokens = engine.make_engine(params, backend=backend), np.ones((2, 4), np.uint8)
+    rows = np.arange(2)
+    with pytest.raises(DataError, match="tokens must be from 0 to 19; got up to 200"):
+        engine.run_centre(made, np.uint8(200) * tokens, outputs=("logits",))
+    with pytest.raises(DataError, match="window must be from 0 to 1; got 0 to 2"):
+        engine.run_members(made, 0, rows, tokens, 2 * rows)
+    with pytest.raises(DataError, match=r"tokens must be windows \(W, T \+ 1\) .* got \(2, 1\)"):
+        engine.run_centre(made, tokens[:, :1], outputs=("logits",))
+    with pytest.raises(DataError, match=r"state must be int8 \(W, L, D\) = \(2, 2, 16\); got int8 \(1, 2, 16\)"):
+        engine.run_members(made, 0, rows, tokens, rows, np.zeros((1, 2, 16), np.int8))

@@ -99,7 +99,10 @@ def test_the_library_draws_the_same():
 def test_a_table_that_is_too_small_or_too_large():
     with pytest.raises(ConfigError, match=r"noise_table_size \(=639\) is smaller than the largest draw: emb takes 640"):
         Noise(rank=2, table_size=639).check(SHAPE)
-    Noise(rank=2, table_size=640).check(SHAPE)
+    few = r"leaves the largest draw 1 places to begin.* use at least 4735 \(better 16777216\), or noise='counter'"
+    with pytest.raises(ConfigError, match=few):
+        Noise(rank=2, table_size=640).check(SHAPE)
+    Noise(rank=2, table_size=4735).check(SHAPE)
     Noise(rank=2, kind="counter", table_size=1).check(SHAPE)
     with pytest.raises(ConfigError, match="at most 2\\*\\*31"):
         Noise(table_size=2**32).check(SHAPE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,11 @@ def params_of(learner):
 
 def equal(first, second):
     return all(np.array_equal(params_of(first)[name], params_of(second)[name]) for name in params_of(first))
+
+
+def equal_tensors(first, second):
+    tensors = first.state_tensors()
+    return all(torch.equal(value, tensors[name]) for name, value in second.state_tensors().items())
 
 
 def test_a_tiny_model_falls_below_the_unigram_entropy(text_file, tmp_path):
@@ -153,7 +159,8 @@ def test_text_shorter_than_the_context(options):
 
 def test_all_problems_of_the_settings_at_once():
     with pytest.raises(ConfigError) as error:
-        PretrainOptions(pop_size=7, group_size=3, alpha=1.5, sigma_shift=13, noise_table_size=100, minutes=-1)
+        PretrainOptions(pop_size=7, group_size=3, alpha=1.5, sigma_shift=13, noise_table_size=100, minutes=-1,
+                        alpha_final=1e-12, threads=0, members_per_forward=-2, backend="c", device="cuda")  # fmt: skip
     message = str(error.value)
     for part in (
         "pop_size (=7) must be even: members come in pairs; use 8",
@@ -162,8 +169,14 @@ def test_all_problems_of_the_settings_at_once():
         "sigma_shift (=13) must be at most 12",
         "noise_table_size (=100) is smaller than the largest draw",
         "minutes (=-1) must be above 0",
+        "alpha_final (=1e-12) must be at least 1e-09",
+        "threads (=0) must be at least 1",
+        "members_per_forward (=-2) must be at least 1",
+        "backend='c' runs on the CPU, not on device='cuda'; use backend='torch'",
     ):
         assert part in message
+    with pytest.raises(ConfigError, match=r"precision \(='fp32'\) has Adam .*: alpha, momentum_shift would do nothing"):
+        PretrainOptions(precision="fp32", alpha=0.5, momentum_shift=2)
     with pytest.raises(ConfigError, match=r"hidden .* must be 1 to 16384"):
         PretrainOptions(hidden=20000)
     with pytest.raises(ConfigError, match=r"rank .* must be a whole number of at least 1"):
@@ -176,12 +189,12 @@ def test_bits_per_byte_are_those_of_the_logits():
     stream = np.random.default_rng(0).integers(0, 256, 2500).astype(np.uint8)
     found, count = evaluate.bits_per_byte(made, stream)
     total = 0.0
-    for start in (0, 1024):
+    for start in (0, 1024, 2048):
         lane = stream[start : start + 1025]
         powers = 2.0 ** (oracle.forward(made.params, lane[:-1])[0].astype(float) / 16)
-        total -= np.log2(powers[np.arange(1024), lane[1:]] / powers.sum(axis=1)).sum()
-    assert count == 2048
-    assert found == pytest.approx(total / 2048, abs=1e-9)
+        total -= np.log2(powers[np.arange(len(powers)), lane[1:]] / powers.sum(axis=1)).sum()
+    assert count == 2499
+    assert found == pytest.approx(total / 2499, abs=1e-9)
     assert evaluate.bits_per_byte(made, stream, 1024)[1] == 1024
     assert evaluate.bits_per_byte(made, stream[:9])[1] == 8
 
@@ -210,6 +223,29 @@ def test_samples_are_reproducible_and_follow_the_logits(backend):
     assert abs(counts[likely].sum() / 300 - weights[likely].sum() / weights.sum()) < 0.1
 
 
+@pytest.mark.parametrize("device", ["gpu0", "cuda:99"])
+def test_a_device_that_is_not_there_leaves_no_run_and_spoils_none(options, device):
+    with pytest.raises(ConfigError, match=f"device .='{device}'"):
+        trainer.train(dataclasses.replace(options, device=device))
+    assert not Path(options.output).exists()
+    trainer.train(dataclasses.replace(options, generations=2))
+    again = dataclasses.replace(options, resume=options.output, device=device)
+    with pytest.raises(ConfigError, match=f"device .='{device}'"):
+        trainer.train(again)
+    run = RunDir.open(options.output)
+    assert run.config["device"] == "auto"
+    run.update_config({**run.config, "device": "cuda:7", "threads": 64})  # made on another machine
+    assert trainer.sample_run(options.output, "abc", 4) == trainer.sample_run(options.output, "abc", 4, threads=1)
+
+
+def test_a_run_from_before_an_option_goes_on(options):
+    trainer.train(dataclasses.replace(options, generations=2))
+    run = RunDir.open(options.output)
+    run.update_config({name: value for name, value in run.config.items() if name != "text_column"})
+    resumed = dataclasses.replace(trainer.options_of_run(options.output), resume=options.output, generations=4)
+    assert trainer.train(resumed).generation == 4
+
+
 def test_a_run_can_be_sampled(options):
     trainer.train(options)
     text = trainer.sample_run(options.output, "abc", 12, seed=3)
@@ -225,8 +261,11 @@ def test_floating_point_trains_the_same_network(options, tmp_path, precision):
     learner = trainer.make_learner(part, None)
     for record in whole.run.updates():
         learner.apply(record)
-    for name, value in whole.learner.state_tensors().items():
-        assert torch.equal(value, learner.state_tensors()[name])
+    assert equal_tensors(learner, whole.learner)
+    assert equal_tensors(trainer.model_of_run(settings.output), whole.learner)
+    longer = dataclasses.replace(trainer.options_of_run(settings.output), resume=settings.output, generations=8)
+    with pytest.raises(RunError, match="generations: 4 in the run, 8 now"):  # the cosine ends with the last one
+        trainer.train(longer)
     assert len(learner.sample(b"abc", 5)) == 5
     assert learner.sample(b"abc", 5, temperature=0) == learner.sample(b"abc", 5, temperature=0)
 

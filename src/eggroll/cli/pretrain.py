@@ -27,10 +27,15 @@ def pretrain(options: PretrainOptions) -> int:
     from eggroll.pretrain.trainer import sample_run, train
 
     console = Console(soft_wrap=True, highlight=False)
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
     if options.sample is not None:
         text = sample_run(
-            options.sample, options.prompt, options.sample_length, temperature=options.temperature, seed=options.seed
-        )
+            options.sample, options.prompt, options.sample_length, temperature=options.temperature, seed=options.seed,
+            backend=options.backend, device=options.device, threads=options.threads,
+        )  # fmt: skip
         # A young model writes any bytes; those that would steer the terminal are shown as a replacement character.
         shown = (char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
         console.print(options.prompt + "".join(shown), markup=False)
@@ -57,7 +62,8 @@ def resumed_options(arguments: Sequence[str]) -> PretrainOptions | None:
 def _opened(console: Console, options: PretrainOptions, run: RunDir, learner: IntegerLearner, corpus: Corpus) -> None:
     members = f"{options.pop_size:,} members x {options.tokens} bytes"
     console.print(
-        f"[bold]{options.n_layers} layers x {options.hidden}[/], {options.shape.size:,} int8 parameters\n"
+        f"[bold]{options.n_layers} layers x {options.hidden}[/], "
+        f"{options.shape.size:,} {options.precision} parameters\n"
         f"data     {escape(options.data)}: {len(corpus.train):,} bytes to train on, "
         f"{len(corpus.validation):,} held out\n"
         f"search   {members}, {options.group_size} a window, rank {options.rank}, sigma 2^-{options.sigma_shift}, "

@@ -44,19 +44,18 @@ def replay(options: ReplayOptions) -> int:
 
 
 def _replay_pretrain(run: RunDir, options: ReplayOptions, console: Console) -> int:
-    """An integer language model, made again from its seed."""
+    """A language model of ``eggroll pretrain``, made again from its seed."""
     from safetensors.torch import save_file
 
-    from eggroll.pretrain.learner import IntegerLearner
-    from eggroll.pretrain.trainer import options_of_run
+    from eggroll.pretrain.trainer import learner_of_run
 
-    learner = IntegerLearner(options_of_run(str(run.path)), None)
+    learner = learner_of_run(str(run.path))
     done = _apply(run, learner, options, console)
     directory = Path(options.output) if options.output else run.path / f"replay-{done}"
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "model.safetensors"
     tensors = dict(learner.state_tensors())
-    save_file({name: value for name, value in tensors.items() if name in learner.engine.params}, path)
+    save_file(learner.weights(), path)
     console.print(f"generation {done} of {len(run.updates())}{_compared(run, tensors, done)}")
     console.print(f'weights  {escape(str(path))}\nload it  [bold]safetensors.numpy.load_file("{escape(str(path))}")[/]')
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eggroll.errors import RunError
+
+PACKED = "shaped_fitness_in_sixteenths"
+"""Base64 of int8: in a log in the place of many numbers that are whole sixteenths, as integer pretraining has."""
+PACKED_FROM = 256
+"""Members from which numbers are packed: a log of few members can be read without help."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +41,23 @@ class UpdateRecord:
 
     def to_json(self) -> str:
         """One line of ``updates.jsonl``."""
-        return json.dumps(
-            {
-                "generation": self.generation,
-                "sigma": self.sigma,
-                "lr": self.lr,
-                "shaped_fitness": list(self.shaped_fitness),
-            }
-        )
+        head = {"generation": self.generation, "sigma": self.sigma, "lr": self.lr}
+        sixteenths = 16.0 * np.asarray(self.shaped_fitness)
+        if len(sixteenths) >= PACKED_FROM and np.all((np.rint(sixteenths) == sixteenths) & (abs(sixteenths) < 128)):
+            packed = base64.b64encode(sixteenths.astype(np.int8).tobytes()).decode()
+            return json.dumps({**head, PACKED: packed})
+        return json.dumps({**head, "shaped_fitness": list(self.shaped_fitness)})
 
     @classmethod
     def from_json(cls, line: str) -> UpdateRecord:
         """The inverse of :meth:`to_json`. Raises ``ValueError`` or ``KeyError`` on a line that is not one."""
         values = json.loads(line)
-        return cls(values["generation"], values["sigma"], values["lr"], tuple(values["shaped_fitness"]))
+        if PACKED in values:
+            packed = np.frombuffer(base64.b64decode(values[PACKED], validate=True), np.int8)
+            shaped = (packed / 16.0).tolist()
+        else:
+            shaped = values["shaped_fitness"]
+        return cls(values["generation"], values["sigma"], values["lr"], tuple(shaped))
 
 
 def read_records(path: Path) -> Iterator[UpdateRecord]:

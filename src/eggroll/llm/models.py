@@ -17,6 +17,7 @@ from eggroll.errors import ConfigError, ModelError
 from eggroll.llm import smollm2
 from eggroll.llm.export import drop_quantization
 from eggroll.llm.hub import dense_gguf, offline_hint, offline_if_unreachable, quiet_progress
+from eggroll.torch.devices import find_device
 
 ALIASES = {"smollm2-135m": smollm2.directory, "smollm2-135m-instruct": smollm2.directory}
 """Models that come by another way than the hub: name to a function that returns their directory."""
@@ -76,7 +77,7 @@ def load(
         ModelError: there is no such model, or it cannot be loaded; the message says what was tried.
         ConfigError: dtype or device are unknown.
     """
-    place = _device(device)
+    place = find_device(device)
     kind = parse_dtype(dtype)
     location, gguf = _locate(source)
     transformers = require("transformers", extra="llm")
@@ -222,18 +223,6 @@ def _typical_shape(config: Any) -> tuple[int, int]:
     width = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0) or 512)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "d_ff", None) or getattr(text, "ffn_dim", None)
     return width, int(inner) if isinstance(inner, int) else 4 * width
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device (={device!r}) must be auto, cpu, cuda, cuda:1, mps, ...: {error}") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device (={str(device)!r}): torch {torch.__version__} sees no CUDA device; use device='cpu'")
-    return place
 
 
 def _locate(source: str) -> tuple[str, str | None]:

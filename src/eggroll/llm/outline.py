@@ -16,6 +16,7 @@ from eggroll.errors import ModelError
 from eggroll.llm import models
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.hub import offline_if_unreachable, quiet_progress
+from eggroll.torch.devices import find_device
 from eggroll.torch.parameters import parameter_specs
 
 KINDS = ("matrix", "embedding", "head", "conv", "experts", "vector", "other")
@@ -140,7 +141,7 @@ def look_up(
     Arguments and errors are those of ``load``. Of a directory or a hub id only the configuration is read, of a
     ``.gguf`` file only its metadata; an alias is fetched as for loading.
     """
-    place = models._device(device)
+    place = find_device(device)
     kind = models.parse_dtype(dtype)
     location, gguf = models._locate(source)
     transformers: Any = require("transformers", extra="llm")

@@ -26,6 +26,10 @@ FREE = (
 )  # fmt: skip
 """Options that a resumed run may have other values of: they change no weight."""
 
+LEAST_ALPHA = 1e-9
+INTEGER_ONLY = ("alpha", "alpha_schedule", "alpha_decay", "alpha_final", "fitness", "sign_of_noise", "momentum_shift")
+"""Options of the integer update."""
+
 arg = tyro.conf.arg
 
 
@@ -35,6 +39,8 @@ class PretrainOptions:
 
     data: Annotated[str, arg(aliases=["-d"])] = "minipile"
     """minipile, a hub text data set, a .txt, a folder of .txt, or a .npy of bytes (a byte 0 begins a document)."""
+    text_column: str = "text"
+    """Column of a hub data set that holds the documents."""
     pop_size: Annotated[int, arg(aliases=["-p"])] = 4096
     """Members per generation; both signs of a pair count."""
     rank: int = 1
@@ -142,6 +148,25 @@ class PretrainOptions:
             found.append(f"sigma_shift (={self.sigma_shift}) must be at most 12: smaller perturbations are all 0 or -1")
         if self.momentum_shift > 16:
             found.append(f"momentum_shift (={self.momentum_shift}) must be at most 16 (2^-16 of it a generation)")
+        for name in ("alpha", "alpha_final"):
+            if getattr(self, name) < LEAST_ALPHA:
+                found.append(
+                    f"{name} (={getattr(self, name)}) must be at least {LEAST_ALPHA:g}, one weight in a billion"
+                )
+        for name in ("threads", "members_per_forward"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                found.append(f"{name} (={value}) must be at least 1; leave it out for a choice that suits this machine")
+        if self.backend == "c" and self.device not in ("auto", "cpu"):
+            found.append(f"backend='c' runs on the CPU, not on device={self.device!r}; use backend='torch'")
+        if self.precision != "int8":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            given = [name for name in INTEGER_ONLY if getattr(self, name) != defaults[name]]
+            if given:
+                found.append(
+                    f"precision (={self.precision!r}) has Adam and centred ranks: {', '.join(given)} would do nothing; "
+                    "leave them out, or use precision='int8'"
+                )
         if self.seed >= 2**64:
             found.append(f"seed (={self.seed}) must be below 2**64")
         if self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0):

@@ -1,7 +1,8 @@
 """Bytes to learn from: memory-mapped streams in which a 0 begins a document.
 
-A stream is a ``.txt`` file (any file of bytes, one document), a ``.npy`` of bytes, a folder of either, or a text data
-set of the hub, which is written to the cache once. Whatever has no validation part of its own gives its last tenth.
+A stream is a ``.txt`` file (any file of bytes, one document), a ``.npy`` of bytes, a folder of ``.txt`` files, a folder
+with ``train`` and ``validation`` of either, or a text data set of the hub, which is written to the cache once. Whatever
+has no validation part of its own gives its last tenth.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,35 @@ def load_hub(source: str, *, text_column: str = "text") -> Corpus:
         datasets: Any = require("datasets", extra="llm")
         try:
             found = datasets.load_dataset(HUB_ALIASES.get(name, name), config or None)
-            for part, splits in _SPLITS.items():
-                split = next((found[key] for key in splits if key in found), None)
-                if split is not None:
-                    documents = (row[text_column].encode() for row in split)
-                    parts[part] = write_stream(folder / f"{part}.npy", documents)
         except Exception as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
                 f"data {source!r} is neither a file or folder here nor could it be loaded from the Hugging Face hub: "
                 f"{first}. Without a network, give a .txt file, a folder of them, or a .npy of bytes"
             ) from error
+        for part, splits in _SPLITS.items():
+            split = next((found[key] for key in splits if key in found), None)
+            if split is not None:
+                parts[part] = write_stream(folder / f"{part}.npy", _documents(source, split, text_column))
     if "train" not in parts:
         raise DataError(f"data {source!r} has no split 'train'")
+    if not all(stream.size for stream in parts.values()):
+        raise DataError(f"data {source!r}: column {text_column!r} has no text in one of its splits")
     return Corpus(source, parts["train"], parts["validation"]) if len(parts) == 2 else _halves(source, parts["train"])
+
+
+def _documents(source: str, split: Any, text_column: str) -> Iterator[bytes]:
+    """The texts of a split as bytes, without what has none."""
+    for row in split:
+        if text_column not in row:
+            raise DataError(
+                f"data {source!r} has no column {text_column!r}; its columns are {', '.join(row)} "
+                "(choose with --text_column)"
+            )
+        text = row[text_column]
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"data {source!r}: column {text_column!r} holds {type(text).__name__}, not text")
+        yield (text or "").encode(errors="replace")
 
 
 def cache_directory() -> Path:
@@ -150,6 +166,7 @@ def write_stream(path: Path, documents: Iterable[bytes]) -> NDArray[np.uint8]:
             if file.tell() != start:  # the format leaves room for a shape to grow, so this does not happen
                 raise DataError(f"{path} could not be written: its header has changed its size")
             file.flush()
+            os.fsync(file.fileno())
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
@@ -195,10 +212,12 @@ def _stream(path: Path) -> NDArray[np.uint8]:
                 raise DataError(f"data {path} is empty")
             return np.memmap(path, np.uint8, "r")
         stream = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"data {path} cannot be read: {error}") from error
+    if not isinstance(stream, np.ndarray):
+        raise DataError(f"data {path} holds several arrays (.npz); save the one of bytes with numpy.save")
     if stream.ndim != 1 or stream.dtype.kind not in "iu":
         raise DataError(f"data {path} must hold bytes: one dimension, uint8; it holds {stream.dtype} {stream.shape}")
     if stream.size == 0:
@@ -230,6 +249,8 @@ def _folder(name: str, path: Path) -> Corpus:
             return Corpus(name, parts["train"], parts["validation"])
         return _halves(name, parts["train"])
     files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    if files and not any(file.stat().st_size for file in files):
+        raise DataError(f"data {name!r}: all {len(files)} .txt files of the folder are empty")
     if not files:
         raise DataError(f"data {name!r}: the folder has neither train.npy nor train.txt nor any .txt file")
     facts = repr([(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files])

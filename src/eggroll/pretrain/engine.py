@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from eggroll.errors import ConfigError, MemoryBudgetError
+from eggroll.errors import ConfigError, DataError, MemoryBudgetError
 from eggroll.pretrain import oracle
 from eggroll.pretrain.noise import Noise
-from eggroll.pretrain.oracle import check_tokens
+from eggroll.pretrain.oracle import check_state, check_tokens
 from eggroll.pretrain.shape import ModelShape
 
 Backend = Literal["auto", "c", "torch"]
@@ -178,7 +178,7 @@ def forward(
     """
     engine = make_engine(params, **settings)
     ids = check_tokens(tokens, engine.shape.vocab).astype(np.uint8)
-    before = None if state is None else np.ascontiguousarray(state, np.int8)[None]
+    before = None if state is None else check_state(state, engine.shape)[None]
     found = run_centre(engine, np.append(ids, np.uint8(0))[None], before, outputs=("logits", "state"))
     assert found.logits is not None
     assert found.state is not None
@@ -222,6 +222,24 @@ def run_members(
     signs = (1 - 2 * (numbers % 2)).astype(np.int32)
     work = Work(tokens, np.asarray(window, np.int32), numbers // 2, signs, generation, state, outputs)
     return engine.run(work)
+
+
+def check_work(work: Work, shape: ModelShape) -> None:
+    """Refuse what an engine in C would read beyond the ends of.
+
+    Raises:
+        DataError: windows, tokens or states do not fit the model or each other.
+    """
+    tokens, window, state = work.tokens, work.window, work.state
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise DataError(f"tokens must be windows (W, T + 1) of at least one input and a target; got {tokens.shape}")
+    if tokens.size and shape.vocab < 256 and int(tokens.max()) >= shape.vocab:
+        raise DataError(f"tokens must be from 0 to {shape.vocab - 1}; got up to {tokens.max()}")
+    if len(window) and not 0 <= int(window.min()) <= int(window.max()) < len(tokens):
+        raise DataError(f"window must be from 0 to {len(tokens) - 1}; got {window.min()} to {window.max()}")
+    form = (len(tokens), shape.n_layers, shape.hidden)
+    if state is not None and (state.shape != form or state.dtype != np.int8):
+        raise DataError(f"state must be int8 (W, L, D) = {form}; got {state.dtype} {state.shape}")
 
 
 def empty_result(work: Work, shape: ModelShape) -> Result:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eggroll.core.address import parameter_key
 from eggroll.pretrain import fixed_point, library
-from eggroll.pretrain.engine import Result, Step, Work, empty_result
+from eggroll.pretrain.engine import Result, Step, Work, check_work, empty_result
 from eggroll.pretrain.library import address, padded
 from eggroll.pretrain.noise import TABLE_NAME, Noise
 from eggroll.pretrain.oracle import noise_shift
@@ -114,6 +114,7 @@ class CEngine:
 
     def run(self, work: Work) -> Result:
         """Evaluate, a chunk of members at a time."""
+        check_work(work, self.shape)
         result = empty_result(work, self.shape)
         tokens = np.ascontiguousarray(work.tokens, np.uint8)
         state = None if work.state is None else np.ascontiguousarray(work.state, np.int8)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eggroll.pretrain import fixed_point, update
-from eggroll.pretrain.engine import Result, Step, Work, empty_result
+from eggroll.pretrain.engine import Result, Step, Work, check_work, empty_result
 from eggroll.pretrain.fixed_point import GATE_BITS, LIMIT, LOGIT_OFFSET
 from eggroll.pretrain.noise import Noise
 from eggroll.pretrain.oracle import noise_shift
@@ -59,6 +59,7 @@ class TorchEngine:
 
     def run(self, work: Work) -> Result:
         """Evaluate, a chunk of members at a time."""
+        check_work(work, self.shape)
         result = empty_result(work, self.shape)
         for first in range(0, len(work.window), self.chunk):
             part = slice(first, first + self.chunk)
@@ -216,11 +217,11 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type == "cpu" and n > 1 and _int_mm_is_exact():
         return torch._int_mm(x.contiguous(), weight.T)
     if x.device.type == "cuda":
-        # cuBLAS wants at least 17 rows, and multiples of 8 otherwise.
+        # cuBLAS wants at least 17 rows, multiples of 8 otherwise, and rows that lie one after the other.
         rows = max(0, 24 - len(x))
         padding = (0, -n % 8)
-        left = torch.nn.functional.pad(x, (*padding, 0, rows))
-        right = torch.nn.functional.pad(weight, (*padding, 0, -len(weight) % 8))
+        left = torch.nn.functional.pad(x, (*padding, 0, rows)).contiguous()
+        right = torch.nn.functional.pad(weight, (*padding, 0, -len(weight) % 8)).contiguous()
         return torch._int_mm(left, right.T)[: len(x), : len(weight)]
     exact = torch.float32 if n * (LIMIT + 1) ** 2 < 2**24 else torch.float64
     return (x.to(exact) @ weight.to(exact).T).to(torch.int64).to(torch.int32)

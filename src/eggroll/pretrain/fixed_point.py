@@ -89,8 +89,8 @@ def normal_table() -> NDArray[np.int8]:
 def threshold_sixteenths(alpha: float) -> int:
     """``I32(16 * Phi^-1(1 - alpha / 2))``: how many sixteenths of a standard deviation a share ``alpha`` exceeds.
 
-    0 for ``alpha`` of 1, where every parameter with a nonzero sum moves.
+    0 for ``alpha`` of 1, where every parameter with a nonzero sum moves; at most 131 (8.2 standard deviations).
     """
     if alpha >= 1.0:
         return 0
-    return int(ONE * NormalDist().inv_cdf(1.0 - alpha / 2.0))
+    return int(ONE * NormalDist().inv_cdf(min(1.0 - alpha / 2.0, 1.0 - 2.0**-53)))

@@ -24,6 +24,7 @@ from eggroll.pretrain.data import Corpus, window_starts, windows
 from eggroll.pretrain.evaluate import SAMPLES_NAME, lanes_of
 from eggroll.pretrain.fixed_point import LIMIT, ONE
 from eggroll.pretrain.shape import MLP_FACTOR, ModelShape
+from eggroll.torch.devices import find_device
 from eggroll.torch.es import Replica
 from eggroll.torch.population import Active
 
@@ -98,7 +99,7 @@ class FloatLearner:
 
     def __init__(self, options: PretrainOptions, corpus: Corpus | None) -> None:
         self.options, self.corpus = options, corpus
-        self.device = torch.device("cpu" if options.device == "auto" else options.device)
+        self.device = find_device(options.device)
         model = FloatModel(options.shape, options.seed).eval().to(self.device, DTYPES[options.precision])
         self.config = ESConfig(
             population_size=options.pop_size, rank=options.rank, sigma=2.0**-options.sigma_shift, lr=options.lr,
@@ -110,6 +111,10 @@ class FloatLearner:
         self.apply = self.replica.apply
         self.state_tensors = self.replica.state_tensors
         self.load_state_tensors = self.replica.load_state_tensors
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by name."""
+        return {name: value.contiguous() for name, value in self.replica.model.state_dict().items()}
 
     def evaluate(self, generation: int, sigma: float) -> Evaluation:
         """Score all members, each on its group's window."""

@@ -20,6 +20,7 @@ from eggroll.pretrain.evaluate import bits_per_byte, sample
 from eggroll.pretrain.fixed_point import ONE
 from eggroll.pretrain.oracle import init_params
 from eggroll.pretrain.update import make_step, shape_pairs
+from eggroll.torch.devices import find_device
 
 MOMENTUM = "momentum."
 PART = 1 << 16
@@ -33,6 +34,8 @@ def open_engine(options: PretrainOptions, params: Mapping[str, NDArray[np.int8]]
         ConfigError: it cannot be used here.
     """
     backend, device = options.backend, options.device
+    if device != "auto":
+        find_device(device)  # a word that is no device is refused here
     if device == "auto":
         device = "cpu"
         if backend != "c" and torch.cuda.is_available():
@@ -109,11 +112,14 @@ class IntegerLearner:
         """What the model writes after a prompt."""
         return sample(self.engine, prompt, length, temperature=temperature, seed=seed)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Parameters, int8, by name."""
+        return {name: torch.from_numpy(value) for name, value in self.engine.params.items()}
+
     def state_tensors(self) -> Mapping[str, Any]:
         """Parameters, int8, by name; momentum, int32, with a prefix."""
-        tensors = {name: torch.from_numpy(value) for name, value in self.engine.params.items()}
         momentum = {MOMENTUM + name: torch.from_numpy(value) for name, value in self.engine.momentum.items()}
-        return {**tensors, **momentum}
+        return {**self.weights(), **momentum}
 
     def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_tensors`.

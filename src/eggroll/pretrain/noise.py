@@ -33,6 +33,8 @@ NoiseKind = Literal["table", "counter"]
 
 DEFAULT_TABLE_SIZE = 1 << 24
 """Entries (bytes) of the table; the paper has 2^30."""
+FEWEST_PLACES = 1 << 12
+"""Offsets of the longest draw that a table must have."""
 TABLE_NAME = "pretrain/noise-table"
 _PART = 1 << 20
 
@@ -61,19 +63,27 @@ class Noise:
             raise ConfigError(f"noise (={self.kind!r}) must be one of: {', '.join(get_args(NoiseKind))}")
 
     def check(self, shape: ModelShape) -> None:
-        """Refuse a table that cannot hold the longest draw.
+        """Refuse a table in which the longest draw has fewer than 2^12 places to begin.
 
         Raises:
-            ConfigError: it is too small, or so large that 32 random bits do not reach all of it.
+            ConfigError: it is too small (with few places, pairs have the same draw), or so large that 32 random bits do
+                not reach all of it.
         """
         if self.kind != "table":
             return
         longest = max(shape.parameters, key=lambda p: p.draw_length(self.rank))
         needed = longest.draw_length(self.rank)
-        if self.table_size < needed:
+        least = needed + FEWEST_PLACES - 1
+        if self.table_size < least:
+            problem = (
+                "is smaller than the largest draw"
+                if self.table_size < needed
+                else f"leaves the largest draw {self.table_size - needed + 1} places to begin, so pairs would be alike"
+            )
+            better = max(DEFAULT_TABLE_SIZE, 1 << (4 * needed).bit_length())
             raise ConfigError(
-                f"noise_table_size (={self.table_size}) is smaller than the largest draw: {longest.name} takes "
-                f"{needed} normals at rank {self.rank}; use at least {needed} (better 2**24), or noise='counter'"
+                f"noise_table_size (={self.table_size}) {problem}: {longest.name} takes {needed} normals at rank "
+                f"{self.rank}; use at least {least} (better {better}), or noise='counter'"
             )
         if self.table_size > 2**31:
             raise ConfigError(f"noise_table_size (={self.table_size}) must be at most 2**31; the paper has 2**30")

@@ -33,7 +33,7 @@ Draws = Mapping[str, Factors]
 
 
 def noise_shift(rank: int, sigma_shift: int) -> int:
-    """Bits that a product of two draws is shifted by: ``4 + sigma_shift + floor(log4 r)``, rounded for ranks between.
+    """Bits that a product of two draws is shifted by: ``4 + sigma_shift + log4 r``, the last rounded (halves up).
 
     Two draws of standard deviation 16 make products of 256; four bits are the fixed point, so the perturbation has a
     standard deviation of ``2^-sigma_shift`` (1.0 is 16). A sum of ``r`` of them is ``sqrt(r)`` times as large, which
@@ -120,6 +120,9 @@ def forward(
 
     Returns:
         Logits ``(T, V)`` int8, in sixteenths of a bit, and the state after the last token, ``(L, D)`` int8.
+
+    Raises:
+        DataError: tokens or the state are not those of such a model.
     """
     shape = ModelShape.of(params)
     tokens = check_tokens(tokens, shape.vocab)
@@ -127,7 +130,7 @@ def forward(
     vectors = {
         p.name: perturbed_vector(params[p.name], factors(p.name), shift) for p in shape.parameters if p.kind == "vector"
     }
-    hidden = np.zeros((shape.n_layers, shape.hidden), np.int8) if state is None else np.array(state, np.int8)
+    hidden = np.zeros((shape.n_layers, shape.hidden), np.int8) if state is None else check_state(state, shape).copy()
 
     def at(x: NDArray[np.int8], name: str) -> NDArray[np.int8]:
         return product(x, params[name], factors(name), shift)
@@ -183,6 +186,18 @@ def check_tokens(tokens: NDArray[Any], vocab: int) -> NDArray[np.int64]:
     if values.min() < 0 or values.max() >= vocab:
         raise DataError(f"tokens must be from 0 to {vocab - 1}; got {values.min()} to {values.max()}")
     return values.astype(np.int64)
+
+
+def check_state(state: NDArray[Any], shape: ModelShape) -> NDArray[np.int8]:
+    """A hidden state, ``(L, D)`` int8, as it is.
+
+    Raises:
+        DataError: it has another shape, or is not int8.
+    """
+    form, values = (shape.n_layers, shape.hidden), np.asarray(state)
+    if values.shape != form or values.dtype != np.int8:
+        raise DataError(f"state must be int8 (L, D) = {form}; got {values.dtype} {values.shape}")
+    return np.ascontiguousarray(values)
 
 
 def _embed(table: NDArray[np.int8], token: int, factors: Factors | None, shift: int) -> NDArray[np.int8]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eggroll.pretrain.floating import FloatLearner
 
 KIND = "pretrain"
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(PretrainOptions)}
 RESULT = "result.json"
 
 
@@ -71,10 +72,10 @@ def train(
         DataError: the data cannot be read, or are shorter than a window.
         RunError: the run to resume was started with other settings or data.
     """
-    corpus = load_corpus(options.data)
+    corpus = load_corpus(options.data, text_column=options.text_column)
     corpus.check(options.context + options.tokens + 1)
+    learner = make_learner(options, corpus)  # before the run: what cannot work here leaves none behind
     run_dir = _open_run(options, corpus)
-    learner = make_learner(options, corpus)
     began, before = time.perf_counter(), _seconds_done(run_dir)
     held = _HeldOut(options, learner, corpus)
     config = learner.config
@@ -96,7 +97,7 @@ def train(
         loop.listeners = list(listeners(run_dir, start))
     if start < config.generations:
         loop.go(start)
-    result = {} if loop.interrupted else _finish(run_dir, learner, corpus, options, loop)
+    result = {} if loop.interrupted else _finish(run_dir, held, corpus, options, loop)
     return Trained(run_dir, learner, result, loop.interrupted, loop.applied)
 
 
@@ -126,17 +127,34 @@ def options_of_run(path: str) -> PretrainOptions:
     return PretrainOptions(**stored)
 
 
-def model_of_run(path: str, *, generation: int | None = None) -> AnyLearner:
+def learner_of_run(path: str, **machine: Any) -> AnyLearner:
+    """The first model of a run, to be replayed on this machine, whatever the run was made on.
+
+    Args:
+        path: the run's directory.
+        **machine: ``backend``, ``device``, ``threads``, ``members_per_forward``; what is not given is chosen.
+
+    Raises:
+        RunError: it is no such run.
+        ConfigError: there is no such device or backend here.
+    """
+    here = {"backend": "auto", "device": "auto", "threads": None, "members_per_forward": None, **machine}
+    return make_learner(dataclasses.replace(options_of_run(path), **here), None)
+
+
+def model_of_run(path: str, *, generation: int | None = None, **machine: Any) -> AnyLearner:
     """The model of a run: from its newest checkpoint and the records after it, or rebuilt from the first generation.
 
     Args:
         path: the run's directory.
         generation: updates that it shall have; ``None`` is all that are logged.
+        **machine: as for :func:`learner_of_run`.
 
     Raises:
         RunError: it is no such run, or has not so many updates.
+        ConfigError: there is no such device or backend here.
     """
-    run_dir, learner = RunDir.open(path), make_learner(options_of_run(path), None)
+    run_dir, learner = RunDir.open(path), learner_of_run(path, **machine)
     records = run_dir.updates()
     wanted = len(records) if generation is None else generation
     if not 0 <= wanted <= len(records):
@@ -150,9 +168,9 @@ def model_of_run(path: str, *, generation: int | None = None) -> AnyLearner:
     return learner
 
 
-def sample_run(path: str, prompt: str, length: int, *, temperature: float = 1.0, seed: int = 0) -> str:
-    """Text of a run's model after a prompt (the prompt is not repeated)."""
-    made = model_of_run(path).sample(prompt.encode(), length, temperature=temperature, seed=seed)
+def sample_run(path: str, prompt: str, length: int, *, temperature: float = 1.0, seed: int = 0, **machine: Any) -> str:
+    """Text of a run's model after a prompt (the prompt is not repeated); ``machine`` as for :func:`learner_of_run`."""
+    made = model_of_run(path, **machine).sample(prompt.encode(), length, temperature=temperature, seed=seed)
     return made.decode("utf-8", errors="replace")
 
 
@@ -162,12 +180,15 @@ class _HeldOut:
     def __init__(self, options: PretrainOptions, learner: AnyLearner, corpus: Corpus) -> None:
         self.options, self.learner, self.corpus = options, learner, corpus
         self.generation: Callable[[], int] = lambda: 0
+        self._all: tuple[int, tuple[float, int]] | None = None
 
     def __call__(self) -> Heldout:
         options, generation = self.options, self.generation()
         last = generation == options.generations
-        limit = None if last else options.eval_tokens
-        bits, count = self.learner.bits_per_byte(self.corpus.validation, limit)
+        if last:
+            bits, count = self.everything()
+        else:
+            bits, count = self.learner.bits_per_byte(self.corpus.validation, options.eval_tokens)
         samples = []
         every = options.sample_every
         if every and (last or generation % every < options.eval_every):
@@ -176,6 +197,13 @@ class _HeldOut:
             samples = [{"member": -1, "prompt": options.prompt, "completion": text, "reward": -bits}]
         metrics = {"validation_bits_per_byte": bits, "validation_bytes": float(count)}
         return Heldout(-bits, samples, metrics)
+
+    def everything(self) -> tuple[float, int]:
+        """Bits per byte of all held-out text, and how many bytes that is; once for a generation."""
+        generation = self.generation()
+        if self._all is None or self._all[0] != generation:
+            self._all = generation, self.learner.bits_per_byte(self.corpus.validation)
+        return self._all[1]
 
 
 def _open_run(options: PretrainOptions, corpus: Corpus) -> RunDir:
@@ -194,14 +222,20 @@ def _open_run(options: PretrainOptions, corpus: Corpus) -> RunDir:
             f"--generations {options.generations}: the run in {run_dir.path} has {done} finished generations already; "
             "give more"
         )
-    run_dir.check_config(settings, may_change=_free(options))
+    known = {name: value for name, value in settings.items() if name in run_dir.config or value != _DEFAULTS.get(name)}
+    run_dir.check_config(known, may_change=_free(options))  # options that are newer than the run have their defaults
     run_dir.update_config(settings)
     run_dir.note_resume(done)
     return run_dir
 
 
 def _free(options: PretrainOptions) -> tuple[str, ...]:
-    """What a resumed run may change: an exponential schedule ends with the last generation, so not that one there."""
+    """What a resumed run may change: a schedule that ends with the last generation does not allow another one.
+
+    In floating point the device and the members at once change the last bits.
+    """
+    if options.precision != "int8":
+        return tuple(name for name in FREE if name not in ("generations", "device", "members_per_forward"))
     return tuple(name for name in FREE if name != "generations" or options.alpha_schedule != "exponential")
 
 
@@ -217,11 +251,9 @@ def _time_is_up(options: PretrainOptions, began: float) -> Callable[[dict[str, A
     return lambda _: time.perf_counter() - began >= seconds
 
 
-def _finish(
-    run_dir: RunDir, learner: AnyLearner, corpus: Corpus, options: PretrainOptions, loop: Loop
-) -> dict[str, Any]:
+def _finish(run_dir: RunDir, held: _HeldOut, corpus: Corpus, options: PretrainOptions, loop: Loop) -> dict[str, Any]:
     """Validate on all of the held-out text, compare with tables of counts, write ``result.json``."""
-    bits, count = learner.bits_per_byte(corpus.validation)
+    bits, count = held.everything()
     lines = [line for line in run_dir.metrics() if "evaluate_s" in line]
     spent = sum(line["evaluate_s"] for line in lines)
     updating = sum(line["update_s"] for line in lines)

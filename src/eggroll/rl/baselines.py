@@ -46,6 +46,25 @@ class Restarting:
     def __init__(self, env: Environment, max_steps: int) -> None:
         self.env, self.default_params = env, Limit(max_steps)
 
+        def restart(key: Any, done: Any, now: Any) -> Any:
+            return jax.tree.map(lambda new, old: jnp.where(done, new, old), env.reset(key), now)
+
+        def restart_some(size: int, batched: Any, key: Any, done: Any, now: Any) -> Any:
+            """Nothing is reset in a step in which no episode ends: making a world can cost more than many steps."""
+            axes = jax.tree.map(lambda has: 0 if has else None, batched)
+            given = jax.tree.map(
+                lambda has, value: value if has else jnp.broadcast_to(value, (size, *value.shape)), batched[2], now
+            )
+            after = jax.lax.cond(
+                jnp.any(done),
+                lambda: jax.vmap(restart, (axes[0], axes[1], 0), axis_size=size)(key, done, given),
+                lambda: given,
+            )
+            return after, jax.tree.map(lambda _: True, after)
+
+        self._restart = jax.custom_batching.custom_vmap(restart)
+        self._restart.def_vmap(restart_some)
+
     def __deepcopy__(self, memo: Any) -> Restarting:
         """Itself: rejax copies its settings while it is being traced, which Jumanji's specs do not survive."""
         return self
@@ -61,9 +80,7 @@ class Restarting:
         step_key, reset_key = jax.random.split(key)
         inner, observation, reward, done = self.env.step(step_key, inner, self._action(action))
         done = done | (steps + 1 >= params.max_steps_in_episode)
-        fresh, first = self.env.reset(reset_key)
-        inner = jax.tree.map(lambda new, old: jnp.where(done, new, old), fresh, inner)
-        observation = jnp.where(done, first, observation)
+        inner, observation = self._restart(reset_key, done, (inner, observation))
         return observation, (inner, jnp.where(done, 0, steps + 1)), reward, done, {}
 
     def _action(self, action: Any) -> Any:
@@ -88,6 +105,16 @@ class Restarting:
         from gymnax.environments import spaces
 
         return spaces.Box(-jnp.inf, jnp.inf, (self.env.obs_size,), jnp.float32)
+
+
+def _strong(state: Any) -> Any:
+    """Without weak types, of which an iteration returns others than it is given: it would be compiled twice."""
+
+    def strong(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf, leaf.dtype)
+
+    return jax.tree.map(strong, state)
 
 
 def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
@@ -120,15 +147,16 @@ def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
     per_iteration = PPO_SETTINGS["num_envs"] * PPO_SETTINGS["num_steps"]
     iterations = max(1, steps // per_iteration)
     say(f"{env.name}: PPO, {iterations} iterations of {per_iteration:,} steps; run directory {path}")
-    state = jax.jit(algorithm.init_state)(jax.random.key(config.seed % 2**32))
-    iterate = jax.jit(algorithm.train_iteration)
+    state = jax.jit(lambda key: _strong(algorithm.init_state(key)))(jax.random.key(config.seed % 2**32))
+    iterate = jax.jit(lambda state: _strong(algorithm.train_iteration(state)))
     heldout_key = jax.random.key((config.seed + 1_000_003) % 2**32)
 
-    @jax.jit  # rejax takes the policy as a static argument: without a compiled call around it, each evaluation compiles
     def heldout_returns(state: Any) -> Any:
         act = algorithm.make_act(state)
         return evaluate(act, heldout_key, view, view.default_params, config.eval_episodes, max_steps)[1]
 
+    # rejax takes the policy as a static argument: without a compiled call around it, each evaluation would be compiled.
+    evaluation = jax.jit(heldout_returns)
     every = max(1, iterations // 20)
     best, score, first, spent = -math.inf, math.nan, math.nan, 0.0
     for number in range(iterations + 1):
@@ -137,7 +165,7 @@ def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
             state = jax.block_until_ready(iterate(state))
             spent += time.perf_counter() - began
         if number % every == 0 or number == iterations:
-            score = float(np.mean(heldout_returns(state)))
+            score = float(np.mean(evaluation(state)))
             first = score if number == 0 else first
             best = max(best, score)
             run.append_metrics(
