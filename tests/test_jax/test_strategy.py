@@ -76,7 +76,7 @@ def test_invalid_scores_count_as_the_worst():
     np.testing.assert_array_equal(shape_fitness(jnp.full(4, jnp.nan), config), np.zeros(4))
 
 
-@pytest.mark.parametrize("members_per_forward", [0, 6])
+@pytest.mark.parametrize("members_per_forward", [0, 1, 6])
 def test_a_generation_is_the_oracles(members_per_forward):
     config = ESConfig(population_size=16, sigma=0.2, lr=0.5, rank=2, seed=3, fitness_shaping="normalized")
     strategy = Strategy(fitness, config, members_per_forward=members_per_forward)

@@ -314,3 +314,32 @@ def test_one_sided_members_have_draws_of_their_own():
     spec = ParameterSpec("w", (4, 3), "matrix")
     expected = SIGMA * np.asarray(x) @ oracle.perturbation(spec, 1, rank=1, seed=SEED, generation=0, antithetic=False)
     np.testing.assert_allclose(shift[1], expected, atol=1e-5)
+
+
+def test_two_weights_meet_in_a_product():
+    """One of them was added to an array, so it may be made as it is."""
+    params = {"w": normal(4, 4), "b": normal(1, 4), "pos": normal(3, 4, seed=1)}
+    check(lambda p, x: (x @ p["w"] + p["b"]) @ p["w"], params, normal(3, 4))
+    check(lambda p, x: (x + p["pos"]) @ p["w"], params, normal(2, 3, 4))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 4)])
+@pytest.mark.parametrize(
+    "use", [jnp.multiply, jnp.divide, jnp.add, jnp.subtract, jnp.maximum], ids=lambda f: f.__name__
+)
+def test_biases_and_scales_of_two_axes_have_dense_noise(shape, use):
+    params = {"w": normal(4, 4), "g": 2.0 + 0.1 * normal(*shape)}
+    layouts = {"w": (0, 1), "g": (0, 0)}
+    check(lambda p, x: use(x @ p["w"], p["g"]), params, normal(5, 3, 4), layouts=layouts)
+
+
+def test_embeddings_that_are_read_row_by_row():
+    params, tokens = {"w": normal(7, 4)}, jnp.array([0, 6, 2, -1, 2])
+    check(lambda p, x: jax.vmap(lambda i: p["w"][i])(x), params, tokens)
+    check(lambda p, x: jax.vmap(jax.vmap(lambda i: p["w"][:, i]))(x), params, jnp.array([[0, 3], [1, 2]]))
+    check(lambda p, x: jnp.take(p["w"], x, axis=0, mode="fill", fill_value=0.0), params, jnp.array([0, 7, -9, -1, 3]))
+    check(lambda p, x: p["w"][:, x] @ jnp.ones(3), {"w": normal(4, 1)}, jnp.array([0, 0, 0]))
+
+
+def test_a_barrier_to_the_optimizer_of_the_compiler():
+    check(lambda p, x: x @ lax.optimization_barrier(p["w"]), {"w": normal(4, 3)}, normal(2, 4))

@@ -22,6 +22,7 @@ from toys import SPACES, Chase  # noqa: E402
 
 from eggroll.cli.main import main  # noqa: E402
 from eggroll.core.fitness import NonFiniteFitnessWarning  # noqa: E402
+from eggroll.core.records import UpdateRecord  # noqa: E402
 from eggroll.errors import ConfigError, RunError  # noqa: E402
 from eggroll.rl import trainer  # noqa: E402
 from eggroll.rl.config import RLConfig  # noqa: E402
@@ -191,6 +192,33 @@ def test_returns_that_are_not_a_number_count_as_the_worst(monkeypatch, tmp_path)
     assert sum(line.get("invalid_scores", 0) for line in trained.run.metrics()) > 0
 
 
+@pytest.mark.parametrize("lost", [float("nan"), float("inf"), 3e38])
+def test_observations_that_are_no_numbers_do_not_spoil_the_statistics(lost):
+    config = RLConfig(env="toy/Chase", **QUICK).resolved("toy/Chase")
+    learner = trainer.make_learner(config, Chase(lost=lost))
+    for generation in range(2):
+        record = UpdateRecord.make(generation, 0.3, 0.1, learner.evaluate(generation, 0.3).fitness.astype(np.float32))
+        learner.apply(record)
+        assert 0 < learner.stats.count < learner.env_steps
+        assert all(np.isfinite(value).all() for value in jax.tree.leaves(learner.stats))
+        assert float(learner.stats.mean[0]) < 0.5
+
+
+@pytest.mark.parametrize("members_per_forward", [2, 6, 10])
+def test_results_do_not_depend_on_the_members_at_once(members_per_forward):
+    """Eight pairs in parts of three and five: the last part is filled up with pairs that do not play."""
+    found = []
+    for at_once in (0, members_per_forward):
+        config = RLConfig(env="toy/Chase", **QUICK, members_per_forward=at_once).resolved("toy/Chase")
+        learner = trainer.make_learner(config, Chase())
+        fitness = learner.evaluate(0, 0.3).fitness
+        learner.apply(UpdateRecord.make(0, 0.3, 0.1, fitness.astype(np.float32)))
+        found.append((fitness, learner.env_steps, learner.stats.count, learner.stats.mean))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert found[0][1] == 16 * 12  # an episode of 12 steps for each member
+
+
 @pytest.mark.slow
 def test_openes_is_the_same_run_with_dense_noise(toy, tmp_path):
     trained = run(tmp_path / "run", noiser="openes", generations=2)
@@ -204,6 +232,10 @@ def test_a_budget_of_steps_ends_the_run(toy, tmp_path):
     ends = [line for line in trained.run.metrics() if line.get("event") == "end"]
     assert len(ends) == 1
     assert trained.result["end_return"] == ends[0]["heldout_reward"] != trained.result["start_return"]
+    assert ends[0]["env_steps"] == trained.learner.env_steps
+    settings = {**_settings(tmp_path / "run"), "resume": str(tmp_path / "run")}
+    assert trainer.train(RLConfig(**settings)).generation == 3  # the budget is used up
+    assert trainer.train(RLConfig(**{**settings, "env_steps": 16 * 12 * 4})).generation == 4
 
 
 SHARDED = """
@@ -284,6 +316,23 @@ def test_gymnasium_environments_that_cannot_be_used(tmp_path, env, text):
         trainer.train(RLConfig(env=env, output=str(tmp_path / "run"), **QUICK))
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--env_steps", "-5"), "env_steps (=-5) must be a whole number of at least 1"),
+        (("--eval-episodes", "0"), "eval_episodes (=0) must be a whole number of at least 1"),
+        (("--lr", "5", "--noiser", "openes"), "--lr, --noiser would do nothing with --algo ppo"),
+        (("--resume", "RUN"), "is a run of PPO, which cannot be resumed or replayed"),
+    ],
+)
+def test_what_ppo_cannot_do(toy, tmp_path, capsys, options, text):
+    RunDir.create(tmp_path / "ppo", {"kind": "rl-ppo"})
+    given = [str(tmp_path / "ppo") if option == "RUN" else option for option in options]
+    assert main(["rl", "--env", "toy/Chase", "--algo", "ppo", "-o", str(tmp_path / "run"), *given]) == 1
+    assert text in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_ppo_on_the_same_environment(toy, tmp_path, capsys):
     pytest.importorskip("rejax")
@@ -292,6 +341,7 @@ def test_ppo_on_the_same_environment(toy, tmp_path, capsys):
     assert status == 0
     assert "iteration     2/2" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "result.json").read_text())["env_steps"] == 16384
+    assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_list_shows_the_sixteen(capsys):

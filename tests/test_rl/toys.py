@@ -14,10 +14,12 @@ from eggroll.rl.envs.base import ActionSpace, Continuous, Discrete, MultiDiscret
 class Chase:
     """A point on a line is pulled to a goal: one step left or right, reward the negative distance, ``limit`` steps."""
 
-    def __init__(self, actions: ActionSpace | None = None, limit: int = 12, spoil: bool = False) -> None:
+    def __init__(
+        self, actions: ActionSpace | None = None, limit: int = 12, spoil: bool = False, lost: float | None = None
+    ) -> None:
         self.name, self.obs_size, self.max_steps = "toy/Chase", 3, limit
         self.actions = actions or Discrete(2)
-        self.spoil = spoil
+        self.spoil, self.lost = spoil, lost  # NaN rewards, or what is observed, beyond 0.5
 
     def reset(self, key: Any) -> tuple[Any, Any]:
         ends = jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0)
@@ -44,7 +46,8 @@ class Chase:
 
     def _observe(self, state: Any) -> Any:
         place, goal, time = state
-        return jnp.stack([place, goal, time.astype(jnp.float32) * 10.0])
+        seen = place if self.lost is None else jnp.where(place > 0.5, self.lost, place)
+        return jnp.stack([seen, goal, time.astype(jnp.float32) * 10.0])
 
 
 SPACES: dict[str, ActionSpace] = {

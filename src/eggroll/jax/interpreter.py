@@ -62,6 +62,13 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
         return evaluate(closed.jaxpr, closed.consts, operands)
     found = RULES.get(primitive.name)
     result = found(operands, params) if found is not None else None
+    if result is None and found is not None:  # of two weights one may be as large as an array already
+        fewer = [
+            value.materialize() if isinstance(value, PerturbedWeight) and value.may_materialize else value
+            for value in operands
+        ]
+        if any(isinstance(value, PerturbedWeight) for value in fewer):
+            operands, result = fewer, found(fewer, params)
     if result is None:
         return _bind(equation, [_materialized(value, primitive.name) for value in operands])
     return list(result) if primitive.multiple_results else [result]

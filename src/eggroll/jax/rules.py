@@ -106,29 +106,38 @@ def _gather(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     weight, indices = operands
     if not isinstance(weight, PerturbedWeight):
         return None
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
+    numbers, sizes, indexed = (
+        params["dimension_numbers"],
+        params["slice_sizes"],
+        params["dimension_numbers"].start_index_map,
+    )
+    if weight.ndim != 2 or numbers.operand_batching_dims or not indexed:
         return None
-    axis = numbers.start_index_map[0]
-    whole = all(size == weight.shape[i] for i, size in enumerate(sizes) if i != axis)
-    if not whole or numbers.operand_batching_dims or sizes[axis] != 1 or weight.ndim != 2:
+    axis = next((i for i in indexed if sizes[i] != weight.shape[i]), indexed[0])
+    other = 1 - axis
+    if sizes[axis] != 1 or sizes[other] != weight.shape[other] or other in numbers.collapsed_slice_dims:
         return None
-    if weight.in_b(axis) and not weight.in_a(axis):
+    if weight.a.shape[other] != 1:
         weight = weight.swapped()
-    if not weight.in_a(axis):
+    if weight.a.shape[other] != 1 or weight.b.shape[axis] != 1:
         return None
     base = lax.gather_p.bind(weight.base, indices, **params)
-    other = 1 - axis
     table = jnp.moveaxis(weight.a, axis, 0).reshape(weight.shape[axis], weight.rank)
-    rows = jnp.take(table, indices[..., 0], axis=0, mode=_mode(params["mode"]), fill_value=0)
+    place = indices[..., indexed.index(axis)]
+    if params["mode"] == lax.GatherScatterMode.CLIP:
+        rows = jnp.take(table, place, axis=0, mode="clip")
+    else:  # rows out of range get no noise on top of the fill; a start in the axis that is taken whole can only be 0
+        inside = (place >= 0) & (place < len(table))
+        for column in (indices[..., indexed.index(i)] for i in indexed if i != axis):
+            inside &= column == 0
+        rows = jnp.where(inside[..., None], jnp.take(table, place, axis=0, mode="clip"), 0)
     columns = jnp.moveaxis(weight.b, other, 0).reshape(weight.shape[other], weight.rank)
     part = jnp.einsum("...r,nr->...n", rows, columns)
-    return base + jnp.moveaxis(part, -1, numbers.offset_dims[0]).astype(base.dtype)
-
-
-def _mode(mode: Any) -> str:
-    """``jnp.take``'s word for a gather's mode; out-of-range rows of fill mode get no noise on top of the fill."""
-    return "clip" if mode == lax.GatherScatterMode.CLIP else "fill"
+    if axis in numbers.collapsed_slice_dims:
+        part = jnp.moveaxis(part, -1, numbers.offset_dims[0])
+    else:  # the axis stays, with a length of 1
+        part = jnp.moveaxis(jnp.expand_dims(part, -2 if axis == 0 else -1), (-2, -1), numbers.offset_dims)
+    return base + part.astype(base.dtype)
 
 
 @rule("transpose")
@@ -189,9 +198,28 @@ def _convert(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     return weight.with_arrays(weight.base.astype(dtype), weight.a, weight.b)
 
 
-@rule("copy", "copy_p", "stop_gradient", "optimization_barrier")
+@rule("copy", "copy_p", "stop_gradient")
 def _same(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     return operands[0] if len(operands) == 1 else None
+
+
+@rule("optimization_barrier")
+def _barrier(operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """A hint to the compiler about plain values; a weight needs none."""
+    return list(operands)
+
+
+def _not_a_matrix(*operands: Any) -> None:
+    """While a layout is sought: stretched over another array, a weight is used as biases and scales are."""
+    shape = jnp.broadcast_shapes(*(jnp.shape(value) for value in operands))
+    for value in operands:
+        if isinstance(value, PerturbedWeight) and value.fitting and value.shape != shape:
+            raise NotAMatrixError(f"{value.name!r}, of shape {value.shape} here, is used element by element")
+
+
+@rule("max", "min", "pow", "atan2")
+def _elementwise(operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    _not_a_matrix(*operands)
 
 
 @rule("neg")
@@ -205,6 +233,7 @@ def _multiply(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     first, second = operands
     weight, scalar = (first, second) if isinstance(first, PerturbedWeight) else (second, first)
     if isinstance(scalar, PerturbedWeight) or jnp.shape(scalar) != ():
+        _not_a_matrix(weight, scalar)
         return None
     return weight.with_arrays(weight.base * scalar, weight.a * jnp.asarray(scalar, weight.a.dtype), weight.b)
 
@@ -213,6 +242,7 @@ def _multiply(operands: Sequence[Any], params: dict[str, Any]) -> Any:
 def _divide(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     weight, scalar = operands
     if not isinstance(weight, PerturbedWeight) or isinstance(scalar, PerturbedWeight) or jnp.shape(scalar) != ():
+        _not_a_matrix(*operands)
         return None
     return weight.with_arrays(weight.base / scalar, weight.a / jnp.asarray(scalar, weight.a.dtype), weight.b)
 
@@ -221,6 +251,7 @@ def _divide(operands: Sequence[Any], params: dict[str, Any]) -> Any:
 def _add(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     first, second = operands
     weight, other = (first, second) if isinstance(first, PerturbedWeight) else (second, first)
+    _not_a_matrix(weight, other)
     if isinstance(other, PerturbedWeight):
         return None
     return weight.added(weight.base + other, weight.a, weight.b)
@@ -229,6 +260,7 @@ def _add(operands: Sequence[Any], params: dict[str, Any]) -> Any:
 @rule("sub")
 def _subtract(operands: Sequence[Any], params: dict[str, Any]) -> Any:
     first, second = operands
+    _not_a_matrix(first, second)
     if isinstance(first, PerturbedWeight) and isinstance(second, PerturbedWeight):
         return None
     if isinstance(first, PerturbedWeight):

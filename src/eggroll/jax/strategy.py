@@ -221,10 +221,10 @@ class Strategy:
             )
 
         arguments = (draws, x if self.x_per_member else draws)
-        at_once = self.members_per_forward // len(signs) or len(draws)
+        at_once = max(1, self.members_per_forward // len(signs)) if self.members_per_forward else len(draws)
         if at_once >= len(draws):
             return jax.vmap(pair)(arguments)
-        return jax.lax.map(pair, arguments, batch_size=max(1, at_once))
+        return jax.lax.map(pair, arguments, batch_size=at_once)
 
     def _update(self, state: State, weights: Any, lr: Any) -> State:
         gradient = es_gradient(

@@ -29,6 +29,13 @@ PPO_SETTINGS: dict[str, Any] = {
 """Within the paper's search ranges for PPO (FACTS: clip .1-.3, gae .9-.98, lr 1e-4 to 1e-3, 64-256 environments)."""
 
 
+OF_EVOLUTION = (
+    "pop_size", "rank", "sigma", "lr", "optimizer", "lr_decay", "sigma_decay", "rank_transform", "episodes", "noiser",
+    "generations", "devices", "members_per_forward",
+)  # fmt: skip
+"""Options that PPO has no use for."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Limit:
@@ -121,29 +128,41 @@ def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
     """Train PPO for ``config.env_steps`` steps; returns what is in ``result.json``.
 
     Args:
-        config: the settings; those of evolution are not used.
+        config: the settings; those of evolution are refused.
         say: prints a line.
 
     Raises:
         MissingExtraError: rejax is not installed.
-        ConfigError: the environment is Gymnasium's, or a resume is asked for.
+        ConfigError: the environment is Gymnasium's, a resume is asked for, or a setting cannot work here.
     """
     require("rejax", extra="rl")
     from rejax import PPO
     from rejax.evaluate import evaluate
 
+    from eggroll.rl.curve import write_curve
+
     if registry.resolve(config.env)[0] == "gymnasium":
         raise ConfigError(f"--algo ppo: rejax needs an environment in JAX, and {config.env} is Gymnasium's")
     if config.resume is not None:
         raise ConfigError("--algo ppo cannot be resumed; start it again with another directory (-o)")
+    problems = [*config.problems()]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [f"--{name}" for name in OF_EVOLUTION if getattr(config, name) != defaults[name]]
+    if given:
+        problems.append(
+            f"{', '.join(given)} would do nothing with --algo ppo, whose settings are fixed; leave them out"
+        )
+    if problems:
+        raise ConfigError.from_problems("eggroll rl --algo ppo", problems)
     env = registry.make(config.env)
     max_steps = min(config.max_steps or env.max_steps, env.max_steps)
-    steps = config.env_steps or DEFAULT_STEPS
+    steps = DEFAULT_STEPS if config.env_steps is None else config.env_steps
+    settings = {**PPO_SETTINGS, "normalize_observations": config.normalize_obs}
     view = Restarting(env, max_steps)
     agent = {"activation": "relu", "hidden_layer_sizes": (config.hidden,) * config.layers}
-    algorithm = PPO.create(env=view, agent_kwargs=agent, total_timesteps=steps, **PPO_SETTINGS)
+    algorithm = PPO.create(env=view, agent_kwargs=agent, total_timesteps=steps, **settings)
     path = Path(config.output or f"runs/ppo-{env.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
-    run = RunDir.create(path, {"kind": "rl-ppo", **dataclasses.asdict(config), "env": env.name, **PPO_SETTINGS})
+    run = RunDir.create(path, {"kind": "rl-ppo", **dataclasses.asdict(config), "env": env.name, **settings})
     per_iteration = PPO_SETTINGS["num_envs"] * PPO_SETTINGS["num_steps"]
     iterations = max(1, steps // per_iteration)
     say(f"{env.name}: PPO, {iterations} iterations of {per_iteration:,} steps; run directory {path}")
@@ -177,4 +196,5 @@ def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
         "heldout_episodes": config.eval_episodes, "env_steps": iterations * per_iteration, "seconds": round(spent, 1),
     }  # fmt: skip
     run.write_file("result.json", (json.dumps(result, indent=1) + "\n").encode())
+    run.write_file("curve.png", write_curve(run.metrics(), title=f"{env.name}, PPO"))
     return result

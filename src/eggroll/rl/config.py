@@ -25,6 +25,7 @@ FREE = (
     "render",
     "list",
     "eval_every",
+    "env_steps",
 )
 """Options that a resumed run may have other values of: they change no weight."""
 

@@ -20,7 +20,7 @@ from eggroll.rl.config import RLConfig
 from eggroll.rl.envs import registry
 from eggroll.rl.envs.base import ActionSpace, Continuous, Discrete, MultiDiscrete
 from eggroll.rl.learner import PolicyLearner
-from eggroll.rl.policies import ObsStats, act, forward
+from eggroll.rl.policies import LARGEST, ObsStats, act, forward
 
 DEFAULT_LIMIT = 1000
 """Steps of an episode where the environment has no limit of its own."""
@@ -199,7 +199,7 @@ class GymLearner(PolicyLearner):
             for step in range(self.max_steps):
                 rows = self._flatten(x)
                 if collect:
-                    shifted = rows[alive] - mean
+                    shifted = rows[alive & (np.abs(rows) <= LARGEST).all(axis=1)] - mean
                     sums = [sums[0] + len(shifted), sums[1] + shifted.sum(0), sums[2] + (shifted**2).sum(0)]
                 chosen = actions(rows, jax.random.fold_in(key, step))
                 x, rewards, terminated, truncated, _ = envs.step(chosen)

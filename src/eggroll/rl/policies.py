@@ -16,6 +16,8 @@ EPSILON = 1e-5
 """In layer norm (the paper's networks) and under the root of a variance."""
 CLIP = 10.0
 """Bound of a normalised observation, as is usual with running statistics."""
+LARGEST = 1e15
+"""Observations beyond this, or not finite, are left out of the statistics: one would spoil them for good."""
 
 
 def init_policy(key: Any, obs_size: int, actions: ActionSpace, *, hidden: int, layers: int, sampling: bool) -> Any:

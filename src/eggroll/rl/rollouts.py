@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from eggroll.jax.noise import Leaf, draw_pairs, seed_key
 from eggroll.jax.transform import MemberNoise, Perturbed, perturb
 from eggroll.rl.envs.base import Environment
-from eggroll.rl.policies import ObsStats, act, forward
+from eggroll.rl.policies import LARGEST, ObsStats, act, forward
 
 HELDOUT = 2**31
 """Folded into the key of held-out episodes; generations are counted from 0 and never reach it."""
@@ -77,12 +77,13 @@ class Rollouts:
 
     def population(self, params: Any, stats: ObsStats, generation: Any, sigma: Any, pairs: Any) -> Played:
         """All episodes of some pairs: arrays ``(pairs, 2, episodes)``."""
-        leaves = self.leaves(params)
-        step = self.pairs_at_once or pairs.shape[0]
-        # Parts of one size: the largest that divides the pairs and is at most what was asked for.
-        step = max(size for size in range(1, min(step, pairs.shape[0]) + 1) if pairs.shape[0] % size == 0)
+        leaves, count = self.leaves(params), pairs.shape[0]
+        # Parts of one size, at most what was asked for; the last one may be filled up with pairs that do not play.
+        parts = -(-count // min(self.pairs_at_once or count, count))
+        step = -(-count // parts)
 
-        def part(numbers: Any) -> Played:
+        def part(arguments: tuple[Any, Any]) -> Played:
+            numbers, real = arguments
             draws = draw_pairs(self._words, leaves, self.rank, generation, numbers)
             key = jax.random.fold_in(self._key(), generation)
             keys = jax.vmap(lambda pair: jax.random.split(jax.random.fold_in(key, pair), self.episodes))(numbers)
@@ -95,21 +96,23 @@ class Rollouts:
                 both = jax.vmap(member, in_axes=(None, 0, 0))
                 return jax.vmap(both, in_axes=(0, None, 0))(draws, signs, observations)
 
-            return self._play(outputs, keys, stats)
+            return self._play(outputs, keys, stats, jnp.broadcast_to(real[:, None, None], keys.shape).reshape(-1))
 
-        if step == pairs.shape[0]:
-            return part(pairs)
-        parts = jax.lax.map(part, pairs.reshape(-1, step))
+        if parts == 1:
+            return part((pairs, jnp.ones(count, bool)))
+        filled = jnp.concatenate([pairs, jnp.repeat(pairs[-1:], parts * step - count)])
+        real = jnp.arange(parts * step) < count
+        played = jax.lax.map(part, (filled.reshape(parts, step), real.reshape(parts, step)))
         return Played(
-            parts.returns.reshape(-1, 2, self.episodes), parts.lengths.reshape(-1, 2, self.episodes),
-            parts.count.reshape(-1), parts.total.reshape(-1, self.env.obs_size),
-            parts.squares.reshape(-1, self.env.obs_size),
+            played.returns.reshape(-1, 2, self.episodes)[:count], played.lengths.reshape(-1, 2, self.episodes)[:count],
+            played.count.reshape(-1), played.total.reshape(-1, self.env.obs_size),
+            played.squares.reshape(-1, self.env.obs_size),
         )  # fmt: skip
 
     def centre(self, params: Any, stats: ObsStats, count: int) -> Played:
         """Held-out episodes of the unperturbed policy, the same ones each time: arrays ``(count,)``."""
         keys = jax.random.split(jax.random.fold_in(self._key(), HELDOUT), count)
-        return self._play(lambda observations: forward(params, observations), keys, stats)
+        return self._play(lambda observations: forward(params, observations), keys, stats, jnp.ones(count, bool))
 
     def episode(self, params: Any, stats: ObsStats, index: int = 0) -> tuple[list[Any], float]:
         """The states of one held-out episode, and its return."""
@@ -136,8 +139,8 @@ class Rollouts:
     def _key(self) -> Any:
         return jax.random.fold_in(jax.random.key(self.seed % 2**32), 0x5EED)
 
-    def _play(self, outputs: Any, keys: Any, stats: ObsStats) -> Played:
-        """Play until every episode is over; ``outputs`` maps observations of the keys' leading shape."""
+    def _play(self, outputs: Any, keys: Any, stats: ObsStats, playing: Any) -> Played:
+        """Play until every episode of ``playing`` is over; ``outputs`` maps observations of the keys' shape."""
         shape, env = keys.shape, self.env
         flat = keys.reshape(-1)
         starts, own = jax.vmap(lambda key: tuple(jax.random.split(key)))(flat)
@@ -159,8 +162,9 @@ class Rollouts:
             else:
                 actions = jax.vmap(lambda o: act(o, env.actions, None))(raw)
             if self.normalize:
-                shifted = jnp.where(alive[:, None], observations - stats.mean, 0.0)
-                count, total = count + alive.sum(), total + shifted.sum(0)
+                sound = alive & (jnp.abs(observations) <= LARGEST).all(axis=1)
+                shifted = jnp.where(sound[:, None], observations - stats.mean, 0.0)
+                count, total = count + sound.sum(), total + shifted.sum(0)
                 squares = squares + (shifted**2).sum(0)
             states, observations, rewards, done = jax.vmap(env.step)(now, states, actions)
             returns = returns + jnp.where(alive, rewards, 0.0)
@@ -168,8 +172,7 @@ class Rollouts:
             return step + 1, states, observations, alive & ~done, returns, lengths, (count, total, squares)
 
         start = (
-            jnp.int32(0), states, observations, jnp.ones(flat.shape, bool), zeros, jnp.zeros(flat.shape, jnp.int32),
-            sums,
+            jnp.int32(0), states, observations, playing, zeros, jnp.zeros(flat.shape, jnp.int32), sums,
         )  # fmt: skip
         _, _, _, _, returns, lengths, sums = jax.lax.while_loop(alive_ones, advance, start)
         return Played(returns.reshape(shape), lengths.reshape(shape), *(value[None] for value in sums))

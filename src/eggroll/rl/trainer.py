@@ -113,7 +113,10 @@ def options_of_run(path: str) -> RLConfig:
         RunError: it is a run of something else.
     """
     config = dict(RunDir.open(path).config)
-    if config.pop("kind", None) != "rl":
+    kind = config.pop("kind", None)
+    if kind == "rl-ppo":
+        raise RunError(f"{path} is a run of PPO, which cannot be resumed or replayed; start it again")
+    if kind != "rl":
         raise RunError(f"{path} is no run of eggroll rl")
     known = {field.name for field in dataclasses.fields(RLConfig)}
     unknown = sorted(set(config) - known)
@@ -182,7 +185,9 @@ def train(
     if listeners is not None:
         loop.listeners = list(listeners(run, start))
     began = time.perf_counter()
-    loop.go(start)
+    loop.applied = start
+    if loop.stop is None or start == 0 or not loop.stop({}):  # not where the budget of steps is used up
+        loop.go(start)
     result = {} if loop.interrupted else finish(run, learner, config, time.perf_counter() - began)
     return Trained(run, learner, result, loop.interrupted, loop.applied)
 
@@ -204,6 +209,7 @@ def finish(run: RunDir, learner: PolicyLearner, config: RLConfig, seconds: float
     if lines and lines[-1].get("heldout_reward") is None:  # a budget of steps ended the run between two evaluations
         end = heldout(learner, config.eval_episodes)
         done = {"generation": lines[-1]["generation"], "event": "end", "heldout_reward": end.reward, **end.metrics}
+        done["env_steps"] = float(learner.env_steps)
         run.append_metrics(done)
         lines = run.metrics()
     scores = [line["heldout_reward"] for line in lines if line.get("heldout_reward") is not None]
