@@ -7,7 +7,7 @@ Each run is one ``eggroll pretrain`` in a process of its own, one after the othe
 of all held-out text (the last tenth, which no update sees) after the last generation, and the curve on a part of it.
 A run of a given time has as many generations as fit at the speed of its first ones, because the schedule of ``alpha``
 ends with the last generation; it is not cut off. ``population`` has the same runs twice: with the same number of
-member-tokens, and with the same time.
+member-tokens, and with the same time; ``options`` and ``momentum`` have the same number of member-tokens.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "sign, momentum": {"fitness": "sign", **MOMENTUM},
         "sign, momentum, alpha 0.3 to 0.01": {"fitness": "sign", **MOMENTUM, "alpha": 0.3, "alpha_final": 0.01},
         "sign, paper's schedule": {"fitness": "sign", "alpha_schedule": "hyperbolic"},
+    },
+    "momentum": {
+        f"{name}, seed {seed}": {**changes, "seed": seed}
+        for seed in (0, 1, 2)
+        for name, changes in (("momentum", MOMENTUM), ("without", {}))
     },
     "shapes": {
         "1 x 64": {},
@@ -100,7 +105,7 @@ def plans(args: argparse.Namespace) -> list[tuple[str, dict[str, Any], float | N
             made.append((f"{name}, equal tokens", settings, None))
             made.append((f"{name}, equal time", settings, args.minutes))
         else:
-            made.append((name, settings, None if args.study == "options" else args.minutes))
+            made.append((name, settings, None if args.study in ("options", "momentum") else args.minutes))
     return made
 
 

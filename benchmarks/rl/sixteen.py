@@ -5,7 +5,9 @@
 Each run is one ``eggroll rl`` in a process of its own; budgets are minutes on two cores, hundreds of times below the
 paper's 5e8 steps, so hyperparameters are one common set for short runs (``COMMON``), not the paper's, and were not
 tuned for any environment. Returns are means over 64 held-out episodes. The table also gives steps per second of the
-population and, on the same machine, of random actions with as many episodes at once. Each result is written as soon as
+population and, on the same machine, of random actions with as many episodes at once. EGGROLL's and full-rank ES's
+policies take their best action, as in the paper, PPO's sample theirs; ``--kinds sampled`` is EGGROLL with policies that
+sample. PPO's steps are whole iterations of 8,192. Each result is written as soon as
 it is there, into a file that may hold others already, so the table can be made in several sittings and by several
 processes; a result carries its own date.
 """
@@ -66,9 +68,18 @@ def run(
     if kind == "ppo":
         command += ["--algo", "ppo"]
     else:
-        command += ["--noiser", kind, "-g", "100000", "--eval-every", "20", "--rank-transform", "True"]
+        command += [
+            "--noiser",
+            "openes" if kind == "openes" else "eggroll",
+            "-g",
+            "100000",
+            "--eval-every",
+            "20",
+            "--rank-transform",
+            "True",
+        ]
         settings = {**COMMON, **(CALMER if env.startswith("brax/") else {})}
-        command += ["--pop_size", str(members)]
+        command += ["--pop_size", str(members), *(["--no-deterministic"] if kind == "sampled" else [])]
         command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     began = time.perf_counter()
     try:
@@ -132,8 +143,9 @@ def random_rate(env: str, limit: int | None, members: int) -> float | None:
 def table(rows: dict[str, Any]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| environment | steps | start | EGGROLL | full-rank ES | PPO | steps/s | of random actions |",
-        "|---|---|---|---|---|---|---|---|",
+        "| environment | steps | members | cut off after | EGGROLL | sampled actions | full-rank ES | PPO "
+        "| steps/s | of random actions |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def end(row: dict[str, Any], kind: str) -> str:
@@ -143,14 +155,15 @@ def table(rows: dict[str, Any]) -> str:
             return ("not ended" if all("not at its end" in text for text in errors) else "failed") if errors else ""
         values = [run["end_return"] for run in runs]
         spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.4g}{spread}"
+        start = statistics.mean(run["start_return"] for run in runs)
+        return f"{start:.4g} → {statistics.mean(values):.4g}{spread}"
 
     for env, row in rows.items():
         runs = [run for run in row.get("eggroll", []) if "error" not in run]
-        start = f"{statistics.mean(run['start_return'] for run in runs):.4g}" if runs else ""
         rate = statistics.median(run["env_steps_per_s"] or 0 for run in runs) if runs else 0
         part = f"{rate / row['random_steps_per_s']:.2f}" if rate and row.get("random_steps_per_s") else ""
-        cells = [env, f"{row['steps']:,}", start, end(row, "eggroll"), end(row, "openes"), end(row, "ppo")]
+        cells = [env, f"{row['steps']:,}", str(row["population"]), str(row["max_steps"] or ""), end(row, "eggroll")]
+        cells += [end(row, kind) for kind in ("sampled", "openes", "ppo")]
         lines.append(f"| {' | '.join([*cells, f'{rate:,.0f}' if rate else '', part])} |")
     return "\n".join(lines) + "\n"
 
