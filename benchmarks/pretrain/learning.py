@@ -114,7 +114,7 @@ def figure(runs: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     drawn, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for name, run in runs.items():
@@ -125,6 +125,7 @@ def figure(runs: dict[str, Any], path: Path) -> None:
     first = next(iter(runs.values()))
     for axis, label in zip(axes, ("member-tokens", "seconds"), strict=True):
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_xlabel(label)
         axis.axhline(first["unigram_bits_per_byte"], color="grey", ls=":", lw=1, label="table of bytes")
         axis.axhline(first["order_1_bits_per_byte"], color="grey", ls="--", lw=1, label="table of pairs")
