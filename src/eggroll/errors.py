@@ -19,6 +19,10 @@ all of them survive pickling (a worker's error reaches the driver as it was).
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
+from pathlib import Path
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -32,6 +36,7 @@ __all__ = [
     "RunWriteError",
     "SelectionError",
     "UnsupportedOperationError",
+    "raised_at",
 ]
 
 
@@ -89,3 +94,13 @@ class CheckpointError(RunError):
 
 class RunWriteError(RunError, OSError):
     """The run directory cannot be written, for example because the disk is full."""
+
+
+def raised_at(error: BaseException) -> str | None:
+    """Where in a user's own file a reward raised: the last line of it that was being run."""
+    if not isinstance(error, RewardError) or error.__cause__ is None:
+        return None
+    library = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], str(Path(__file__).parent), "<")
+    frames = traceback.extract_tb(error.__cause__.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(library)]
+    return f"  at {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else None

@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import tyro
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll.cli.main import COMMANDS
 from eggroll.cli.session import _cell
-from eggroll.cli.tune import TuneOptions, _with_task
+from eggroll.cli.tune import TuneOptions, _with_task, resumed_options
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
 
@@ -330,9 +331,31 @@ def test_worked_examples_of_no_task_are_refused(eggroll):
     assert not (eggroll.work / "run").exists()
 
 
-@pytest.mark.parametrize("option", ["--prompts", "--eval-prompts"])
+@pytest.mark.parametrize("option", ["--prompts", "--dataset", "--eval-prompts"])
 def test_worked_examples_beside_a_file_of_prompts_are_refused(eggroll, option):
     done = eggroll("tune", "tiny", "--task", "countdown", "--shots", "2", option, "prompts.txt", "-o", "run")
     assert done.status != 0
     assert f"{option} prompts.txt takes their place as it is: training and held-out prompts would differ" in done.err
     assert not (eggroll.work / "run").exists()
+
+
+def test_what_is_typed_counts_more_than_what_a_task_recommends():
+    """Even where it is the default of a run without a task."""
+    given = ["tiny", "--task", "countdown", "--rank", "8", "--optimizer", "adam", "--max-tokens=128"]
+    options = tyro.cli(TuneOptions, args=given, default=resumed_options(given))
+    assert (options.rank, options.optimizer, options.max_tokens) == (8, "adam", 128)
+    task = get_task("countdown")
+    assert (options.lr, options.population) == (task.settings["lr"], task.settings["population_size"])
+
+
+def test_a_data_set_beside_a_task_is_what_is_trained_on(eggroll):
+    done = eggroll("tune", "tiny", "--task", "zeros", "-d", "prompts.txt", "-g", "1", "-p", "2", "--max-tokens", "2",
+                   "--batch-size", "2", "--eval-every", "0", "-o", "run")  # fmt: skip
+    assert done.status == 0, done.err
+    prompts = (eggroll.work / "prompts.txt").read_text().splitlines()
+    samples = lines(eggroll.work / "run" / "samples.jsonl")
+    trained = {sample["prompt"] for sample in samples if sample.get("split") != "heldout"}
+    assert trained
+    assert trained <= set(prompts)
+    done = eggroll("tune", "tiny", "--task", "zeros", "-d", "prompts.txt", "--prompts", "prompts.txt", "-o", "two")
+    assert "--dataset and --prompts mean the same; give one of them" in done.err

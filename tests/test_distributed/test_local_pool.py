@@ -1,5 +1,7 @@
 """What pools do that needs no processes: merging, catching up, comparing, deaths, with workers in this process."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -297,6 +299,47 @@ def test_a_host_takes_each_record_once_and_in_order(toys):
     assert np.array_equal(host.worker.theta, once)
     with pytest.raises(OutOfStepError, match="record 2 came to a worker that has taken 1"):
         host.apply(2, message)
+
+
+def test_where_a_reward_raised_goes_along(toys, tmp_path):
+    """The cause of an error, which has the lines, does not go from process to process; notes do."""
+    file = tmp_path / "score.py"
+    file.write_text("def score():\n    return 1 / 0\n")
+    names = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+
+    class Raising(toys.NumpyWorker):
+        def evaluate(self, generation, sigma, members):
+            try:
+                names["score"]()
+            except ZeroDivisionError as error:
+                raise RewardError("the reward raised") from error
+
+    host = Host(lambda state: state)
+    host.build(Raising)
+    with pytest.raises(RewardError) as raised:
+        host.evaluate(0, 0.1, 0, 4)
+    sent = pickle.loads(pickle.dumps(raised.value))
+    assert sent.__notes__ == [f"  at {file}, line 2: return 1 / 0"]
+
+
+def test_a_worker_that_never_answers_is_neither_compared_nor_asked(toys):
+    with make(toys, check_every=1) as pool:
+        crew = pool._crew
+        pool.evaluate(0, 0.1)
+        stuck, sent = crew.ready()[0], []
+        stuck.busy.add("a ticket that never comes back")
+        real = crew.send
+
+        def send(seat, method, *args, **more):
+            sent.append((seat, method))
+            return real(seat, method, *args, **more)
+
+        crew.send = send
+        pool._compare()
+        assert [(seat is stuck, method) for seat, method in sent] == [(False, "digest")] * 2
+        assert np.isfinite(pool.heldout().reward)
+        assert sent[-1][0] is not stuck
 
 
 def test_history():

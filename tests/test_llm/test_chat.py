@@ -5,7 +5,7 @@ import re
 import pytest
 
 from eggroll.errors import DataError
-from eggroll.llm.chat import as_conversational, format_prompts, plain_text
+from eggroll.llm.chat import as_conversational, encode_prompts, format_prompts, plain_text
 
 USER = {"role": "user", "content": "hi"}
 GEMMA_LIKE = (
@@ -98,3 +98,13 @@ def test_plain_text():
     assert plain_text("a") == "a"
     assert plain_text([USER]) == "hi"
     assert plain_text([]) == ""
+
+
+def test_long_prompts_lose_their_beginning_and_say_so(tiny_tokenizer):
+    """The question is at the end."""
+    side = tiny_tokenizer.truncation_side
+    texts = ["a" * 40 + "END", "short"]
+    with pytest.warns(UserWarning, match=r"prompts of more than max_length \(=8\) tokens lose their beginning"):
+        encoded = encode_prompts(tiny_tokenizer, texts, 8)
+    assert [tiny_tokenizer.decode(ids) for ids in encoded.input_ids] == ["aaaaaEND", "short"]
+    assert tiny_tokenizer.truncation_side == side

@@ -22,6 +22,7 @@ def test_every_problem_comes_after_the_same_worked_examples():
         assert rows
         assert all(row["prompt"][:-1] == examples for row in rows)
         assert all(row["prompt"][-1]["content"].startswith("Numbers: ") for row in rows)
+    assert SHOWN.settings["max_length"] > 512  # room for the examples
     assert (SHOWN.system, SHOWN.max_tokens) == (countdown.SHOTS_SYSTEM, countdown.SHOTS_MAX_TOKENS)
     assert plain_text(SHOWN.train[0]["prompt"]) == SHOWN.train[0]["prompt"][-1]["content"]
 

@@ -130,6 +130,35 @@ def test_gsm8k_answers(text, gold, right, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+NESTED = "(" * 30 + "1" + ")" * 30
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("(((72)))", "72", True),
+        ("(((10+2)*3)+(4*9))", "72", True),
+        ("((3+4)*2)+(5*(6-2))", "34", True),
+        ("2(36)", "72", True),
+        (r"\dfrac{\frac{1}{2}}{2}", "0.25", True),
+        ("0.333333", "1/3", True),
+        ("0.33", "1/3", False),
+        ("007", "7", True),
+        ("((((1))))", "72", False),
+        ("9*" * 39 + "9", "72", False),
+        (NESTED, "72", False),
+        ("[" + NESTED, "72", False),
+        ("1/0", "72", False),
+    ],
+)
+def test_arithmetic_in_an_answer_is_computed_without_a_clock(answer, gold, right, monkeypatch):
+    """math-verify takes seconds for nested brackets, so a busy machine would decide what is right."""
+    monkeypatch.setattr(gsm8k, "require", lambda *_, **__: pytest.fail("math-verify was asked"))
+    if answer == "1/0":
+        monkeypatch.undo()
+    assert gsm8k.is_correct.__wrapped__(answer, gold) is right
+
+
 def test_gsm8k_format():
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     texts = [r"\boxed{72}", r"\boxed{71}", "72", r"\boxed{72} \boxed{72}", r"\boxed{}"]

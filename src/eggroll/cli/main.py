@@ -5,10 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -24,7 +21,7 @@ from eggroll.cli.report import ReportOptions, report
 from eggroll.cli.rl import resumed_options as resumed_rl_options
 from eggroll.cli.rl import rl
 from eggroll.cli.tune import TuneOptions, resumed_options, tune
-from eggroll.errors import EggrollError, RewardError
+from eggroll.errors import EggrollError, raised_at
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.rl.config import RLConfig
 
@@ -92,22 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EggrollError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"[bold red]error:[/] {_escaped(str(error))}")
-        for note in (*_place(error), *getattr(error, "__notes__", ())):
+        place = raised_at(error)
+        for note in dict.fromkeys((*([] if place is None else [place]), *getattr(error, "__notes__", ()))):
             console.print(_escaped(note))
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _place(error: EggrollError) -> list[str]:
-    """Where in a user's own file a reward raised: the last line of it that was being run."""
-    if not isinstance(error, RewardError) or error.__cause__ is None:
-        return []
-    library = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]), "<")
-    frames = traceback.extract_tb(error.__cause__.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(library)]
-    return [f"  at {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}"] if own else []
 
 
 def _escaped(text: str) -> str:

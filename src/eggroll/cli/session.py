@@ -106,12 +106,11 @@ class Session:
         options = self.options
         if options.task is not None:
             task = get_task(options.task, shots=options.shots)
-            train = task.train if options.prompts is None else _load(options.prompts, options)
+            source = _one_source(options)
+            train = task.train if source is None else _load(source, options)
             heldout = task.heldout if options.eval_prompts is None else _load(options.eval_prompts, options)
             return load_examples(train), load_examples(heldout)
-        if options.dataset is not None and options.prompts is not None:
-            raise ConfigError("--dataset and --prompts mean the same; give one of them")
-        source = options.dataset or options.prompts or DEFAULT_DATASET
+        source = _one_source(options) or DEFAULT_DATASET
         heldout_source = options.eval_prompts
         return self._training_data(source), None if heldout_source is None else _load(heldout_source, options)
 
@@ -208,6 +207,13 @@ def _way_on(run: RunDir, options: TuneOptions) -> str:
         f"The run in {run.path} is intact, with {finished} finished generation{'' if finished == 1 else 's'}. When the "
         f"cause is gone, continue it: eggroll tune {shlex.quote(options.model)} --resume {shlex.quote(str(run.path))}"
     )
+
+
+def _one_source(options: TuneOptions) -> str | None:
+    """Where training data come from, if it is said."""
+    if options.dataset is not None and options.prompts is not None:
+        raise ConfigError("--dataset and --prompts mean the same; give one of them")
+    return options.dataset or options.prompts
 
 
 def _load(source: str, options: TuneOptions) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from eggroll.cli.watch import resumed_run
+from eggroll.cli.watch import option_given, resumed_run
 from eggroll.core.config import OptimizerName, Rounding, Sampling, Shaping
 from eggroll.core.schedules import ScheduleName
 from eggroll.errors import ConfigError, RunError
@@ -151,9 +151,18 @@ RESUME_FREE = (
 
 
 def resumed_options(arguments: Sequence[str]) -> TuneOptions | None:
-    """The options of the run that ``--resume DIR`` names, as defaults for the command line; ``None`` without it."""
+    """Defaults for the command line: the options of the run that ``--resume`` names, or what ``--task`` recommends.
+
+    ``None`` without either. What is given on the command line counts more, whatever its value.
+    """
     path = resumed_run(arguments)
-    return None if path is None else dataclasses.replace(options_of_run(path), resume=path)
+    if path is not None:
+        return dataclasses.replace(options_of_run(path), resume=path)
+    task, shots = option_given(arguments, "--task"), option_given(arguments, "--shots") or "0"
+    if not task or not shots.isdecimal():
+        return None
+    backend: Any = option_given(arguments, "--backend") or "torch"
+    return _with_task(TuneOptions(tyro.MISSING_NONPROP, task=task, shots=int(shots), backend=backend))
 
 
 def options_of_run(path: str) -> TuneOptions:
@@ -175,7 +184,7 @@ def tune(options: TuneOptions) -> int:
     """Evolve a language model on a reward, without gradients."""
     from eggroll.cli.session import Session
 
-    options = _with_task(options)
+    _check_shots(options)
     options.config()  # every problem of the settings is reported before anything is loaded
     with Session(options) as session:
         return session.run()
@@ -186,15 +195,6 @@ def _with_task(options: TuneOptions) -> TuneOptions:
 
     What vLLM's adapters cannot evolve is not recommended there.
     """
-    if options.task is None and options.shots:
-        raise ConfigError(f"--shots {options.shots} needs a --task whose worked examples are shown; none is given")
-    for given in ("prompts", "eval_prompts"):
-        if options.shots and (file := getattr(options, given)) is not None:
-            raise ConfigError(
-                f"--shots {options.shots} shows worked examples before the task's own problems, and --"
-                f"{given.replace('_', '-')} {file} takes their place as it is: training and held-out prompts would "
-                "differ. Leave one of the two out, or write the examples into the file's conversations"
-            )
     if options.task is None or options.resume is not None:
         return options
     from eggroll.llm.tasks import get_task
@@ -210,6 +210,19 @@ def _with_task(options: TuneOptions) -> TuneOptions:
         if name not in beyond_adapters and getattr(options, name) == defaults[name]:
             changes[name] = value
     return dataclasses.replace(options, **changes)
+
+
+def _check_shots(options: TuneOptions) -> None:
+    """Refuse worked examples of no task, or of a task whose problems are not what is read."""
+    if options.task is None and options.shots:
+        raise ConfigError(f"--shots {options.shots} needs a --task whose worked examples are shown; none is given")
+    for given in ("dataset", "prompts", "eval_prompts"):
+        if options.shots and (file := getattr(options, given)) is not None:
+            raise ConfigError(
+                f"--shots {options.shots} shows worked examples before the task's own problems, and --"
+                f"{given.replace('_', '-')} {file} takes their place as it is: training and held-out prompts would "
+                "differ. Leave one of the two out, or write the examples into the file's conversations"
+            )
 
 
 def run_path(options: TuneOptions) -> Path:

@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from eggroll.run.trackers import Tracker
 
 
-def resumed_run(arguments: Sequence[str]) -> str | None:
-    """The directory that ``--resume DIR`` or ``--resume=DIR`` names; ``None`` without it."""
+def option_given(arguments: Sequence[str], name: str) -> str | None:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, before the command line is read; ``None`` without it."""
     for index, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
-        if flag == "--resume":
+        if flag == name:
             return value or (arguments[index + 1] if index + 1 < len(arguments) else "")
     return None
+
+
+def resumed_run(arguments: Sequence[str]) -> str | None:
+    """The directory that ``--resume`` names; ``None`` without it."""
+    return option_given(arguments, "--resume")
 
 
 class Watch:

@@ -196,10 +196,11 @@ class Crew:
             self._answered(ticket, sent.seat)
 
     def ask_lead(self, method: str, *args: Any) -> tuple[Any, Any]:
-        """Ask the lead, or whoever leads when it is lost; returns the answer and its ticket."""
+        """Ask the lead, or whoever leads when it is lost or busy; returns the answer and its ticket."""
         while True:
             self.wait_for_lead()
-            lead = self.ready()[0]
+            ready = self.ready()
+            lead = next((seat for seat in ready if not seat.busy), ready[0])
             answers: list[Any] = []
             ticket = self.send(lead, method, *args, then=answers.append)
             while self.has(lead) and not answers:

@@ -14,7 +14,7 @@ import numpy as np
 from eggroll.core.records import UpdateRecord
 from eggroll.distributed.state import Packed, digest, pack, unpack
 from eggroll.distributed.worker import Factory, Worker
-from eggroll.errors import EggrollError, RewardError
+from eggroll.errors import EggrollError, RewardError, raised_at
 
 Message = tuple[int, float, float, bytes]
 """A record on the wire: generation, sigma, lr, shaped fitness as float32."""
@@ -112,7 +112,13 @@ class Host:
         Raises:
             RewardError: the worker returned another number of scores.
         """
-        found = self.worker.evaluate(generation, sigma, range(start, stop))
+        try:
+            found = self.worker.evaluate(generation, sigma, range(start, stop))
+        except RewardError as error:
+            place = raised_at(error)  # the cause, with its lines, does not go from process to process
+            if place is not None:
+                error.add_note(place)
+            raise
         fitness = np.asarray(found.fitness)
         if fitness.ndim not in (1, 2) or len(fitness) != stop - start:
             raise RewardError(

@@ -215,7 +215,8 @@ class Pool:
     def _compare(self) -> None:
         """Compare the workers' weights; whoever differs from the lead gets the lead's."""
         crew, found = self._crew, dict[Seat, str]()
-        asked = crew.ready()
+        # Who still scores a range that others have done by now may never answer, and can be compared next time.
+        asked = [seat for seat in crew.ready() if not seat.busy]
         for seat in asked:
             crew.send(seat, "digest", then=partial(found.__setitem__, seat))
         while any(seat not in found and crew.has(seat) for seat in asked):

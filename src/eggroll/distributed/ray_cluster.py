@@ -51,7 +51,7 @@ def connect(address: str | None, *, workers: int, cpus: int, gpus: float) -> boo
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **settings)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except (ConnectionError, ValueError, RuntimeError, OSError, SystemExit) as error:  # it may end the process
         with suppress(Exception):
             ray.shutdown()
         if address == "local":

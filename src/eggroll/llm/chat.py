@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,31 @@ def format_prompts(
     has_template = bool(getattr(tokenizer, "chat_template", None))
     as_chat = has_template if chat is None else chat
     return [_format(tokenizer, prompt, as_chat, has_template, system) for prompt in prompts]
+
+
+def encode_prompts(tokenizer: Any, texts: Sequence[str], max_length: int, **settings: Any) -> Any:
+    """What the tokenizer makes of the texts of :func:`format_prompts`; longer ones lose their beginning.
+
+    The side is a property of the tokenizer (an argument of the call is ignored), and is put back afterwards.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: one for each prompt.
+        max_length: tokens that are kept, the last ones.
+        **settings: of the tokenizer's call.
+    """
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+    try:
+        encoded = tokenizer(list(texts), truncation=True, max_length=max_length, **settings)
+    finally:
+        tokenizer.truncation_side = side
+    if any(one.overflowing for one in encoded.encodings or ()):
+        warnings.warn(
+            f"prompts of more than max_length (={max_length}) tokens lose their beginning; a larger max_length "
+            "(--max-length) keeps it",
+            stacklevel=2,
+        )
+    return encoded
 
 
 def as_conversational(prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[list[Prompt], list[Any]]:

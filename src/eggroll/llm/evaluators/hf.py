@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.llm.chat import format_prompts, plain_text
+from eggroll.llm.chat import encode_prompts, format_prompts, plain_text
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, columns_of, prompts_of
 from eggroll.llm.estimate import Estimate, Workload, rows_budget
@@ -257,15 +257,8 @@ class HFEvaluator:
     def _encode(self, batch: Sequence[Example]) -> Any:
         """Prompts as token ids, padded on the left."""
         texts = format_prompts(self.tokenizer, prompts_of(batch), chat=self.config.chat, system=self.config.system)
-        return self.tokenizer(
-            texts,
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=self.config.max_length,
-            padding_side="left",
-            truncation_side="left",
-        )
+        length = self.config.max_length
+        return encode_prompts(self.tokenizer, texts, length, return_tensors="pt", padding=True, padding_side="left")
 
     def complete(
         self, batch: Sequence[Example], active: Active | None, generation: int, members: range

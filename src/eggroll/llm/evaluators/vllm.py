@@ -10,7 +10,7 @@ import numpy as np
 
 from eggroll.core.threefry import fold_in, seed_key
 from eggroll.errors import ConfigError
-from eggroll.llm.chat import format_prompts, plain_text
+from eggroll.llm.chat import encode_prompts, format_prompts, plain_text
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, columns_of, prompts_of
 from eggroll.llm.evaluators.hf import HELDOUT_MEMBER
@@ -100,7 +100,7 @@ class VllmEvaluator:
     def _encode(self, batch: Sequence[Example]) -> list[list[int]]:
         config = self.config
         texts = format_prompts(self.tokenizer, prompts_of(batch), chat=config.chat, system=config.system)
-        encoded = self.tokenizer(texts, truncation=True, max_length=config.max_length, truncation_side="left")
+        encoded = encode_prompts(self.tokenizer, texts, config.max_length)
         return [list(ids) for ids in encoded.input_ids]
 
     def _sampling(self, generation: int, row: int) -> Any:

@@ -231,6 +231,14 @@ class VllmEngine:
             return list(self.llm.generate(inputs, list(sampling), lora_request=requests, use_tqdm=False))
         except Exception as error:
             raise _died(error, "while it generated") from error
+        except BaseException:  # Ctrl-C: what it leaves unfinished would be among the next call's answers
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """Take back all requests that are not finished."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def prepare(self, generation: int) -> None:
         """Draw the generation's noise once, if it is small enough to be kept."""

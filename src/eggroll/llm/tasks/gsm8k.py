@@ -3,7 +3,7 @@ r"""The task ``gsm8k``: grade-school word problems (Cobbe et al. 2021, arXiv:211
     reward = 0.1 * format + answer                  from 0 to 1.1
 
     format   1 if the completion has exactly one \boxed{...} with something in it, else 0
-    answer   1 if math-verify finds the answer equal to the gold number, else 0
+    answer   1 if the answer equals the gold number, computed exactly or as math-verify decides, else 0
 
 The answer is the last ``\boxed{...}``; without one, what follows the last ``####`` on its line; without that, the last
 number of the text. Units, currency signs and thousands separators do not count. What math-verify gets is short and has
@@ -20,6 +20,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 from eggroll._optional import require
 from eggroll.errors import DataError
 from eggroll.llm.tasks.answers import FORMAT_WEIGHT, column, text_of
+from eggroll.llm.tasks.arithmetic import evaluate
 from eggroll.llm.tasks.splits import Row, Splits, fill, normal
 
 __all__ = [
@@ -46,6 +48,9 @@ HUB = "openai/gsm8k:main"
 SHARES = {"train": 0.9, "validation": 0.05, "heldout": 0.05}
 SIZES = {"train": 10_000, "validation": 64, "heldout": 64}
 MAX_CHARACTERS = 80
+MAX_DEPTH = 2
+CLOSE = Fraction(1, 2_000_000)
+"""Answers are compared to six decimals, as math-verify does."""
 SECONDS = 2
 _PROMPT = "{question}\nThink step by step, and end with the answer as a number in \\boxed{{}}."
 _EXAMPLE = '{"prompt": "...", "answer": "72"}'
@@ -90,9 +95,18 @@ def extract(text: str) -> str | None:
 
 @lru_cache(maxsize=65536)
 def is_correct(answer: str, gold: str) -> bool:
-    """Whether an extracted answer equals the gold number, as math-verify decides; ``False`` if it cannot be read."""
+    """Whether an extracted answer equals the gold number; ``False`` if it cannot be read.
+
+    Numbers, fractions and the four operations are computed exactly, so that no score depends on a time limit;
+    math-verify decides about whatever else is harmless (mixed numbers, unusual notation).
+    """
     made, wanted = _cleaned(answer), _cleaned(gold)
     if made is None or wanted is None:
+        return False
+    exact = _value(made), _value(wanted)
+    if exact[0] is not None and exact[1] is not None:
+        return abs(exact[0] - exact[1]) < CLOSE
+    if max(_depth(made), _depth(wanted)) > MAX_DEPTH:  # math-verify's time grows with every level
         return False
     math_verify = require("math_verify", extra="tasks")
     # its time limit is a signal, which only the main thread can have
@@ -146,6 +160,31 @@ def _cleaned(answer: str) -> str | None:
     text = _AROUND.sub("", text).strip()
     short = len(text) <= MAX_CHARACTERS and "**" not in text and "//" not in text
     return text if short and _PLAIN.fullmatch(_COMMANDS.sub("", text)) else None
+
+
+def _value(text: str) -> Fraction | None:
+    """Cleaned arithmetic, exactly; ``None`` where its notation is not that of ``+ - * / ( )`` and fractions."""
+    if re.search(r"\d\s*\\[dt]?frac|\d\s+\d", text):  # mixed numbers
+        return None
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text)
+    text, count = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text), 1
+    while count:
+        text, count = re.subn(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
+    text = re.sub(r"\\(?:cdot|times)(?![A-Za-z])", "*", re.sub(r"\\div(?![A-Za-z])", "/", text))
+    text = text.translate(str.maketrans("{}", "()"))
+    text = re.sub(r"\d*\.\d+|\d+\.", lambda found: f"({Fraction(found[0])})", text)
+    text = re.sub(r"(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d)", "*", re.sub(r"(?<!\d)0+(?=\d)", "", text))
+    found = evaluate(text)
+    return None if found is None else found[0]
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are nested."""
+    deepest = now = 0
+    for char in text:
+        now += {"(": 1, "{": 1, ")": -1, "}": -1}.get(char, 0)
+        deepest = max(deepest, now)
+    return deepest
 
 
 def _gold_number(answer: str) -> str:

@@ -42,7 +42,7 @@ MAX_CALL_DEPTH = 2
 _NAMES = "sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt Abs"
 FUNCTIONS = frozenset(_NAMES.split())
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
-_EXPONENT = re.compile(r"\d[eE][+-]?\d{4}")
+_EXPONENT = re.compile(r"[\d.]_?[eE][+-]?(?:\d_?){4}")
 _ARITHMETIC = frozenset("0123456789+-*/(). \t\n")
 
 
