@@ -74,6 +74,28 @@ def test_members_write_what_the_pytorch_evaluator_says(trainers, prompts):
     assert unperturbed == plain_texts
 
 
+def test_an_engine_goes_on_after_an_interrupt(trainers, monkeypatch):
+    """Requests that Ctrl-C left unfinished would be among the answers of the next call."""
+    made, _ = trainers
+    examples = load_examples(PROMPTS)
+    expected = made.evaluator.evaluate(7, 0.05, examples).fitness
+    engine, calls = made.engine.llm.llm_engine, []
+    step = engine.step
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.evaluator.evaluate(7, 0.05, examples)
+    assert not engine.has_unfinished_requests()
+    monkeypatch.undo()
+    assert (made.evaluator.evaluate(7, 0.05, examples).fitness == expected).all()
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_members_of_a_real_model_write_the_same_and_learn_the_same():
@@ -200,28 +222,6 @@ def test_tokenised_batches_are_refused(trainers):
     made, _ = trainers
     with pytest.raises(ConfigError, match="takes prompts"):
         made.evolve([{"input_ids": torch.zeros(1, 4, dtype=torch.long)}])
-
-
-def test_an_engine_goes_on_after_an_interrupt(trainers, monkeypatch):
-    """Requests that Ctrl-C left unfinished would be among the answers of the next call."""
-    made, _ = trainers
-    examples = load_examples(PROMPTS)
-    expected = made.evaluator.evaluate(7, 0.05, examples).fitness
-    engine, calls = made.engine.llm.llm_engine, []
-    step = engine.step
-
-    def interrupted():
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return step()
-
-    monkeypatch.setattr(engine, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        made.evaluator.evaluate(7, 0.05, examples)
-    assert not engine.has_unfinished_requests()
-    monkeypatch.undo()
-    assert (made.evaluator.evaluate(7, 0.05, examples).fitness == expected).all()
 
 
 def test_an_engine_that_fails_says_so(trainers, monkeypatch):
