@@ -112,7 +112,7 @@ class Rollouts:
     def centre(self, params: Any, stats: ObsStats, count: int) -> Played:
         """Held-out episodes of the unperturbed policy, the same ones each time: arrays ``(count,)``."""
         keys = jax.random.split(jax.random.fold_in(self._key(), HELDOUT), count)
-        return self._play(lambda observations: forward(params, observations), keys, stats, jnp.ones(count, bool))
+        return self._play(lambda observations: forward(params, observations), keys, stats)
 
     def episode(self, params: Any, stats: ObsStats, index: int = 0) -> tuple[list[Any], float]:
         """The states of one held-out episode, and its return."""
@@ -139,8 +139,11 @@ class Rollouts:
     def _key(self) -> Any:
         return jax.random.fold_in(jax.random.key(self.seed % 2**32), 0x5EED)
 
-    def _play(self, outputs: Any, keys: Any, stats: ObsStats, playing: Any) -> Played:
-        """Play until every episode of ``playing`` is over; ``outputs`` maps observations of the keys' shape."""
+    def _play(self, outputs: Any, keys: Any, stats: ObsStats, playing: Any = None) -> Played:
+        """Play until every episode is over; ``outputs`` maps observations of the keys' shape.
+
+        Only episodes of which the flat ``playing`` is true take part; ``None`` is all.
+        """
         shape, env = keys.shape, self.env
         flat = keys.reshape(-1)
         starts, own = jax.vmap(lambda key: tuple(jax.random.split(key)))(flat)
@@ -172,7 +175,8 @@ class Rollouts:
             return step + 1, states, observations, alive & ~done, returns, lengths, (count, total, squares)
 
         start = (
-            jnp.int32(0), states, observations, playing, zeros, jnp.zeros(flat.shape, jnp.int32), sums,
+            jnp.int32(0), states, observations, jnp.ones(flat.shape, bool) if playing is None else playing, zeros,
+            jnp.zeros(flat.shape, jnp.int32), sums,
         )  # fmt: skip
         _, _, _, _, returns, lengths, sums = jax.lax.while_loop(alive_ones, advance, start)
         return Played(returns.reshape(shape), lengths.reshape(shape), *(value[None] for value in sums))
