@@ -152,7 +152,7 @@ NESTED = "(" * 30 + "1" + ")" * 30
     ],
 )
 def test_arithmetic_in_an_answer_is_computed_without_a_clock(answer, gold, right, monkeypatch):
-    """math-verify takes seconds for nested brackets, so a busy machine would decide what is right."""
+    """math-verify has a time limit, so a busy machine would decide what is right."""
     monkeypatch.setattr(gsm8k, "require", lambda *_, **__: pytest.fail("math-verify was asked"))
     if answer == "1/0":
         monkeypatch.undo()

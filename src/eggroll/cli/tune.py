@@ -161,7 +161,8 @@ def resumed_options(arguments: Sequence[str]) -> TuneOptions | None:
     task, shots = option_given(arguments, "--task"), option_given(arguments, "--shots") or "0"
     if not task or not shots.isdecimal():
         return None
-    backend: Any = option_given(arguments, "--backend") or "torch"
+    # A default of another word would make that word a choice of the command line.
+    backend: Literal["torch", "vllm"] = "vllm" if option_given(arguments, "--backend") == "vllm" else "torch"
     return _with_task(TuneOptions(tyro.MISSING_NONPROP, task=task, shots=int(shots), backend=backend))
 
 

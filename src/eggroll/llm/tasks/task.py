@@ -79,6 +79,6 @@ def with_shots(task: Task, module: ModuleType | None, shots: int) -> Task:
         test=shown(task.test),
         system=module.SHOTS_SYSTEM or task.system,
         max_tokens=module.SHOTS_MAX_TOKENS,
-        # room for the examples: gsm8k's have up to some 300 tokens each
+        # room for the examples: eight of gsm8k's take 1,761 tokens, problem included, with SmolLM2's tokenizer
         settings={**task.settings, "max_length": task.settings.get("max_length", 512) + 320 * shots},
     )
