@@ -344,8 +344,8 @@ def test_what_is_typed_counts_more_than_what_a_task_recommends():
     given = ["tiny", "--task", "countdown", "--rank", "8", "--optimizer", "adam", "--max-tokens=128"]
     options = tyro.cli(TuneOptions, args=given, default=resumed_options(given))
     assert (options.rank, options.optimizer, options.max_tokens) == (8, "adam", 128)
+    wrong = [*given, "--backend", "foo"]
     with pytest.raises(SystemExit):
-        wrong = [*given, "--backend", "foo"]
         tyro.cli(TuneOptions, args=wrong, default=resumed_options(wrong))
     task = get_task("countdown")
     assert (options.lr, options.population) == (task.settings["lr"], task.settings["population_size"])
