@@ -1,6 +1,7 @@
 """The integer model: evaluation's share of the machine's int8 rate, the update's share of evaluation, and memory.
 
     python benchmarks/bench_pretrain.py [--threads N] [--turns 7] [--layers 6] [--hidden 256] [--members 768]
+    python benchmarks/bench_pretrain.py --device cuda --members 262144
 
 In each turn the int8 products of PyTorch and of the kernel run at several shapes, and the best rate of the turn is what
 evaluation is compared with: tokens per second times the multiply-adds of a token (without head and low-rank terms).
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from eggroll.pretrain import library
-from eggroll.pretrain.engine import make_engine, run_centre, run_members
+from eggroll.pretrain.engine import Backend, make_engine, run_centre, run_members
 from eggroll.pretrain.fixed_point import divisor
 from eggroll.pretrain.noise import Noise
 from eggroll.pretrain.oracle import init_params
@@ -33,20 +34,22 @@ UPDATE_MEASURE = "seconds of an update / seconds of the evaluation before it"
 TARGET, UPDATE_TARGET = 0.35, 0.10
 GEMM_SHAPES = ((192, 1024, 1024), (1536, 1024, 1024), (1536, 256, 1024), (1536, 1024, 256))
 """Rows, inputs, outputs."""
+CUDA_SHAPES = ((8192, 8192, 8192), (32768, 1024, 1024), (32768, 256, 1024), (32768, 1024, 256))
 REPEATS = 6
 
 
 class Gemm:
     """Int8 products at full speed: each gives its multiply-adds per second."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads, self.pool, self.library = threads, ThreadPoolExecutor(threads), library.load()
+    def __init__(self, threads: int, device: str) -> None:
+        self.threads, self.pool, self.device = threads, ThreadPoolExecutor(threads), device
+        self.library = library.load() if device == "cpu" else "the kernel is for CPUs"
         self.rng, self.kept = np.random.default_rng(0), list[Any]()
 
     def rates(self) -> dict[str, Callable[[], float]]:
         """Name -> measurement."""
         made: dict[str, Callable[[], float]] = {}
-        for shape in GEMM_SHAPES:
+        for shape in GEMM_SHAPES if self.device == "cpu" else CUDA_SHAPES:
             name = "x".join(map(str, shape))
             made[f"torch._int_mm {name}"] = partial(self._rate, shape, self._torch(*shape), 1)
             if not isinstance(self.library, str):
@@ -54,11 +57,11 @@ class Gemm:
         return made
 
     def _rate(self, shape: tuple[int, int, int], run: Callable[[], None], times: int) -> float:
-        best = min(common.seconds(run) for _ in range(REPEATS))
+        best = min(common.seconds(run, self.device) for _ in range(REPEATS))
         return float(np.prod(shape)) * times / best
 
     def _torch(self, rows: int, inputs: int, outputs: int) -> Callable[[], None]:
-        x, w = (torch.from_numpy(self._bytes(n, inputs)) for n in (rows, outputs))
+        x, w = (torch.from_numpy(self._bytes(n, inputs)).to(self.device) for n in (rows, outputs))
 
         def run() -> None:
             torch._int_mm(x, w.T)
@@ -90,9 +93,13 @@ class Gemm:
         return self.rng.integers(-127, 128, shape).astype(np.int8)
 
 
-def population(shape: ModelShape, noise: Noise, members: int, steps: int, backend: str) -> dict[str, Any]:
+def population(
+    shape: ModelShape, noise: Noise, members: int, steps: int, backend: Backend, device: str
+) -> dict[str, Any]:
     """An engine, and calls that evaluate all its members, the model itself on as many rows, and update."""
-    engine = make_engine(init_params(shape), noise, backend=backend)
+    engine = make_engine(init_params(shape), noise, backend=backend, device=device)
+    if backend == "torch" and hasattr(engine, "fused"):
+        engine.fused = False  # of the two ways that there are on CUDA, the plain one
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 256, (members, steps + 1)).astype(np.uint8)
     numbers, pairs = np.arange(members), np.arange(members // 2)
@@ -116,13 +123,13 @@ def main() -> None:
     if args.quick:
         args.layers, args.hidden, args.steps = 1, 64, 4
     shape, tokens = ModelShape(256, args.hidden, args.layers), args.members * args.steps
-    if isinstance(library.load(), str):
+    if args.device == "cpu" and isinstance(library.load(), str):
         print(f"note: the C library cannot be used here: {library.load()}")
-    gemm = Gemm(torch.get_num_threads()).rates()
+    gemm = Gemm(torch.get_num_threads(), args.device).rates()
     best = lambda: max(measure() for measure in gemm.values())  # noqa: E731
     for name, measure in gemm.items():
         print(f"{name}: {measure() / 1e9:.1f} G multiply-adds/s")
-    cases = {
+    cases: dict[str, tuple[Noise, Backend]] = {
         "rank 1, table": (Noise(), "auto"),
         "rank 1, counter": (Noise(kind="counter"), "auto"),
         "rank 2, table": (Noise(rank=2), "auto"),
@@ -131,10 +138,11 @@ def main() -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows, updates = [], []
     for case, (noise, backend) in cases.items():
-        calls = population(shape, noise, args.members, args.steps, backend)
+        calls = population(shape, noise, args.members, args.steps, backend, args.device)
         turns = 2 if backend == "torch" else args.turns
         times = common.alternate(
-            {"gemm": best, **{name: partial(common.seconds, call) for name, call in calls.items()}}, turns=turns
+            {"gemm": best, **{name: partial(common.seconds, call, args.device) for name, call in calls.items()}},
+            turns=turns,
         )
         rates = {name: [tokens * shape.macs / s for s in times[name]] for name in ("evaluate", "centre")}
         found = common.ratio({"evaluate": rates["evaluate"], "gemm": times["gemm"]}, "evaluate", "gemm")

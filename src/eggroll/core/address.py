@@ -49,13 +49,14 @@ def parameter_key(seed: int, name: str) -> Key:
 
 
 @lru_cache(maxsize=65536)
-def _generation_key(seed: int, name: str, epoch: int) -> Key:
+def generation_key(seed: int, name: str, epoch: int) -> Key:
+    """The key of a parameter in ``epoch``, which is ``generation // noise_reuse``."""
     return threefry.fold_in(parameter_key(seed, name), epoch)
 
 
 def draw_key(seed: int, name: str, generation: int, pair: int, *, noise_reuse: int = 1) -> Key:
     """The key of one draw: the perturbation of ``name`` in ``pair`` of ``generation``."""
-    return threefry.fold_in(_generation_key(seed, name, generation // noise_reuse), pair)
+    return threefry.fold_in(generation_key(seed, name, generation // noise_reuse), pair)
 
 
 def draw_keys(
@@ -63,7 +64,7 @@ def draw_keys(
 ) -> NDArray[np.uint32]:
     """The keys of many draws at once: ``(len(pairs), 2)`` unsigned 32-bit words, row for row as :func:`draw_key`."""
     data = np.asarray(pairs, dtype=np.int64)
-    key = _generation_key(seed, name, generation // noise_reuse)
+    key = generation_key(seed, name, generation // noise_reuse)
     hi, lo = threefry.threefry2x32(key, np.zeros(data.shape, np.uint32), data.astype(np.uint32))
     return np.stack([hi, lo], axis=-1)
 

@@ -2,12 +2,14 @@
 
 All members share the weights, so a step of a chunk of members is a few int8 products of ``(members, n)`` with
 ``(n, m)``, to which every member adds its low-rank term. On CPUs with AVX2 or AVX-512 VNNI a C library does this,
-compiled at first use, with a chunk's activations in the cache; elsewhere :mod:`eggroll.pretrain.engine_torch` does, in
-plain PyTorch on any device. Results do not depend on the chunks, the threads, or which of the two it is.
+compiled at first use, with a chunk's activations in the cache; on CUDA one Triton kernel
+(:mod:`eggroll.pretrain.engine_triton`); elsewhere :mod:`eggroll.pretrain.engine_torch`, in plain PyTorch. Results do
+not depend on the chunks, the threads, or which of the three it is.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, get_args
@@ -157,9 +159,18 @@ def make_engine(
             raise ConfigError(f"backend='c' cannot be used here: {found}; use backend='torch'")
     elif backend == "c":
         raise ConfigError(f"backend='c' runs on the CPU, not on {device}; use backend='torch'")
+    if use_triton(device):
+        from eggroll.pretrain.engine_triton import TritonEngine
+
+        return TritonEngine(own, shape, noise, sigma_shift, device, chunk)
     from eggroll.pretrain.engine_torch import TorchEngine
 
     return TorchEngine(own, shape, noise, sigma_shift, device, chunk)
+
+
+def use_triton(device: str) -> bool:
+    """Whether the forward pass is the Triton kernel: on CUDA devices, where Triton is installed."""
+    return device.partition(":")[0] == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def forward(

@@ -7,28 +7,49 @@ exact, and otherwise floating point with room for every partial sum: float32 bel
 from __future__ import annotations
 
 import functools
-import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eggroll.pretrain import fixed_point, update
+from eggroll.pretrain import fixed_point
 from eggroll.pretrain.engine import Result, Step, Work, check_work, empty_result
 from eggroll.pretrain.fixed_point import GATE_BITS, LIMIT, LOGIT_OFFSET
 from eggroll.pretrain.noise import Noise
 from eggroll.pretrain.oracle import noise_shift
 from eggroll.pretrain.shape import ModelShape, Parameter
+from eggroll.pretrain.update import MOMENTUM_ONE
 from eggroll.torch.threefry import random_bits
 
-CHUNK = {"cpu": 64, "cuda": 8192}
-"""Members at once, by the type of device."""
-UPDATE_PAIRS = 1024
+CHUNK = {"cpu": 64, "cuda": 1 << 15}
+"""Members at once, by the type of device: on a GPU two blocks of threads for every multiprocessor of a large one."""
+UPDATE_PAIRS = {"cpu": 1024, "cuda": 1 << 14}
 """Pairs whose draws are in memory at once in an update."""
+SPARSE = 4
+"""Draws whose words are made from one key in a row are at most so many times as many as are wanted."""
 
 Factors = tuple[Tensor, Tensor]
 """``A (M, rank, outputs)`` with the sign in it, and ``B (M, rank, inputs)``."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Some members of the population.
+
+    Attributes:
+        generation: of their draws.
+        pairs: ``(U,)`` the draws that they have.
+        place: ``(M,)`` int64 on the device, where among ``pairs`` a member's is.
+        signs: ``(M,)`` int32 on the device.
+    """
+
+    generation: int
+    pairs: NDArray[np.int64]
+    place: Tensor
+    signs: Tensor
 
 
 class TorchEngine:
@@ -45,6 +66,7 @@ class TorchEngine:
     ) -> None:
         self.params, self.shape, self.noise, self.device = params, shape, noise, torch.device(device)
         self.chunk = chunk or CHUNK.get(self.device.type, CHUNK["cuda"])
+        self.update_pairs = UPDATE_PAIRS.get(self.device.type, UPDATE_PAIRS["cuda"])
         self.momentum: dict[str, NDArray[np.int32]] = {}
         self._shift = noise_shift(noise.rank, sigma_shift)
         self._exp2 = torch.from_numpy(fixed_point.exp2_table()).to(self.device)
@@ -68,21 +90,24 @@ class TorchEngine:
             state = torch.zeros(len(window), self.shape.n_layers, self.shape.hidden, dtype=torch.int32)
             if work.state is not None:
                 state = torch.from_numpy(np.ascontiguousarray(work.state, np.int8))[window].int()
-            factors: dict[str, Factors] = {}
+            members = None
             if work.pairs is not None:
                 assert work.signs is not None
-                factors = self._factors(work.generation, work.pairs[part], work.signs[part])
-            logits, state = self._forward(tokens[:, :-1], state.to(self.device), factors)
+                found, inverse = np.unique(work.pairs[part], return_inverse=True)
+                place, signs = (torch.from_numpy(x).to(self.device) for x in (inverse, work.signs[part]))
+                members = Members(work.generation, found, place, signs.int())
+            likelihood, state, logits = self._evaluate(
+                tokens, state.to(self.device), members, result.logits is not None
+            )
             if result.logits is not None:
+                assert logits is not None
                 result.logits[part] = logits.to(torch.int8).cpu().numpy()
             if result.state is not None:
                 result.state[part] = state.to(torch.int8).cpu().numpy()
-            if result.likelihood is not None or result.fitness is not None:
-                likelihood = self._log_likelihood(logits, tokens[:, 1:]).cpu().numpy()
-                if result.likelihood is not None:
-                    result.likelihood[part] = likelihood
-                if result.fitness is not None:
-                    result.fitness[part] = likelihood.sum(axis=1)
+            if result.likelihood is not None:
+                result.likelihood[part] = likelihood.cpu().numpy()
+            if result.fitness is not None:
+                result.fitness[part] = likelihood.sum(dim=1).cpu().numpy()
         return result
 
     def update(self, generation: int, pairs: NDArray[np.int64], fitness: NDArray[np.int8], step: Step) -> int:
@@ -91,15 +116,26 @@ class TorchEngine:
         pairs, scores = pairs[used], torch.from_numpy(fitness[used]).to(self.device)
         for p in self.shape.parameters:
             total = torch.zeros(self.params[p.name].shape, dtype=torch.int32, device=self.device)
-            for first in range(0, len(pairs), UPDATE_PAIRS):
-                part = slice(first, first + UPDATE_PAIRS)
+            for first in range(0, len(pairs), self.update_pairs):
+                part = slice(first, first + self.update_pairs)
                 total += self._sum(p, self._draw(p, generation, pairs[part]), scores[part], step.sign_of_noise)
-            momentum = None
-            if step.momentum_shift:
-                momentum = self.momentum.setdefault(p.name, np.zeros(total.shape, np.int32))
-            moved += update.move(self.params[p.name], total.cpu().numpy(), step, momentum)
+            moved += self._move(p.name, total.long(), step)
         self.reload()
         return moved
+
+    def _move(self, name: str, total: Tensor, step: Step) -> int:
+        """:func:`eggroll.pretrain.update.move`, on the device."""
+        if step.momentum_shift:
+            kept = self.momentum.setdefault(name, np.zeros(total.shape, np.int32))
+            before = torch.from_numpy(kept).to(self.device).long()
+            normalised = torch.div(2 * MOMENTUM_ONE * total + step.unit, 2 * step.unit, rounding_mode="floor")
+            total = before - ((before + (1 << (step.momentum_shift - 1))) >> step.momentum_shift) + normalised
+            kept[...] = total.cpu().numpy()
+        weights = self._weights[name]
+        moved = (weights + total.sign() * (total.abs() >= step.limit)).clamp(-LIMIT, LIMIT).to(torch.int8)
+        count = int((moved != weights).sum())  # on the CPU ``weights`` are the memory of ``params``
+        self.params[name][...] = moved.cpu().numpy()
+        return count
 
     def _sum(self, p: Parameter, draws: Tensor, fitness: Tensor, sign_of_noise: bool) -> Tensor:
         """``Z`` as :func:`eggroll.pretrain.update.sum_of_draws`."""
@@ -121,18 +157,43 @@ class TorchEngine:
             words = random_bits(keys, (length + 1) // 2, device=self.device)
             halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], dim=-1).flatten(1)[:, :length]
             return self._normals[halves.long()].view(form)
+        offsets = self._offsets((p,), generation, pairs)[0]
+        return self._noise_table()[offsets[:, None] + torch.arange(length, device=self.device)].view(form)
+
+    def _noise_table(self) -> Tensor:
         if self._table is None:
             self._table = torch.from_numpy(self.noise.table()).to(self.device)
-        offsets = torch.from_numpy(self.noise.offsets(p, generation, pairs)).to(self.device)
-        return self._table[offsets[:, None] + torch.arange(length, device=self.device)].view(form)
+        return self._table
 
-    def _factors(self, generation: int, pairs: NDArray[np.int64], signs: NDArray[np.int32]) -> dict[str, Factors]:
-        found, inverse = np.unique(pairs, return_inverse=True)
-        member = torch.from_numpy(inverse).to(self.device)
-        sign = torch.from_numpy(signs).to(self.device)[:, None, None].to(torch.int8)
-        made = {}
+    def _offsets(self, parameters: Sequence[Parameter], generation: int, pairs: NDArray[np.int64]) -> Tensor:
+        """Where in the table draws begin, ``(parameters, pairs)`` int64, as :meth:`Noise.offsets`.
+
+        What an offset is hashed from is one word of a row of random bits that all pairs share, so many are made on the
+        device at once, unless the pairs lie far apart.
+        """
+        first = int(pairs.min()) if len(pairs) else 0
+        span = int(pairs.max()) - first + 1 if len(pairs) else 0
+        if span > SPARSE * len(pairs) + UPDATE_PAIRS["cpu"]:
+            made = np.stack([self.noise.offsets(p, generation, pairs) for p in parameters])
+            return torch.from_numpy(made).to(self.device)
+        keys = np.array([self.noise.generation_key(p, generation) for p in parameters], np.uint32)
+        words = random_bits(keys, span, start=first, device=self.device)
+        words = words[:, torch.from_numpy(pairs - first).to(self.device)].long() & 0xFFFFFFFF
+        places = torch.tensor([self.noise.places(p) for p in parameters], device=self.device)
+        return (words * places[:, None]) >> 32
+
+    def _evaluate(
+        self, tokens: Tensor, state: Tensor, members: Members | None, keep_logits: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Windows ``(M, T + 1)`` from states ``(M, L, D)`` int32: log likelihood ``(M, T)``, state, logits."""
+        factors = {} if members is None else self._factors(members)
+        logits, state = self._forward(tokens[:, :-1], state, factors)
+        return self._log_likelihood(logits, tokens[:, 1:]), state, logits
+
+    def _factors(self, members: Members) -> dict[str, Factors]:
+        sign, made = members.signs[:, None, None].to(torch.int8), {}
         for p in self.shape.parameters:
-            both = self._draw(p, generation, found)[member]
+            both = self._draw(p, members.generation, members.pairs)[members.place]
             made[p.name] = (both[..., p.inputs :] * sign, both[..., : p.inputs])
         return made
 
@@ -161,11 +222,6 @@ class TorchEngine:
 
     def _product(self, x: Tensor, name: str, factors: dict[str, Factors]) -> Tensor:
         weight = self._weights[name]
-        if use_triton(self.device):
-            from eggroll.pretrain.product_triton import product
-
-            by, (a, b) = fixed_point.divisor(weight.shape[1]), factors.get(name, (None, None))
-            return product(x.to(torch.int8), weight, by, a, b, self._shift).int()
         total = multiply(x.to(torch.int8), weight)
         if factors:
             a, b = factors[name]
@@ -198,16 +254,6 @@ class TorchEngine:
         total = self._exp2[shifted].sum(dim=2, dtype=torch.int32)
         bits = torch.searchsorted(self._log2, total, right=True)
         return (shifted.gather(2, targets[:, :, None])[:, :, 0] - bits).int()
-
-
-def use_triton(device: torch.device) -> bool:
-    """Whether products are made by the Triton kernel: on CUDA devices, where Triton is installed."""
-    return device.type == "cuda" and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eggroll.core import threefry
-from eggroll.core.address import draw_keys, parameter_key
+from eggroll.core.address import draw_keys, generation_key, parameter_key
+from eggroll.core.threefry import Key
 from eggroll.errors import ConfigError
 from eggroll.pretrain import fixed_point
 from eggroll.pretrain.oracle import normals
@@ -105,10 +106,18 @@ class Noise:
         """The keys of draws, ``(len(pairs), 2)``."""
         return draw_keys(self.seed, parameter.name, generation, pairs, noise_reuse=self.reuse)
 
+    def generation_key(self, parameter: Parameter, generation: int) -> Key:
+        """Element ``p`` of this key's random bits is the word that the offset of pair ``p`` is hashed from."""
+        return generation_key(self.seed, parameter.name, generation // self.reuse)
+
+    def places(self, parameter: Parameter) -> int:
+        """Offsets that a draw may have: ``size - length + 1``."""
+        return self.table_size - parameter.draw_length(self.rank) + 1
+
     def offsets(self, parameter: Parameter, generation: int, pairs: Sequence[int] | NDArray) -> NDArray[np.int64]:
         """Where in the table draws begin, ``(len(pairs),)``: ``word * (size - length + 1) >> 32``."""
         keys = self.keys(parameter, generation, pairs)
-        places = np.uint64(self.table_size - parameter.draw_length(self.rank) + 1)
+        places = np.uint64(self.places(parameter))
         words = (keys[:, 0] ^ keys[:, 1]).astype(np.uint64)
         return ((words * places) >> np.uint64(32)).astype(np.int64)
 
