@@ -219,7 +219,7 @@ def _mlp(
         _store(x_R, d_M, _clip(x_RM + _load(x_R, d_M, D).to(tl.int32)), D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "layers"])  # or one token and one layer were kernels of their own
 def forward_kernel(
     tokens, emb, blocks, head, vectors, vector_stride, noise, offsets, signs, state, scratch, scales, exp2, log2,
     likelihood, logits, rows, steps, layers, V: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
