@@ -163,6 +163,23 @@ def test_stop(run):
     assert run.latest_checkpoint().generation == 3
 
 
+def test_a_run_that_was_over_does_nothing_when_it_goes_on(run):
+    """A budget that is used up stays used up, and a run that was killed before it asked stops where it would have."""
+    asked = []
+
+    def third(metrics):
+        asked.append(metrics["generation"])
+        return metrics["generation"] >= 3
+
+    make(run, generations=3).go()
+    again = make(RunDir.open(run.path), stop=third)
+    assert len(again.go(again.resume())) == 3
+    assert asked == [3]
+    assert (again.applied, again.interrupted, len(run.updates())) == (3, False, 3)
+    more = make(RunDir.open(run.path), stop=lambda metrics: metrics["generation"] == 5)
+    assert len(more.go(more.resume())) == 5
+
+
 def test_no_generations(run):
     loop = make(run, generations=0, heldout=lambda: Heldout(1.0))
     assert loop.go() == []

@@ -97,7 +97,8 @@ class Loop:
         run: where logs and checkpoints go, or ``None`` for none.
         checkpoint_every: generations between checkpoints; with a run directory there is always one at the end.
         listeners: told of each generation's metrics.
-        stop: asked after each generation; true ends the run early.
+        stop: asked about each generation's metrics when it is done; true ends the run early. A run that goes on is
+            asked about its last generation again: a budget may be used up, and a kill may have come before the answer.
     """
 
     config: ESConfig
@@ -145,7 +146,8 @@ class Loop:
             try:
                 if start == 0:
                     self._log_start()
-                for generation in range(start, self.config.generations):
+                was_over = start > 0 and bool(self.history) and self._is_over(self.history[-1])
+                for generation in range(start, start if was_over else self.config.generations):
                     sigma = self.config.sigma_at(generation)
                     evaluate_start = time.perf_counter()
                     evaluation = self.evaluate(generation, sigma)
@@ -163,13 +165,16 @@ class Loop:
                                 self._log(metrics)
                     if self._due(generation + 1, self.checkpoint_every):
                         self._checkpoint(generation + 1)
-                    if self.stop is not None and self.stop(metrics):
+                    if self._is_over(metrics):
                         break
             except KeyboardInterrupt:
                 self.interrupted = True
         if self.applied > 0:
             self._checkpoint(self.applied)
         return self.history
+
+    def _is_over(self, metrics: dict[str, Any]) -> bool:
+        return self.stop is not None and self.stop(metrics)
 
     def _update(self, generation: int, sigma: float, evaluation: Evaluation, seconds: float) -> dict[str, Any]:
         """Shape, log, apply: from the log entry to the new weights and their metrics there is no way out half-way."""

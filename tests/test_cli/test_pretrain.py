@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from eggroll.cli.main import main
+from eggroll.run.run_dir import RunDir
 
 
 @pytest.fixture
@@ -56,6 +57,16 @@ def test_resume_is_bit_for_bit(text, tmp_path):
     for name, value in one.items():
         np.testing.assert_array_equal(value, two[name])
     assert (whole / "updates.jsonl").read_text() == (cut / "updates.jsonl").read_text()
+
+
+def test_a_used_up_time_stays_used_up(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command(text, "-g", "50", "--minutes", "1e-6", "-o", str(out))) == 0
+    assert len(RunDir.open(out).updates()) == 1
+    assert main(["pretrain", "--resume", str(out)]) == 0
+    assert len(RunDir.open(out).updates()) == 1
+    assert main(["pretrain", "--resume", str(out), "--minutes", "9", "-g", "3"]) == 0
+    assert len(RunDir.open(out).updates()) == 3
 
 
 @pytest.mark.parametrize(

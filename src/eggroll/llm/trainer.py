@@ -126,7 +126,8 @@ class EggrollTrainer:
             run=run,
             checkpoint_every=self.config.checkpoint_every,
             listeners=listeners,
-            stop=None if callback is None else lambda metrics: callback(metrics) is False,
+            # A callback that has ended this trainer's run is not asked again when it goes on.
+            stop=None if callback is None else lambda m: m["generation"] > self.done and callback(m) is False,
         )
         start = loop.resume() if resume else self._start(loop)
         self.history = loop.go(start)

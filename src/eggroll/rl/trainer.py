@@ -185,9 +185,7 @@ def train(
     if listeners is not None:
         loop.listeners = list(listeners(run, start))
     began = time.perf_counter()
-    loop.applied = start
-    if loop.stop is None or start == 0 or not loop.stop({}):  # not where the budget of steps is used up
-        loop.go(start)
+    loop.go(start)
     result = {} if loop.interrupted else finish(run, learner, config, time.perf_counter() - began)
     return Trained(run, learner, result, loop.interrupted, loop.applied)
 
