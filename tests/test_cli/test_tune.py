@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll.cli.main import COMMANDS
 from eggroll.cli.session import _cell
-from eggroll.cli.tune import TuneOptions, _with_task, resumed_options
+from eggroll.cli.tune import TuneOptions, _with_task, default_options
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
 
@@ -342,11 +342,11 @@ def test_worked_examples_beside_a_file_of_prompts_are_refused(eggroll, option):
 def test_what_is_typed_counts_more_than_what_a_task_recommends():
     """Even where it is the default of a run without a task."""
     given = ["tiny", "--task", "countdown", "--rank", "8", "--optimizer", "adam", "--max-tokens=128"]
-    options = tyro.cli(TuneOptions, args=given, default=resumed_options(given))
+    options = tyro.cli(TuneOptions, args=given, default=default_options(given))
     assert (options.rank, options.optimizer, options.max_tokens) == (8, "adam", 128)
     wrong = [*given, "--backend", "foo"]
     with pytest.raises(SystemExit):
-        tyro.cli(TuneOptions, args=wrong, default=resumed_options(wrong))
+        tyro.cli(TuneOptions, args=wrong, default=default_options(wrong))
     task = get_task("countdown")
     assert (options.lr, options.population) == (task.settings["lr"], task.settings["population_size"])
 

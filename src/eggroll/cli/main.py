@@ -13,14 +13,15 @@ from rich.console import Console
 
 from eggroll.cli.eval import EvalOptions, evaluate
 from eggroll.cli.info import InfoOptions, info
+from eggroll.cli.pretrain import default_options as pretrain_defaults
 from eggroll.cli.pretrain import pretrain
-from eggroll.cli.pretrain import resumed_options as resumed_pretrain_options
 from eggroll.cli.recipe import recipe
 from eggroll.cli.replay import ReplayOptions, replay
 from eggroll.cli.report import ReportOptions, report
-from eggroll.cli.rl import resumed_options as resumed_rl_options
+from eggroll.cli.rl import default_options as rl_defaults
 from eggroll.cli.rl import rl
-from eggroll.cli.tune import TuneOptions, resumed_options, tune
+from eggroll.cli.tune import TuneOptions, tune
+from eggroll.cli.tune import default_options as tune_defaults
 from eggroll.errors import EggrollError, raised_at
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.rl.config import RLConfig
@@ -34,12 +35,12 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "rl": (RLConfig, rl),
     "pretrain": (PretrainOptions, pretrain),
 }
-RESUMED: dict[str, Callable[[Sequence[str]], Any]] = {
-    "tune": resumed_options,
-    "rl": resumed_rl_options,
-    "pretrain": resumed_pretrain_options,
+DEFAULTS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "tune": tune_defaults,
+    "rl": rl_defaults,
+    "pretrain": pretrain_defaults,
 }
-"""Commands whose --resume takes the options that the run has."""
+"""Commands whose defaults depend on what is typed: --resume takes the options that the run has, --task its own."""
 USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
 
   tune MODEL     evolve a language model on a reward
@@ -75,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] == "recipe":
             return recipe(given[1:])
         kind, run = COMMANDS[given[0]]
-        resumed = RESUMED.get(given[0])
-        default: Any = resumed(given[1:]) if resumed is not None else None
+        defaults = DEFAULTS.get(given[0])
+        default: Any = defaults(given[1:]) if defaults is not None else None
         absent: Any = tyro.MISSING_NONPROP
         options = tyro.cli(
             kind,

@@ -51,7 +51,7 @@ def pretrain(options: PretrainOptions) -> int:
     return 0
 
 
-def resumed_options(arguments: Sequence[str]) -> PretrainOptions | None:
+def default_options(arguments: Sequence[str]) -> PretrainOptions | None:
     """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
     from eggroll.pretrain.trainer import options_of_run
 

@@ -50,7 +50,7 @@ def rl(options: RLConfig) -> int:
     return 0
 
 
-def resumed_options(arguments: Sequence[str]) -> RLConfig | None:
+def default_options(arguments: Sequence[str]) -> RLConfig | None:
     """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
     from eggroll.rl.trainer import options_of_run
 

@@ -150,7 +150,7 @@ RESUME_FREE = (
 )  # fmt: skip
 
 
-def resumed_options(arguments: Sequence[str]) -> TuneOptions | None:
+def default_options(arguments: Sequence[str]) -> TuneOptions | None:
     """Defaults for the command line: the options of the run that ``--resume`` names, or what ``--task`` recommends.
 
     ``None`` without either. What is given on the command line counts more, whatever its value.
