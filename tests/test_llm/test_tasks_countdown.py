@@ -6,12 +6,15 @@ import random
 import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eggroll.errors import RewardError
-from eggroll.llm.tasks import get_task
+from eggroll.errors import DataError, RewardError
+from eggroll.llm.data import load_examples
+from eggroll.llm.rewards import FunctionReward
+from eggroll.llm.tasks import get_task, row_check
 from eggroll.llm.tasks.answers import format_score, last_block
 from eggroll.llm.tasks.arithmetic import evaluate
 from eggroll.llm.tasks.countdown import is_solution, problems
@@ -222,3 +225,47 @@ def test_reward_in_the_form_of_trl():
     assert TASK.reward([[]], [reply], nums=[[6, 7, 2]], target=[40]) == [pytest.approx(1.1)]
     with pytest.raises(RewardError, match='the reward "countdown" needs a column "target"'):
         TASK.reward(["p"], [perfect], numbers=[[6, 7, 2]])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target"),
+    [
+        ([6, 7, 2], "40"),
+        (["6", " 7", "2.0"], 40.0),
+        ("[6, 7, 2]", "40"),
+        ("6 7 2", " +40 "),
+        ((np.int64(6), 7.0, 2), np.float32(40)),
+    ],
+)
+def test_numbers_that_a_file_holds_as_text_are_numbers(numbers, target):
+    assert TASK.reward(["p"], ["<answer>6 * 7 - 2</answer>"], numbers=[numbers], target=[target])[0] > 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "text"),
+    [
+        ([6, 7, 2], "forty", "target (='forty') must be a whole number, as in "),
+        ([6, 7, 2], 40.5, "target (=40.5) must be a whole number"),
+        ([6, 7, 2], None, "target (=None) must be a whole number"),
+        ([6, 7, 2], True, "target (=True) must be a whole number"),
+        ([6, 7, 2], "٤٠", "target (='٤٠') must be a whole number"),
+        ([6, "x", 2], 40, "numbers (=[6, 'x', 2]) must be a list of whole numbers, as in "),
+        ([], 40, "numbers (=[]) must be a list of whole numbers"),
+        ("", 40, "numbers (='') must be a list of whole numbers"),
+        (7, 40, "numbers (=7) must be a list of whole numbers"),
+    ],
+)
+def test_what_is_no_number_is_refused(numbers, target, text):
+    reward = FunctionReward(TASK.reward)
+    with pytest.raises(DataError) as info:
+        reward.score(["p"], ["<answer>6 * 7 - 2</answer>"], {"numbers": [numbers], "target": [target]})
+    assert str(info.value).startswith(text)
+
+
+def test_the_row_of_a_file_that_cannot_be_scored_is_named(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "a", "nums": "6 7 2", "target": "40"}\n{"prompt": "b", "nums": [6], "target": "4O"}\n')
+    with pytest.raises(DataError) as info:
+        load_examples(file, check=row_check("countdown"))
+    assert str(info.value).startswith(f"data set {file}, row 2: target (='4O') must be a whole number")
+    assert row_check(None) is row_check("zeros") is row_check("no such task") is None

@@ -27,7 +27,7 @@ from eggroll.cli.tune import (
 from eggroll.errors import ConfigError, DataError, EggrollError
 from eggroll.llm.data import load_examples
 from eggroll.llm.export import load_line
-from eggroll.llm.tasks import get_task
+from eggroll.llm.tasks import get_task, row_check
 from eggroll.llm.trainer import EggrollTrainer
 from eggroll.run.console import Display
 from eggroll.run.report import before_and_after, write_report
@@ -218,7 +218,8 @@ def _one_source(options: TuneOptions) -> str | None:
 
 def _load(source: str, options: TuneOptions) -> list[Any]:
     is_text = options.reward in (None, "perplexity") and options.task is None
-    return load_examples(source, purpose="text" if is_text else "prompts")
+    check = row_check(options.task or options.reward)
+    return load_examples(source, purpose="text" if is_text else "prompts", check=check)
 
 
 def _check_resumed(run: RunDir, settings: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,12 @@ class Example:
 
 
 def load_examples(
-    source: Any, *, split: str = "train", limit: int | None = None, purpose: Purpose = "prompts"
+    source: Any,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    purpose: Purpose = "prompts",
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[Example]:
     """Read a data set, whatever it is.
 
@@ -59,6 +64,8 @@ def load_examples(
         limit: read at most so many examples.
         purpose: how a ``.txt`` file is cut: ``prompts`` takes one per line, ``text`` takes paragraphs (separated by
             empty lines).
+        check: raises ``DataError`` about the columns of a row that the reward cannot use; the message then says which
+            row of what it is.
 
     Raises:
         DataError: nothing is there, the set is empty, or a row is not of a known form.
@@ -66,7 +73,7 @@ def load_examples(
     if limit is not None and limit < 1:
         raise DataError(f"limit (={limit}) must be at least 1, or None for all examples")
     label, rows = _rows(source, split, purpose)
-    examples = (_example(row, f"{label}, row {number}") for number, row in enumerate(rows, start=1))
+    examples = (_example(row, f"{label}, row {number}", check) for number, row in enumerate(rows, start=1))
     found = list(itertools.islice((example for example in examples if not _is_blank(example)), limit))
     if not found:
         raise DataError(f"{label} is empty: it has no row with any text. A data set needs at least one example")
@@ -189,7 +196,17 @@ def _rows_of_hub(source: str, split: str) -> Iterator[Any]:
     yield from found
 
 
-def _example(row: Any, where: str) -> Example:
+def _example(row: Any, where: str, check: Callable[[dict[str, Any]], None] | None) -> Example:
+    example = _example_of(row, where)
+    try:
+        if check is not None:
+            check(example.columns)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    return example
+
+
+def _example_of(row: Any, where: str) -> Example:
     if isinstance(row, Example):
         return row
     if isinstance(row, str):

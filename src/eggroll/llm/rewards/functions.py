@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from eggroll.errors import RewardError
+from eggroll.errors import DataError, RewardError
 from eggroll.llm.chat import as_conversational
 from eggroll.llm.rewards.base import Need, Prompt, Reward, as_scores, function_name, shown
 
@@ -112,7 +112,7 @@ class FunctionReward(Reward):
     def _guarded(self, function: RewardFunction, prompts: Sequence[Prompt], call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except RewardError:
+        except (RewardError, DataError):
             raise  # a reward of eggroll's own, which says what is wrong
         except Exception as error:
             first = f"; the first prompt is {shown(prompts[0])}" if prompts else ""

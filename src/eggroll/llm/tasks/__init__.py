@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from eggroll.errors import ConfigError
 from eggroll.llm.tasks import countdown, gsm8k, one_sentence, reasoning, zeros
 from eggroll.llm.tasks.task import Task, with_shots
 
-__all__ = ["SOLVED", "Task", "get_task", "is_task", "names"]
+__all__ = ["SOLVED", "Task", "get_task", "is_task", "names", "row_check"]
 
 _DATA = Path(__file__).parent / "data"
 _MODULES: dict[str, ModuleType] = {"countdown": countdown, "gsm8k": gsm8k, "zeros": zeros}
@@ -37,6 +38,11 @@ def names() -> list[str]:
 def is_task(name: str) -> bool:
     """Whether ``name`` means a task, known or not in the case of ``reasoning-gym:NAME``."""
     return _key(name) in names() or _reasoning_name(name) is not None
+
+
+def row_check(name: str | None) -> Callable[[dict[str, Any]], None] | None:
+    """What raises ``DataError`` about a row of a user's data that the task cannot score; ``None`` if all will do."""
+    return getattr(_MODULES.get(_key(name or "")), "check", None)
 
 
 def get_task(name: str, *, shots: int = 0) -> Task:

@@ -15,16 +15,19 @@ if they have the same numbers, in whatever order, and the same target. None come
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+from eggroll.errors import DataError
 from eggroll.llm.tasks.answers import FORMAT_WEIGHT, column, format_score, last_block, text_of
 from eggroll.llm.tasks.arithmetic import evaluate, steps
 from eggroll.llm.tasks.splits import Splits, fill
 
 __all__ = [
     "BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SHOTS_MAX_TOKENS", "SHOTS_SYSTEM", "SYSTEM",
-    "is_solution", "problems", "reward", "splits", "worked",
+    "check", "is_solution", "problems", "reward", "splits", "worked",
 ]  # fmt: skip
 
 DESCRIPTION = "Make the target out of the numbers, each used exactly once, with + - * /."
@@ -58,6 +61,7 @@ _PROMPT = (
     "every number exactly once. Think inside <think> </think>, then give the expression alone inside "
     "<answer> </answer>, for example <think> 6 * 7 is 42, and 42 - 2 is 40. </think> <answer> 6 * 7 - 2 </answer>."
 )
+_WHOLE = re.compile(r"[+-]?\d{1,30}(?:\.0*)?", re.ASCII)
 _EXAMPLE = '{"prompt": "...", "numbers": [6, 7, 2], "target": 40}'
 
 
@@ -110,11 +114,44 @@ def reward(
 
     Raises:
         RewardError: the data set has no column ``numbers`` (or ``nums``) or no column ``target``.
+        DataError: what they hold are no whole numbers.
     """
     given = column("countdown", numbers if numbers is not None else nums, "numbers", _EXAMPLE)
     wanted = column("countdown", target, "target", _EXAMPLE)
     rows = zip(completions, given, wanted, strict=True)
-    return [_score(text_of(completion), each, value) for completion, each, value in rows]
+    return [_score(text_of(completion), *_read(each, value)) for completion, each, value in rows]
+
+
+def check(columns: Mapping[str, Any]) -> None:
+    """Find out that a row of a data set cannot be scored, before anything is scored.
+
+    Raises:
+        DataError: it has both columns, and what they hold are no whole numbers.
+    """
+    numbers = columns.get("numbers", columns.get("nums"))
+    if numbers is not None and columns.get("target") is not None:
+        _read(numbers, columns["target"])
+
+
+def _read(numbers: Any, target: Any) -> tuple[list[int], int]:
+    """Numbers and target as whole numbers; files of CSV or of other programs hold them as text ("24", "[6, 7, 2]")."""
+    listed = numbers.strip(" []()").replace(",", " ").split() if isinstance(numbers, str) else numbers
+    found = [_whole(number) for number in listed] if isinstance(listed, Iterable) else []
+    value = _whole(target)
+    if not found or None in found:
+        raise DataError(f"numbers (={numbers!r}) must be a list of whole numbers, as in {_EXAMPLE}")
+    if value is None:
+        raise DataError(f"target (={target!r}) must be a whole number, as in {_EXAMPLE}")
+    return [number for number in found if number is not None], value
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, given as such, as 24.0 or as text; ``None`` for anything else."""
+    if isinstance(value, str):
+        return int(value.partition(".")[0]) if _WHOLE.fullmatch(value.strip()) else None
+    if isinstance(value, Integral):
+        return None if isinstance(value, bool) else int(value)
+    return int(float(value)) if isinstance(value, Real) and float(value).is_integer() else None
 
 
 def _score(text: str, numbers: Sequence[int], target: int) -> float:
