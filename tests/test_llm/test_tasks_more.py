@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,32 @@ def test_zeros():
     assert reward(["p"] * 5, ["000", "0 0\n0", "a0", "", "nothing"]) == [1.0, 1.0, 0.5, 0.0, 0.0]
 
 
+HOSTILE = [
+    "__import__('os').system('touch pwned')",
+    "[open('pwned', 'w') for _ in [1]]",
+    "().__class__.__base__.__subclasses__()",
+    "exit()",
+    "9**9**9",
+    "(9**64)**64**64",
+    "((((9**60)**60)**60)**60)",
+    "99999999!",
+    "factorial(99999999)",
+    "exp(exp(exp(exp(9))))",
+    "x**(10**9)",
+    "(x + y + z + C)**64",
+    "((((9**16)**16)**16)**16)",
+    "(sin(x) + cos(x) + tan(x) + exp(x) + log(x))**16",
+    "atan(tan(x)) + asin(sin(x)) + acos(cos(x)) + acosh(cosh(x)) + asinh(sinh(x))",
+    "tan(x)*tan(2*x)*tan(3*x)*tan(4*x)*tan(5*x)*tan(6*x)*tan(7*x)",
+    "1e999999999",
+    "(" * 1_000_000,
+    "[" * 1900,
+    "٣+٤",
+    "1/0",
+    "\x00",
+]
+
+
 # --- GSM8K --------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +155,17 @@ def test_gsm8k_answers(text, gold, right, tmp_path, monkeypatch):
     )
     assert [score >= 1 for score in scores] == [right, right]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hostile_gsm8k_answers_take_no_time():
+    """A bound on work, where computing one of them would take for ever; no answer comes twice."""
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    texts = [f"\\boxed{{{text}}}" for text in HOSTILE] + [r"\boxed{" * 200_000, "$" * 1_000_000, "1," * 500_000]
+    texts += [f"\\boxed{{{'{' * deep}{n}^9^9^9{'}' * deep}}}" for n in range(100) for deep in (0, 30)]
+    texts += [f"\\boxed{{\\frac{{{'9' * 60}}}{{{n}}}}}" for n in range(1, 100)]
+    start = time.process_time()
+    assert max(gsm8k.reward(["p"] * len(texts), texts, answer=["72"] * len(texts))) <= 0.1
+    assert time.process_time() - start < 30
 
 
 NESTED = "(" * 30 + "1" + ")" * 30
@@ -240,27 +278,6 @@ def test_right_answers_score_one(gym, name):
         reward(["p"], ["1"])
 
 
-HOSTILE = [
-    "__import__('os').system('touch pwned')",
-    "[open('pwned', 'w') for _ in [1]]",
-    "().__class__.__base__.__subclasses__()",
-    "exit()",
-    "9**9**9",
-    "(9**64)**64**64",
-    "((((9**60)**60)**60)**60)",
-    "99999999!",
-    "factorial(99999999)",
-    "exp(exp(exp(exp(9))))",
-    "x**(10**9)",
-    "1e999999999",
-    "(" * 1_000_000,
-    "[" * 1900,
-    "٣+٤",
-    "1/0",
-    "\x00",
-]
-
-
 EVALUATING = screening.LITERALS | screening.ARITHMETIC | screening.SYMBOLIC
 
 
@@ -270,9 +287,44 @@ def test_hostile_answers_run_nothing_and_score_nothing(gym, name, tmp_path, monk
     # made here and not in a child process, which would make hundreds
     monkeypatch.setattr(reasoning, "entry_of", lambda name, index: reasoning_problems.dataset_of(name)[index])
     reward, count = reasoning.ReasoningReward(name), len(HOSTILE)
+    reward(["p"], ["<answer>0</answer>"], index=[1])  # imports what the scorer needs
+    start = time.process_time()
     scores = reward(["p"] * count, [f"<answer>{text}</answer>" for text in HOSTILE], index=[1] * count)
     assert max(scores) <= 0.05
+    assert time.process_time() - start < 30
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_answer_is_scored_once(gym, monkeypatch):
+    """A population often agrees, and a scorer may take its whole time limit for what it does not like."""
+    data, seen = reasoning_problems.dataset_of("simple_integration"), []
+
+    class Counting:
+        def score_answer(self, answer, entry):
+            seen.append((answer, entry["metadata"]["integrand"]))
+            raise TimeoutError
+
+    monkeypatch.setattr(reasoning, "dataset_of", lambda name: Counting())
+    reasoning._scored.cache_clear()
+    reward = reasoning.ReasoningReward("simple_integration")
+    assert reward(["p"] * 200, ["<answer>x - 512</answer>"] * 200, index=[0, 1] * 100) == [0.0] * 200
+    assert seen == [("x - 512", data[index]["metadata"]["integrand"]) for index in (0, 1)]
+    reasoning._scored.cache_clear()
+    assert 0 < reasoning._scored.cache_info().maxsize <= 10_000
+
+
+@pytest.mark.parametrize("name", ["simple_integration", "polynomial_multiplication"])
+def test_right_answers_pass_the_screen_in_other_words_too(gym, name):
+    for index in range(40):
+        answer = str(reasoning_problems.dataset_of(name)[index]["answer"])
+        assert screening.is_harmless(name, f"0 + {answer}", answer)
+
+
+def test_a_child_that_hangs_is_given_up(gym, monkeypatch):
+    monkeypatch.setattr(reasoning_problems, "CHILD_SECONDS", 0.05)
+    with pytest.raises(ConfigError) as info:
+        reasoning_problems._made_in_child("ransom_note", 3, 7)
+    assert str(info.value).startswith("reasoning-gym made no 7 problems of 'ransom_note' in 0.05 seconds")
 
 
 def test_scorers_that_evaluate_are_all_screened(gym):
@@ -300,6 +352,12 @@ def test_scorers_that_evaluate_are_all_screened(gym):
         ("simple_integration", "x.__class__", False),
         ("simple_integration", "Lambda(x, x)", False),
         ("simple_integration", "x**65", False),
+        ("simple_integration", "-768*x**5/5 + 1920*x**4 - 9600*x**3 + 24000*x**2 - 30000*x + C", True),
+        ("simple_integration", "-2*x**3*sin(x) - 6*x**2*cos(x) + 12*x*sin(x) + 12*cos(x) + C", True),
+        ("simple_integration", "exp(x)*sin(3*x)/10 - 3*exp(x)*cos(3*x)/10 + C", True),
+        ("simple_integration", "(3*x + 10)**5/15 + C", True),
+        ("simple_integration", "(a + b + c + d + x)**16", False),
+        ("simple_integration", "(2**(1/2) + 3**(1/2) + 5**(1/2))**30*x", False),
         ("polynomial_multiplication", "3*x**4*y - 7", True),
         ("puzzle24", "(4 + 8) * 2 * 1", True),
         ("puzzle24", "4 ** 2", False),

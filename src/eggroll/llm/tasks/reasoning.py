@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from eggroll.errors import ConfigError, DataError
@@ -98,11 +99,20 @@ class ReasoningReward:
             return 1.0 if answer == entry["answer"] else 0.0
         if not is_harmless(self.name, answer, str(entry["answer"] or "")):
             return 0.0
-        try:
-            with time_limit(SECONDS):
-                return float(dataset_of(self.name).score_answer(answer, entry))
-        except Exception:  # scorers raise on answers that are not of the form that they expect
-            return 0.0
+        return _scored(self.name, index, answer)
+
+
+@lru_cache(maxsize=4096)
+def _scored(name: str, index: int, answer: str) -> float:
+    """What the task's scorer gives, which depends on nothing else: members often give the same answer.
+
+    One that runs into the time limit does so once, and not once for each member.
+    """
+    try:
+        with time_limit(SECONDS):
+            return float(dataset_of(name).score_answer(answer, entry_of(name, index)))
+    except Exception:  # scorers raise on answers that are not of the form that they expect
+        return 0.0
 
 
 def _problems(name: str) -> Iterator[tuple[str, Row]]:

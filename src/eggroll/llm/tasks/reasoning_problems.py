@@ -36,6 +36,8 @@ _UNSTABLE = """codeio isomorphic_strings knight_swap list_functions polynomial_m
 UNSTABLE = frozenset(_UNSTABLE.split())
 """Tasks whose problems differ between processes; found by making 200 problems of every task in two of them.
 In the child they are the same, but for two of 500 of codeio: it runs programs, and some report an address or a time."""
+CHILD_SECONDS = 600
+"""The longest wait for a child process. The slowest task takes half a minute on an idle core."""
 NO_TASKS = frozenset({"composite"})
 """A mixture of other tasks; it has no problems of its own."""
 
@@ -83,7 +85,15 @@ def entry_of(name: str, index: int) -> dict[str, Any]:
 def _made_in_child(name: str, block: int, count: int) -> list[dict[str, Any]]:
     command = [sys.executable, "-W", "ignore", "-c", _CHILD, name, *map(str, (SEED, DRAWS, block * count, count))]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=CHILD_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"reasoning-gym made no {count} problems of {name!r} in {CHILD_SECONDS} seconds, which takes less than a "
+            "minute on an idle machine; try again when less else runs, or take another task"
+        ) from error
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
         raise ConfigError(f"reasoning-gym could not make problems of {name!r}: {reason[0]}")

@@ -6,8 +6,9 @@ run. So an answer is looked at first, as a syntax tree, and refused (score 0) un
 
     LITERALS     (scorers that eval lists)       a Python literal, or no Python expression at all
     ARITHMETIC   (scorers that compute)          digits, + - * / ( ) and full stops
-    SYMBOLIC     (scorers that compare terms)    numbers, one-letter names, + - * / **, elementary functions;
-                                                 exponents are small numbers
+    SYMBOLIC     (scorers that compare terms)    numbers, one-letter names, + - * / **, elementary functions; small
+                                                 exponents, and not many names and functions to a high degree: the
+                                                 time grows with the number of terms when all is multiplied out
     DISTANCES    (scorers of how near it is)     no "nan", which one of them takes for exactly right
     all          no numbers with exponents of four digits (1e9999999 as a fraction fills the memory), no answer that is
                  many times as long as any right one
@@ -36,8 +37,11 @@ SECONDS = 5.0
 
 MAX_EXPRESSION = 300
 MAX_DIGITS = 30
-MAX_EXPONENT = 64
-MAX_DEGREE = 256
+MAX_EXPONENT = 16
+MAX_EXPANSION = 64
+"""Degree times the names and function calls in a term. Right answers of 240 problems have at most 20."""
+MAX_CALLS = 8
+"""Right answers have at most 4 calls."""
 MAX_CALL_DEPTH = 2
 _NAMES = "sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt Abs"
 FUNCTIONS = frozenset(_NAMES.split())
@@ -78,7 +82,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"over {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again, should code in the block have swallowed it
     try:
         yield
     finally:
@@ -100,8 +104,11 @@ def _is_symbolic(answer: str) -> bool:
     if len(answer) > MAX_EXPRESSION or not answer.isascii():
         return False
     try:
-        tree = ast.parse(answer, mode="eval")
-        return _degree(tree.body, 0) <= MAX_DEGREE
+        term = ast.parse(answer, mode="eval").body
+        nodes = list(ast.walk(term))
+        calls = {ast.dump(node) for node in nodes if isinstance(node, ast.Call)}
+        names = {node.id for node in nodes if isinstance(node, ast.Name)} - FUNCTIONS
+        return len(calls) <= MAX_CALLS and _degree(term, 0) * max(1, len(calls | names)) <= MAX_EXPANSION
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
 
@@ -117,7 +124,10 @@ def _degree(node: ast.expr, calls: int) -> int:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
         return _degree(node.operand, calls)
     if isinstance(node, ast.BinOp) and isinstance(node.op, _OPERATORS):
-        return max(_degree(node.left, calls), _degree(node.right, calls))
+        both = _degree(node.left, calls), _degree(node.right, calls)
+        is_scaled = any(isinstance(side, ast.Constant) for side in (node.left, node.right))
+        is_sum = isinstance(node.op, ast.Add | ast.Sub)
+        return max(both) if is_sum or is_scaled else sum(both)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         return _degree(node.left, calls) * _exponent(node.right)
     if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords and calls < MAX_CALL_DEPTH:
