@@ -7,7 +7,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from eggroll.cli.eval import EvalOptions, _Bar
+from eggroll.cli.eval import EvalOptions, _Bar, _verdict
 from eggroll.errors import ConfigError
 from eggroll.llm.evaluate import Result, compare, draw_problems
 from eggroll.llm.evaluate import evaluate as answer
@@ -91,7 +91,8 @@ def test_a_model_against_itself(eggroll):
     assert difference["mean"]["value"] == difference["gained"] == difference["lost"] == 0
     assert difference["p_value"] == 1
     assert difference["mean"]["low"] < 0 < difference["mean"]["high"]
-    assert "interval of the mean reward's difference includes 0" in done.out
+    assert "too few problems to tell: with 4 problems, even 4 gained and none lost would show nothing" in done.out
+    assert "(p = 0.125, McNemar, exact); --samples 96 would tell more" in done.out
 
 
 def test_sampled_answers_repeat(eggroll):
@@ -145,10 +146,35 @@ def test_right_answers_are_counted(model_dir, monkeypatch):
 def test_scores_of_zero_and_one_have_a_proportions_interval():
     task = get_task("zeros")
     assert Result([0.0, 1.0, 1.0], ["a"] * 3).mean(task, seed=0).method == "Wilson"
-    assert Result([0.0, 0.5, 1.0], ["a"] * 3).mean(task, seed=0).method == "bootstrap (BCa)"
+    assert Result([0.0, 0.5, 1.0], ["a"] * 3).mean(task, seed=0).method == "Wilson, of the range"
+    assert Result([0.0, 0.5, 1.0] * 6, ["a"] * 18).mean(task, seed=0).method == "bootstrap (BCa)"
     # a score of 0 everywhere says less where 1.1 is possible
     none = Result([0.0] * 8, ["a"] * 8)
     assert none.mean(get_task("countdown"), seed=0).high == pytest.approx(1.1 * none.accuracy().high)
+
+
+def test_words_for_few_and_for_many_problems():
+    task = get_task("countdown")
+
+    def words(before, after):
+        results = [Result(scores, ["a"] * len(scores)) for scores in (before, after)]
+        return " | ".join(_verdict(len(before), 1024, compare(*results, task, seed=0)))
+
+    assert _verdict(128, 1024, None) == []
+    assert _verdict(1, 1024, None)[0].startswith("1 problem: too few for more than an impression")
+    assert _verdict(1, 1, None)[0].endswith("intervals says")
+    assert words([0.0] * 5, [1.1] * 5).startswith(
+        "too few problems to tell: with 5 problems, even 5 gained and none lost would show nothing (p = 0.0625"
+    )
+    few = words([0.0, 0.1] * 5, [0.1, 0.0] * 5)
+    assert few.startswith(
+        "the interval of the mean reward's difference includes 0, so no difference is shown (with 10 "
+    )
+    assert few.endswith("10 problems: too few for more than an impression, as the width of the intervals says; "
+                        "--samples 128 would tell more")  # fmt: skip
+    many = words([0.0] * 64 + [1.1] * 64, [0.0] * 32 + [1.1] * 96)
+    assert many == ("the interval of the mean reward's difference excludes 0; gained against lost: p = 4.66e-10 "
+                    "(McNemar, exact)")  # fmt: skip
 
 
 @pytest.mark.parametrize(

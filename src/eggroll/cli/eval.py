@@ -176,11 +176,34 @@ def _show(
         change = f"{_percent(comparison.accuracy, sign='+')}  {comparison.gained} gained, {comparison.lost} lost"
         table.add_row("difference, paired", change, _number(comparison.mean, sign="+"), "", style="bold")
     Console(highlight=False).print(table)
-    if comparison is not None:
-        clear = comparison.mean.low > 0 or comparison.mean.high < 0
-        verdict = "excludes" if clear else "includes"
-        console.print(f"the interval of the mean reward's difference {verdict} 0; gained against lost: "
-                      f"p = {comparison.p_value:.3g} (McNemar, exact)")  # fmt: skip
+    for line in _verdict(len(results[0].scores), len(task.test or task.heldout), comparison):
+        console.print(line)
+
+
+def _verdict(count: int, there_are: int, comparison: Comparison | None) -> list[str]:
+    """What the figures of ``count`` problems say in words, and that few problems say little."""
+    from eggroll.llm.evaluate import DEFAULT_SAMPLES
+    from eggroll.llm.intervals import FEW, mcnemar
+
+    more = min(DEFAULT_SAMPLES, there_are)
+    advice = f"; --samples {more} would tell more" if more > count else ""
+    problems = "1 problem" if count == 1 else f"{count} problems"
+    few = [f"{problems}: too few for more than an impression, as the width of the intervals says{advice}"]
+    if comparison is None:
+        return few if count < FEW else []
+    at_best = mcnemar(count, 0)
+    if at_best > 0.05:
+        return [f"too few problems to tell: with {problems}, even {count} gained and none lost would show nothing "
+                f"(p = {at_best:.3g}, McNemar, exact){advice}"]  # fmt: skip
+    mean = comparison.mean
+    clear = mean.low > 0 or mean.high < 0
+    shown = "" if clear else f", so no difference is shown (with {problems} only one of about " \
+        f"{(mean.high - mean.low) / 2:.2g} would be)"  # fmt: skip
+    return [
+        f"the interval of the mean reward's difference {'excludes' if clear else 'includes'} 0{shown}; gained against "
+        f"lost: p = {comparison.p_value:.3g} (McNemar, exact)",
+        *(few if count < FEW else []),
+    ]
 
 
 def _percent(interval: Interval, sign: str = "") -> str:
