@@ -1,12 +1,17 @@
 """What a pool says when something is wrong."""
 
+import http.server
 import re
+import socketserver
 import sys
+import threading
+import time
 
 import pytest
 
-from eggroll.distributed import RayPool, evolve
+from eggroll.distributed import RayPool, evolve, ray_address
 from eggroll.distributed.crew import WorkerWarning
+from eggroll.distributed.ray_address import check_address
 from eggroll.errors import ConfigError, MemoryBudgetError, MissingExtraError, RewardError, RunError
 
 SIZE = 32
@@ -27,6 +32,7 @@ def test_no_room_in_one_place(cluster, toys, tmp_path):
         while len(pool.workers()) > 1:
             pool.evaluate(0, 0.1)
         assert pool.evaluate(0, 0.1).metrics["workers"] == 1
+    told = [text for text in told if not text.endswith("Waiting")]  # on a busy machine
     assert len(told) == 1
     assert re.match(r"worker \d is left out: the model needs 14 GB, 2 GB are free \(on node ", told[0])
 
@@ -87,6 +93,60 @@ def test_a_wrong_address(toys, address, reason, monkeypatch):
         make(toys.NumpyWorker, address=address)
 
 
+class Silent(socketserver.BaseRequestHandler):
+    """A server that listens to everything and says nothing."""
+
+    def handle(self):
+        while self.request.recv(1000):
+            pass
+
+
+class Talking(socketserver.BaseRequestHandler):
+    """One that has its say first, as SSH does."""
+
+    def handle(self):
+        self.request.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+
+@pytest.mark.parametrize(
+    ("handler", "reason"),
+    [
+        (http.server.BaseHTTPRequestHandler, r"it answers b'<!DOCTYPE' to a greeting of gRPC"),
+        (Talking, "it answers b'SSH-2.0-O' to a greeting of gRPC"),
+        (Silent, "it says nothing in 0.5 s, or hangs up to a greeting of gRPC"),
+    ],
+)
+def test_something_listens_that_is_not_ray(toys, handler, reason, monkeypatch):
+    """Ray itself takes more than three minutes to give up."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_address, "ANSWER_S", 0.5 if handler is Silent else ray_address.ANSWER_S)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=rf"something listens at .* no Ray head \({reason}\).*`ray start --head"):
+            make(toys.NumpyWorker, address=f"127.0.0.1:{server.server_address[1]}")
+        assert time.monotonic() - began < 15
+        server.shutdown()
+
+
+def test_another_service_of_grpc_is_not_ray(cluster, monkeypatch):
+    """A port of the cluster, but not the head's: its node manager's."""
+    (node,) = cluster.nodes()
+    monkeypatch.setattr(ray_address, "QUESTION_S", 120)  # a process that loads Ray may take its time on a busy machine
+    with pytest.raises(ConfigError, match="it speaks gRPC and does not know what Ray's head is asked"):
+        check_address(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+
+
+def test_a_real_head_passes_even_when_it_is_slow(cluster, monkeypatch):
+    address = cluster.get_runtime_context().gcs_address
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_address, "QUESTION_S", 120)
+        check_address(address)
+    monkeypatch.setattr(ray_address, "QUESTION_S", 0.01)  # no answer in time is no reason to refuse it
+    check_address(address)
+
+
 def test_another_address_than_the_one_in_use(cluster, toys):
     with pytest.raises(
         ConfigError, match=r"is connected to the Ray cluster at \S+ already, so it cannot use address='a:1'"
@@ -105,6 +165,10 @@ def test_ray_is_not_installed(toys, monkeypatch):
 def test_settings(toys):
     with pytest.raises(ConfigError, match=r"gpus_per_worker \(=-1\) must be a number of at least 0"):
         make(toys.NumpyWorker, gpus_per_worker=-1)
+    with pytest.raises(ConfigError, match=r"gpus_per_worker \(=1.5\) must be a whole number above 1: use 1 or 2"):
+        make(toys.NumpyWorker, gpus_per_worker=1.5)
+    with pytest.raises(ConfigError, match=r"gpus_per_worker \(=0.5\) must be a whole number of at least 1 when each"):
+        make(toys.NumpyWorker, gpus_per_worker=0.5, across_nodes=True)
     with pytest.raises(ConfigError, match="resume=True needs run"):
         evolve(toys.NumpyWorker, toys.config(), resume=True)
     with pytest.raises(ConfigError, match="local=True starts no processes, so address cannot be used"):

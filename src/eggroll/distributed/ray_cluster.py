@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import socket
 import threading
 from contextlib import suppress
 from typing import Any
 
 from eggroll._optional import require
+from eggroll.distributed.ray_address import HOW, check_address
 from eggroll.errors import ConfigError
 from eggroll.run.provenance import cores
-
-CONNECT_S = 5.0
-HOW = (
-    "Start one with `ray start --head` on one machine and `ray start --address HOST:6379` on the others; `ray status` "
-    "on any of them says whether it runs. Without an address, workers are started on this machine"
-)
 
 
 def connect(address: str | None, *, workers: int, cpus: int, gpus: float) -> bool:
@@ -47,7 +40,7 @@ def connect(address: str | None, *, workers: int, cpus: int, gpus: float) -> boo
         # More workers than cores is what was asked for, so there is room for them, if not speed.
         settings |= {"include_dashboard": False, "num_cpus": max(cores(), workers * cpus)}
     else:
-        _check(address)
+        check_address(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **settings)
@@ -70,23 +63,6 @@ def connect(address: str | None, *, workers: int, cpus: int, gpus: float) -> boo
             f"fewer workers, a smaller share (0.5 puts two on a GPU), 0, or the address of a cluster"
         )
     return address == "local"
-
-
-def _check(address: str) -> None:
-    """Look whether anyone answers: Ray itself would try for minutes, and then end the process."""
-    if address == "auto":
-        return
-    found = re.fullmatch(r"\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
-    if found is None:
-        kind = "a Ray Client address, which is not supported: run the driver on a machine of the cluster, or send " if (
-            address.startswith("ray://")
-        ) else "no address: "  # fmt: skip
-        more = "it there with `ray job submit`. " if address.startswith("ray://") else ""
-        raise ConfigError(f"address={address!r} is {kind}{more}it must be 'auto' or 'HOST:PORT'. {HOW}")
-    try:
-        socket.create_connection((found[1], int(found[2])), timeout=CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"no Ray cluster at address={address!r} ({error}). {HOW}") from error
 
 
 def _check_same(ray: Any, address: str | None) -> None:
