@@ -386,3 +386,53 @@ def test_an_unknown_tracker_leaves_no_run_behind(command, tmp_path, monkeypatch,
     assert main([*command.split(), "--report-to", "tensorbord", "-o", "out"]) == 1
     assert "report_to (='tensorbord') must be one or several of: tensorboard, wandb, none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [("--task",), ("--task", "--shots", "2")])
+@pytest.mark.parametrize("command", ["tune", "eval"])
+def test_a_task_without_its_name(eggroll, command, given):
+    done = eggroll(command, "tiny", *given)
+    assert done.status == 2
+    assert "Missing value for argument '--task'" in plain(done)
+    assert done.err.endswith(
+        "--task needs the name of a task after it: countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME\n"
+    )
+    assert not (eggroll.work / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        (("tune", "--task", "countdown"), ("Missing from eggroll tune: MODEL", "Hub id, local directory, .gguf file")),
+        (("eval",), ("--task STR countdown, gsm8k, one_sentence, zeros",
+                     "eval needs a model, or two to compare, and a task: eggroll eval smollm2-135m --task countdown")),
+        (("rl", "CartPole-v9"),
+         ("'CartPole-v9' needs the option before it that says what it is: eggroll rl --env CartPole-v9",)),
+        (("pretrain", "book.txt"), ("eggroll pretrain --data book.txt",)),
+    ],
+)  # fmt: skip
+def test_a_newcomers_first_tries(eggroll, given, texts):
+    done = eggroll(*given)
+    assert done.status == 2
+    for text in texts:
+        assert text in plain(done)
+    assert not (eggroll.work / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["tune", "eval"])
+@pytest.mark.parametrize("shots", ["99", "-1"])
+def test_shots_that_are_too_many_or_too_few(eggroll, command, shots):
+    done = eggroll(command, "tiny", "--task", "countdown", "--shots", shots)
+    assert refused(done, f"shots (={shots}) must be from 0 to 16 worked examples")
+    assert not (eggroll.work / "runs").exists()
+
+
+def test_a_run_that_is_not_there(eggroll):
+    assert refused(eggroll("replay", "nothere"), "nothere does not exist. Give the directory that a run was told to")
+
+
+def test_numbers_of_countdown_that_are_none(eggroll):
+    (eggroll.work / "own.jsonl").write_text('{"prompt": "a", "numbers": [6, 7, 2], "target": "4O"}\n')
+    done = eggroll("tune", "tiny", "--task", "countdown", "-d", "own.jsonl")
+    assert refused(done, "data set own.jsonl, row 1: target (='4O') must be a whole number, as in ")
+    assert not (eggroll.work / "runs").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_a_path_below_a_file_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunWriteError, match="could not be written: Not a directory"):
         RunDir.create(tmp_path / "file" / "run", {})
+
+
+def test_opening_what_is_not_there_says_where_runs_are(run, tmp_path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    with pytest.raises(RunError, match=r"^gone does not exist. Give the directory that a run was told to be in \(-o\)"):
+        RunDir.open("gone")
+    RunDir.create(Path("runs/first"), {})
+    with pytest.raises(RunError, match=r"^gone does not exist. Runs in runs: first$"):
+        RunDir.open("gone")
 
 
 def test_opening_what_is_not_there_lists_the_runs_beside_it(run):

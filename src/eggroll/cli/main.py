@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import tyro
@@ -22,6 +23,7 @@ from eggroll.cli.rl import default_options as rl_defaults
 from eggroll.cli.rl import rl
 from eggroll.cli.tune import TuneOptions, tune
 from eggroll.cli.tune import default_options as tune_defaults
+from eggroll.cli.watch import option_given
 from eggroll.errors import EggrollError, raised_at
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.rl.config import RLConfig
@@ -41,6 +43,8 @@ DEFAULTS: dict[str, Callable[[Sequence[str]], Any]] = {
     "pretrain": pretrain_defaults,
 }
 """Commands whose defaults depend on what is typed: --resume takes the options that the run has, --task its own."""
+NAMED = {"rl": "--env", "pretrain": "--data"}
+"""Commands without positional arguments, and what one is likely to be."""
 USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
 
   tune MODEL     evolve a language model on a reward
@@ -79,13 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         defaults = DEFAULTS.get(given[0])
         default: Any = defaults(given[1:]) if defaults is not None else None
         absent: Any = tyro.MISSING_NONPROP
-        options = tyro.cli(
-            kind,
-            args=given[1:],
-            prog=f"eggroll {given[0]}",
-            description=run.__doc__,
-            default=absent if default is None else default,
-        )
+        with _hinting(given[0], given[1:]):
+            options = tyro.cli(
+                kind,
+                args=given[1:],
+                prog=f"eggroll {given[0]}",
+                description=run.__doc__,
+                default=absent if default is None else default,
+            )
         return run(options)
     except EggrollError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -97,6 +102,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _hinting(command: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Say below the parser's complaint what it cannot know: which tasks there are, and what a bare word should be."""
+    try:
+        yield
+    except SystemExit as left:
+        for line in _hints(command, arguments) if left.code == 2 else ():
+            print(line, file=sys.stderr)
+        raise
+
+
+def _hints(command: str, arguments: Sequence[str]) -> Iterator[str]:
+    from eggroll.llm.tasks import names
+    from eggroll.llm.tasks.reasoning import PREFIX
+
+    task = option_given(arguments, "--task")
+    if command in ("tune", "eval") and task is not None and (not task or task.startswith("-")):
+        yield f"--task needs the name of a task after it: {', '.join(names())}, or {PREFIX}NAME"
+    if command == "eval" and not arguments:  # the parser takes none for a list of none
+        yield "eval needs a model, or two to compare, and a task: eggroll eval smollm2-135m --task countdown"
+    word = arguments[0] if arguments else "-"
+    if command in NAMED and not word.startswith("-"):
+        yield f"{word!r} needs the option before it that says what it is: eggroll {command} {NAMED[command]} {word}"
 
 
 def _escaped(text: str) -> str:

@@ -159,8 +159,8 @@ def default_options(arguments: Sequence[str]) -> TuneOptions | None:
     if path is not None:
         return dataclasses.replace(options_of_run(path), resume=path)
     task, shots = option_given(arguments, "--task"), option_given(arguments, "--shots") or "0"
-    if not task or not shots.isdecimal():
-        return None
+    if not task or task.startswith("-") or not shots.isdecimal():
+        return None  # wrong, and told in the words of the command line
     # A default of another word would make that word a choice of the command line.
     backend: Literal["torch", "vllm"] = "vllm" if option_given(arguments, "--backend") == "vllm" else "torch"
     return _with_task(TuneOptions(tyro.MISSING_NONPROP, task=task, shots=int(shots), backend=backend))

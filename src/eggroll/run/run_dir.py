@@ -275,9 +275,13 @@ def _show(values: Mapping[str, Any], key: str, missing: str) -> str:
 
 
 def _runs_near(path: Path) -> str:
-    parent = path if path.is_dir() else path.parent
-    try:
-        runs = sorted(entry.name for entry in parent.iterdir() if (entry / CONFIG).exists())
-    except OSError:
-        return ""
-    return f" Runs in {parent}: {', '.join(runs[:10])}" if runs else ""
+    """The runs beside a path that is none, else those in ``runs/``, where commands put theirs."""
+    for parent in (path if path.is_dir() else path.parent, Path("runs")):
+        try:
+            # A model's directory has a config.json, too, but does not say where it was made.
+            runs = sorted(e.name for e in parent.iterdir() if (e / CONFIG).exists() and (e / ENVIRONMENT).exists())
+        except OSError:
+            continue
+        if runs:
+            return f" Runs in {parent}: {', '.join(runs[:10])}"
+    return " Give the directory that a run was told to be in (-o), or that it named at its start (runs/...)"

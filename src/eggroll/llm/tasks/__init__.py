@@ -120,7 +120,7 @@ def _reasoning_name(name: str) -> str | None:
 def _hint(name: str) -> str:
     known = [*names(), f"{reasoning.PREFIX}NAME"]
     near = difflib.get_close_matches(_key(name), known, n=2, cutoff=0.6)
-    return (f"did you mean {' or '.join(near)}? " if near else "") + f"The tasks are {', '.join(known)}"
+    return (f"did you mean {' or '.join(near)}? The" if near else "the") + f" tasks are {', '.join(known)}"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

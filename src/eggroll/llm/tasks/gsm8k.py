@@ -197,8 +197,9 @@ def _problems(split: str) -> Iterator[tuple[str, Row]]:
     try:
         examples = load_examples(_source(split), split=split)
     except DataError as error:
+        reason = str(error).partition(". A configuration")[0]  # the rest is how to name another data set
         raise DataError(
-            f"the task gsm8k needs its data set: {error}. Set EGGROLL_DATA_DIR to a folder that holds "
+            f"the task gsm8k needs its data set: {reason}. Set EGGROLL_DATA_DIR to a folder that holds "
             "gsm8k/train.jsonl.gz and gsm8k/test.jsonl.gz (from github.com/openai/grade-school-math), or let it be "
             "loaded once from the hub (openai/gsm8k)"
         ) from error
