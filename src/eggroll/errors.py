@@ -5,6 +5,7 @@
     │   └── SelectionError                             a parameter pattern matches nothing
     ├── DataError                also ValueError       a data set is missing, empty or of the wrong form
     ├── ModelError               also OSError          a model cannot be found or loaded
+    │   └── EngineDiedError                            the engine that held it is gone; another one can be started
     ├── MissingExtraError        also ImportError      an optional dependency is not installed
     ├── UnsupportedOperationError also TypeError       an operation has no population rule for a parameter
     ├── RewardError              also RuntimeError     a reward raised, or returned the wrong thing
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EggrollError",
+    "EngineDiedError",
     "MemoryBudgetError",
     "MissingExtraError",
     "ModelError",
@@ -66,6 +68,10 @@ class DataError(EggrollError, ValueError):
 
 class ModelError(EggrollError, OSError):
     """A model cannot be found, loaded or saved."""
+
+
+class EngineDiedError(ModelError):
+    """The engine that held a model died. A pool of workers starts another one; a run without one can be resumed."""
 
 
 class MissingExtraError(EggrollError, ImportError):

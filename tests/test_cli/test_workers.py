@@ -26,6 +26,9 @@ def score(text):
 """
 
 
+TWO_PARTS = ["--engine-args", '{"tensor_parallel_size": 2}']
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -70,6 +73,11 @@ def test_the_number_of_workers_and_a_killed_one_change_nothing(eggroll, work):
         (["--engine-args", "{}"], "--engine-args are arguments of vllm.LLM; they need --backend vllm"),
         (["--backend", "vllm", "--engine-args", "[1]"], "must be a JSON object, it is a list"),
         (["--backend", "vllm", "--engine-args", "{max_loras: 3}"], "must be a JSON object"),
+        (["--workers", "2", "--worker-gpus", "2"], "a replica in PyTorch computes on one GPU"),
+        (
+            ["--backend", "vllm", "--workers", "2", "--worker-gpus", "1", *TWO_PARTS],
+            "gpus_per_worker (=1); use",
+        ),
         (["--backend", "vllm", "--vectors"], "layernorm.weight"),
         (["--backend", "vllm", "-r", "perplexity"], "needs the model's likelihoods or the model itself"),
     ],

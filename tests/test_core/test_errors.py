@@ -18,6 +18,7 @@ STANDARD = {
     "ModelError": OSError,
     "MissingExtraError": ImportError,
     "UnsupportedOperationError": TypeError,
+    "EngineDiedError": OSError,
     "RewardError": RuntimeError,
     "MemoryBudgetError": MemoryError,
     "RunError": RuntimeError,
@@ -50,6 +51,7 @@ def test_errors_survive_copying(name, clone):
 
 def test_narrow_errors_are_their_wide_ones():
     assert issubclass(errors.SelectionError, errors.ConfigError)
+    assert issubclass(errors.EngineDiedError, errors.ModelError)
     assert issubclass(errors.CheckpointError, errors.RunError)
     assert issubclass(errors.RunWriteError, errors.RunError)
 

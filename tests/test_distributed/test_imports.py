@@ -28,4 +28,4 @@ def test_only_files_named_after_ray_ask_for_it():
         for path in SOURCE.rglob("*.py")
         if re.search(r"""require\(\s*["']ray|import_module\(["']ray""", path.read_text(encoding="utf-8"))
     }
-    assert asking == {"distributed/ray_actor.py", "distributed/ray_cluster.py", "distributed/ray_pool.py"}
+    assert asking == {f"distributed/ray_{name}.py" for name in ("actor", "cluster", "place", "pool")}

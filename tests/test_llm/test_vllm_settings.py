@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from eggroll import EggrollConfig, PerplexityReward
 from eggroll.errors import ConfigError, MissingExtraError, ModelError
 from eggroll.llm.adapter import save_adapter
+from eggroll.llm.distributed import DistributedTrainer, _placement
+from eggroll.llm.evaluators import vllm_parallel
 from eggroll.llm.evaluators.passes import reduce_samples
 from eggroll.llm.evaluators.vllm_engine import check_vllm
+from eggroll.llm.evaluators.vllm_parallel import across_nodes, check_parallel, worker_engine_args
 from eggroll.llm.evaluators.vllm_worker import MemberAddress, check_equal
 from eggroll.llm.outline import Outline
 from eggroll.llm.rewards.load import as_reward
@@ -137,3 +140,80 @@ def test_without_vllm_the_pip_line_is_given(monkeypatch, tmp_path, tiny_tokenize
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'eggroll-es\[vllm\]'"):
         VllmEggrollTrainer(str(tmp_path), EggrollConfig(), score, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "gpus"),
+    [
+        ({}, 0),
+        ({}, 0.5),
+        ({}, 1),
+        ({"tensor_parallel_size": 2}, 2),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 3}, 6.0),
+        ({"tensor_parallel_size": 2}, 0),  # on the CPU
+        ({"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}, 2),
+        ({"distributed_executor_backend": "ray"}, 1),
+    ],
+)
+def test_an_engine_has_the_gpus_of_its_worker(engine_args, gpus):
+    check_parallel(engine_args, gpus)
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "gpus", "text"),
+    [
+        ({"tensor_parallel_size": 2}, 1,
+         r"with tensor_parallel_size \(=2\) computes on 2 GPUs, .* gpus_per_worker \(=1\); use --worker-gpus 2"),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 2,
+         r"tensor_parallel_size \(=2\) x pipeline_parallel_size \(=2\) computes on 4 GPUs, .*\(=2\); "
+         r"""use --worker-gpus 4, or an engine on all of them: --engine-args '\{"tensor_parallel_size": 2\}'$"""),
+        ({}, 2, r"an engine with tensor_parallel_size \(=1\) computes on 1 GPU, .* \(=2\); use --worker-gpus 1, or an"),
+        ({"tensor_parallel_size": 2}, 0.5, r"computes on 2 GPUs, .* \(=0.5\); use --worker-gpus 2$"),
+        ({"tensor_parallel_size": 2}, 2.5, r"computes on 2 GPUs, .* \(=2.5\); use --worker-gpus 2$"),
+        ({"tensor_parallel_size": 0, "pipeline_parallel_size": "2"}, 2,
+         r"(?s)2 problems.*tensor_parallel_size \(=0\) must be a positive whole.*pipeline_parallel_size \(='2'\) must"),
+        ({"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}, 0,
+         r'distributed_executor_backend="ray" gives each .* a GPU.*\(=0\); use --worker-gpus 2, or leave'),
+    ],
+)  # fmt: skip
+def test_an_engine_that_does_not_fit_its_worker_is_refused(engine_args, gpus, text):
+    with pytest.raises(ConfigError, match=text):
+        check_parallel(engine_args, gpus)
+
+
+def test_engines_without_a_gpu_need_the_cpu_build(monkeypatch):
+    monkeypatch.setattr(vllm_parallel.metadata, "version", lambda name: "0.32.0")
+    check_parallel({}, 0)
+    with pytest.raises(ConfigError, match=r"computes on 2 GPUs, .*gpus_per_worker \(=0\); use --worker-gpus 2$"):
+        check_parallel({"tensor_parallel_size": 2}, 0)
+
+
+def test_an_engine_in_a_placement_group_starts_its_own_processes():
+    """Left alone, vLLM would choose Ray there, which refuses bundles of more than one GPU."""
+    assert worker_engine_args({"max_loras": 4}) == {"max_loras": 4}
+    assert worker_engine_args({"tensor_parallel_size": 2})["distributed_executor_backend"] == "mp"
+    by_ray = {"pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}
+    assert worker_engine_args(by_ray) == by_ray
+    assert (across_nodes(by_ray), across_nodes({"tensor_parallel_size": 2})) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "engine_args", "text"),
+    [
+        ("vllm", {"tensor_parallel_size": 4}, "use --worker-gpus 4, or an engine on all of them"),
+        ("torch", {}, r"a replica in PyTorch computes on one GPU, .*gpus_per_worker \(=2\)"),
+    ],
+)
+def test_a_trainer_refuses_gpus_that_do_not_fit_before_it_looks_for_the_model(backend, engine_args, text):
+    with pytest.raises(ConfigError, match=text):
+        DistributedTrainer(
+            "nowhere", EggrollConfig(), score, workers=2, backend=backend, engine_args=engine_args, gpus_per_worker=2
+        )
+
+
+def test_the_pool_of_engines_over_several_nodes_has_a_bundle_for_each_gpu():
+    given = {"gpus_per_worker": 4, "address": "auto"}
+    by_ray = {"tensor_parallel_size": 4, "distributed_executor_backend": "ray"}
+    assert _placement("vllm", by_ray, given) == {**given, "across_nodes": True}
+    assert _placement("vllm", {"tensor_parallel_size": 4}, given) == {**given, "across_nodes": False}
+    assert _placement("torch", {}, {"gpus_per_worker": True}) == {"gpus_per_worker": True}  # which the pool refuses

@@ -133,7 +133,7 @@ def _workers(options: TuneOptions, train: Sequence[Any], heldout: Sequence[Any] 
     trainer.start(train, heldout)  # now, so that a wrong address is known before there is a run directory
     found = trainer.found
     each = f"{options.worker_cpus} CPU{'s' if options.worker_cpus > 1 else ''}"
-    each += f" and {options.worker_gpus:g} GPU" if options.worker_gpus else ""
+    each += f" and {options.worker_gpus:g} GPU{'s' if options.worker_gpus > 1 else ''}" if options.worker_gpus else ""
     where = f"the Ray cluster {options.ray_address}" if options.ray_address else "this machine"
     place = f"{options.workers} worker{'s' if options.workers > 1 else ''}"
     notes = (*found.notes, f"workers on {where}, each with {each} and a replica of the model ({options.backend})")

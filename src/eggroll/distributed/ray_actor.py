@@ -10,10 +10,11 @@ from typing import Any
 
 from eggroll._optional import require
 from eggroll.distributed.host import Host, StateLostError, set_threads
+from eggroll.distributed.ray_place import Place, release
 from eggroll.distributed.state import Packed
 from eggroll.distributed.transport import WorkerLostError
 from eggroll.distributed.worker import Factory
-from eggroll.errors import ConfigError, EggrollError
+from eggroll.errors import ConfigError, EggrollError, EngineDiedError
 
 TAIL = 2000
 """Characters of a dead process's output that a message shows."""
@@ -65,18 +66,17 @@ class RayTransport:
 
     Args:
         factory: makes a worker.
-        cpus: cores that a worker takes, and threads that it computes with.
-        gpus: GPUs that a worker takes.
+        place: what each takes; it computes with as many threads as it has cores.
 
     Raises:
         ConfigError: the factory cannot be sent to another process.
     """
 
-    def __init__(self, factory: Factory, *, cpus: int, gpus: float) -> None:
+    def __init__(self, factory: Factory, place: Place) -> None:
         self._ray = require("ray", extra="ray")
         self._pickle = require("ray.cloudpickle", extra="ray")
         self.sent_bytes = self.received_bytes = 0
-        self._cpus, self._gpus = cpus, gpus
+        self._place = place
         try:
             pickled = self._pickle.dumps(factory)
         except Exception as error:
@@ -85,18 +85,21 @@ class RayTransport:
                 "models cannot travel: make them inside the factory"
             ) from error
         self._factory = self._ray.put(pickled)  # once, however many workers there are
-        # fmt: off
-        self._actor = self._ray.remote(WorkerActor).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD",
-        )
-        # fmt: on
+        self._actor = self._ray.remote(WorkerActor)
         self._states: set[Any] = set()
-        self._actors: list[Any] = []
+        self._placed: list[tuple[Any, Any]] = []  # each actor and its placement group
 
     def launch(self) -> Any:
         """A new actor, wherever there is room."""
-        self._actors.append(self._actor.remote(self._cpus))
-        return self._actors[-1]
+        group = self._place.reserve()
+        try:
+            options = self._place.options(group)
+            actor = self._actor.options(max_restarts=0, max_task_retries=0, **options).remote(self._place.cpus)
+        except BaseException:
+            release(group)
+            raise
+        self._placed.append((actor, group))
+        return actor
 
     def build(self, worker: Any) -> Any:
         """Let it make its worker."""
@@ -130,6 +133,8 @@ class RayTransport:
             cause = getattr(error, "cause", None)
             if not isinstance(cause, Exception):
                 raise
+            if isinstance(cause, EngineDiedError):  # what is left of the worker is of no use
+                raise WorkerLostError(str(cause).split(". ")[0]) from None
             if not isinstance(cause, EggrollError):  # a bug in someone's code: where it is
                 cause.add_note("In a worker of the cluster:\n" + re.sub("\x1b\\[\\d+m", "", str(error)))
             raise cause from None
@@ -146,10 +151,13 @@ class RayTransport:
         return self._ray.put(state)
 
     def stop(self, worker: Any) -> None:
-        """Kill an actor."""
-        self._actors = [actor for actor in self._actors if actor is not worker]
+        """Kill an actor, and give its placement group back."""
+        groups = [group for actor, group in self._placed if actor is worker]
+        self._placed = [(actor, group) for actor, group in self._placed if actor is not worker]
         if self._ray.is_initialized():
             self._ray.kill(worker)
+            for group in groups:
+                release(group)
 
     def last_output(self, info: dict[str, Any]) -> str:
         """The end of the file that its standard error went to, where that is on this machine."""
@@ -161,14 +169,11 @@ class RayTransport:
 
     def shortage(self) -> str:
         """What a worker needs and what the cluster has."""
-        needs = f"{self._cpus} CPU{'s' if self._cpus > 1 else ''}" + (f" and {self._gpus:g} GPU" if self._gpus else "")
-        total, free = self._ray.cluster_resources(), self._ray.available_resources()
-        has = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s are free" for kind in ("CPU", "GPU"))
-        return f"each needs {needs} on one node; in the cluster {has}"
+        return self._place.shortage()
 
     def close(self) -> None:
         """Kill all actors."""
-        for actor in list(self._actors):
+        for actor, _ in list(self._placed):
             self.stop(actor)
 
 

@@ -8,7 +8,9 @@ from eggroll._optional import require
 from eggroll.distributed.pool import Pool, check_counts
 from eggroll.distributed.ray_actor import RayTransport
 from eggroll.distributed.ray_cluster import connect
+from eggroll.distributed.ray_place import Place
 from eggroll.distributed.worker import Factory
+from eggroll.errors import ConfigError
 
 
 class RayPool(Pool):
@@ -30,7 +32,11 @@ class RayPool(Pool):
             else ``RAY_ADDRESS``, else starts one on this machine for as long as the pool is open.
         cpus_per_worker: cores that a worker takes and threads that it computes with. More than one thread may change
             the last bits of results; the same number everywhere keeps runs repeatable.
-        gpus_per_worker: GPUs that a worker takes, or a part of one.
+        gpus_per_worker: GPUs that a worker takes, or a part of one. Several are a placement group of the worker's own,
+            on one node, and all of them are in its ``CUDA_VISIBLE_DEVICES``.
+        across_nodes: that group is a bundle for each GPU, on as few nodes as possible but perhaps on several. The
+            worker's process holds no GPU: they are for processes that it starts in the group, as vLLM's Ray executor
+            does.
         check_every: generations between comparisons of all workers' weights (BLAKE2b of every parameter: about a
             second per gigabyte); 0 for never. A worker that differs gets the lead's weights, with a warning.
         straggler_s: a range that is out for longer than this and than twice the median is given to an idle worker
@@ -56,6 +62,7 @@ class RayPool(Pool):
         address: str | None = None,
         cpus_per_worker: int = 1,
         gpus_per_worker: float = 0,
+        across_nodes: bool = False,
         check_every: int = 10,
         straggler_s: float = 10.0,
         start_timeout_s: float = 600.0,
@@ -67,11 +74,12 @@ class RayPool(Pool):
             gpus_per_worker=(gpus_per_worker, 0, False),
             check_every=(check_every, 0, True),
         )
+        _check_whole(gpus_per_worker, across_nodes)
         self._ours = connect(address, workers=workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
         self.closed = False
         try:
             super().__init__(
-                RayTransport(factory, cpus=cpus_per_worker, gpus=gpus_per_worker),
+                RayTransport(factory, Place(cpus_per_worker, gpus_per_worker, across_nodes)),
                 workers=workers,
                 population_size=population_size,
                 range_size=range_size,
@@ -93,3 +101,17 @@ class RayPool(Pool):
         if self._ours:
             self._ours = False
             require("ray", extra="ray").shutdown()
+
+
+def _check_whole(gpus: float, across_nodes: bool) -> None:
+    """A part of a GPU can be shared, and nothing above one can."""
+    if gpus > 1 and gpus != int(gpus):
+        raise ConfigError(
+            f"gpus_per_worker (={gpus:g}) must be a whole number above 1: use {int(gpus)} or {int(gpus) + 1}, or at "
+            "most 1 (0.5 puts two workers on one GPU)"
+        )
+    if across_nodes and (gpus < 1 or gpus != int(gpus)):
+        raise ConfigError(
+            f"gpus_per_worker (={gpus:g}) must be a whole number of at least 1 when each GPU is a bundle of its own "
+            "(across_nodes); a worker without one leaves across_nodes out"
+        )

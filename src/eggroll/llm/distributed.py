@@ -10,7 +10,7 @@ from eggroll.core.records import UpdateRecord
 from eggroll.distributed import RayPool
 from eggroll.distributed.partition import default_range_size
 from eggroll.distributed.pool import Pool
-from eggroll.errors import DataError
+from eggroll.errors import ConfigError, DataError
 from eggroll.llm import models
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data import Example, load_examples
@@ -62,6 +62,7 @@ class WorkerFactory:
         """
         trainer: EggrollTrainer
         if self.backend == "vllm":
+            from eggroll.llm.evaluators.vllm_parallel import worker_engine_args
             from eggroll.llm.vllm_trainer import VllmEggrollTrainer
 
             size = default_range_size(self.config.population_size)
@@ -70,7 +71,7 @@ class WorkerFactory:
                 self.config,
                 self.reward,
                 dtype=self.dtype,
-                engine_args={"max_loras": size, **self.engine_args},
+                engine_args={"max_loras": size, **worker_engine_args(self.engine_args)},
                 trust_remote_code=self.trust_remote_code,
             )
         else:
@@ -135,13 +136,15 @@ class DistributedTrainer(RemoteTrainer):
         backend: who generates in each: ``torch`` or ``vllm``.
         dtype: of the weights; ``auto`` is decided here, for all workers.
         device: of each worker; ``auto`` takes the GPU that it was given, else the CPU.
-        engine_args: further arguments of ``vllm.LLM``.
+        engine_args: further arguments of ``vllm.LLM``. An engine on several GPUs (``tensor_parallel_size``) needs as
+            many ``gpus_per_worker``; they are on one node, or with ``distributed_executor_backend="ray"`` perhaps on
+            several.
         trust_remote_code: run code that comes with the model.
         **placement: ``address``, ``cpus_per_worker``, ``gpus_per_worker``, ``range_size``, ``check_every`` and the
             other arguments of :class:`eggroll.distributed.RayPool`.
 
     Raises:
-        ConfigError: settings and backend do not fit.
+        ConfigError: settings and backend do not fit, or an engine and the GPUs of a worker.
         ModelError: there is no such model.
     """
 
@@ -159,6 +162,7 @@ class DistributedTrainer(RemoteTrainer):
         trust_remote_code: bool = False,
         **placement: Any,
     ) -> None:
+        placement = _placement(backend, engine_args or {}, placement)
         place = "cpu" if device == "auto" else device  # of the driver, which may have no GPU
         found = look_up(model, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
         around = models.load_surroundings(model, trust_remote_code=trust_remote_code)
@@ -222,6 +226,24 @@ class DistributedTrainer(RemoteTrainer):
             raise DataError("workers take prompts or texts (strings or a data set), not tokenised batches")
         texts = all(part.needs == "tokens" for part, _ in self.reward.parts)
         return load_examples(data, purpose="text" if texts else "prompts")
+
+
+def _placement(backend: BackendName, engine_args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the pool, once it is known that the engines fit what their workers are given."""
+    gpus = given.get("gpus_per_worker", 0)
+    if not isinstance(gpus, int | float) or isinstance(gpus, bool):
+        return dict(given)  # the pool says what is wrong with it
+    if backend == "vllm":
+        from eggroll.llm.evaluators.vllm_parallel import across_nodes, check_parallel
+
+        check_parallel(engine_args, gpus)
+        return {"across_nodes": across_nodes(engine_args), **given}
+    if gpus > 1:
+        raise ConfigError(
+            f"a replica in PyTorch computes on one GPU, so with gpus_per_worker (={gpus:g}) the others would be idle; "
+            "use --worker-gpus 1 and more --workers, or backend='vllm' for models that need several"
+        )
+    return dict(given)
 
 
 class _PoolEvaluator:
