@@ -117,7 +117,10 @@ def test_files_that_hold_something_else(tmp_path, name, content, message):
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(DataError, match=r"no such file or folder \(looked in .*\). --data takes a .txt, .* such as minipile, tinystories"):
+    with pytest.raises(
+        DataError,
+        match=r"no such file or folder \(looked in .*\). --data takes a .txt, .* such as minipile, tinystories",
+    ):
         data.load_corpus("nowhere.txt")
     with pytest.raises(DataError, match=r"neither train\.npy nor"):
         data.load_corpus(str(tmp_path))

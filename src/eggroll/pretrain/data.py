@@ -88,8 +88,8 @@ def load_corpus(source: str, *, text_column: str = "text") -> Corpus:
         return _halves(source, _stream(path))
     if path.suffix in (".txt", ".npy") or source.startswith((".", "/", "~")):
         raise DataError(
-            f"data {source!r}: there is no such file or folder (looked in {Path.cwd()}). --data takes a .txt, a .npy of "
-            f"bytes, a folder of them, or a text data set of the hub, such as {', '.join(HUB_ALIASES)}"
+            f"data {source!r}: there is no such file or folder (looked in {Path.cwd()}). --data takes a .txt, a .npy "
+            f"of bytes, a folder of them, or a text data set of the hub, such as {', '.join(HUB_ALIASES)}"
         )
     return load_hub(source, text_column=text_column)
 
