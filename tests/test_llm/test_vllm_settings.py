@@ -149,7 +149,7 @@ def test_without_vllm_the_pip_line_is_given(monkeypatch, tmp_path, tiny_tokenize
         ({}, 0.5),
         ({}, 1),
         ({"tensor_parallel_size": 2}, 2),
-        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 3}, 6.0),
+        ({"tensor_parallel_size": 2, "prefill_context_parallel_size": 3}, 6.0),
         ({"tensor_parallel_size": 2}, 0),  # on the CPU
         ({"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}, 2),
         ({"distributed_executor_backend": "ray"}, 1),
@@ -164,14 +164,16 @@ def test_an_engine_has_the_gpus_of_its_worker(engine_args, gpus):
     [
         ({"tensor_parallel_size": 2}, 1,
          r"with tensor_parallel_size \(=2\) computes on 2 GPUs, .* gpus_per_worker \(=1\); use --worker-gpus 2"),
-        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 2,
-         r"tensor_parallel_size \(=2\) x pipeline_parallel_size \(=2\) computes on 4 GPUs, .*\(=2\); "
+        ({"tensor_parallel_size": 2, "prefill_context_parallel_size": 2}, 2,
+         r"tensor_parallel_size \(=2\) x prefill_context_parallel_size \(=2\) computes on 4 GPUs, .*\(=2\); "
          r"""use --worker-gpus 4, or an engine on all of them: --engine-args '\{"tensor_parallel_size": 2\}'$"""),
         ({}, 2, r"an engine with tensor_parallel_size \(=1\) computes on 1 GPU, .* \(=2\); use --worker-gpus 1, or an"),
         ({"tensor_parallel_size": 2}, 0.5, r"computes on 2 GPUs, .* \(=0.5\); use --worker-gpus 2$"),
         ({"tensor_parallel_size": 2}, 2.5, r"computes on 2 GPUs, .* \(=2.5\); use --worker-gpus 2$"),
         ({"tensor_parallel_size": 0, "pipeline_parallel_size": "2"}, 2,
          r"(?s)2 problems.*tensor_parallel_size \(=0\) must be a positive whole.*pipeline_parallel_size \(='2'\) must"),
+        ({"pipeline_parallel_size": 2}, 2,
+         r"pipeline_parallel_size \(=2\) must be 1: each process of an engine.*use tensor_parallel_size"),
         ({"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}, 0,
          r'distributed_executor_backend="ray" gives each .* a GPU.*\(=0\); use --worker-gpus 2, or leave'),
     ],
@@ -192,7 +194,7 @@ def test_an_engine_in_a_placement_group_starts_its_own_processes():
     """Left alone, vLLM would choose Ray there, which refuses bundles of more than one GPU."""
     assert worker_engine_args({"max_loras": 4}) == {"max_loras": 4}
     assert worker_engine_args({"tensor_parallel_size": 2})["distributed_executor_backend"] == "mp"
-    by_ray = {"pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}
+    by_ray = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     assert worker_engine_args(by_ray) == by_ray
     assert (across_nodes(by_ray), across_nodes({"tensor_parallel_size": 2})) == (True, False)
 

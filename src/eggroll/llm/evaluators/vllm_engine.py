@@ -21,8 +21,9 @@ from torch import Tensor
 from eggroll._optional import require
 from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
-from eggroll.errors import ConfigError, EggrollError, MemoryBudgetError, ModelError
+from eggroll.errors import ConfigError, EggrollError, EngineDiedError, MemoryBudgetError, ModelError
 from eggroll.llm.config import EggrollConfig
+from eggroll.llm.evaluators.vllm_parallel import check_sizes, device_count
 from eggroll.llm.evaluators.vllm_worker import MemberAddress, check_equal
 from eggroll.llm.outline import Outline
 from eggroll.llm.rewards import Reward
@@ -79,6 +80,7 @@ class VllmEngine:
             chosen here.
 
     Raises:
+        ConfigError: the engine's processes cannot share the model out like that.
         MissingExtraError: vLLM is not installed.
         MemoryBudgetError: the model or its cache do not fit.
         ModelError: the engine does not start, or its model does not hold the parameters.
@@ -94,6 +96,7 @@ class VllmEngine:
         outline: Outline,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
+        check_sizes(engine_args or {})
         self.model, self.config, self.specs = model, config, list(specs)
         self.dtype = str(dtype).removeprefix("torch.")
         self.prepared = -1
@@ -132,13 +135,16 @@ class VllmEngine:
         }
         if vllm.platforms.current_platform.is_cpu():
             chosen["enforce_eager"] = True
+            _spare_nodes(device_count(given))
             per_token = (
                 2 * outline.layers * outline.kv_heads * outline.head_size * (2 if self.dtype != "float32" else 4)
             )
             rows = chosen["max_loras"] * config.prompts_per_generation * config.samples_per_prompt
             chosen["kv_cache_memory_bytes"] = _cache_bytes(per_token * (length + 128), rows)
         else:
-            free = 0.9 - _state_bytes(self.specs, config, self.dtype) / torch.cuda.get_device_properties(0).total_memory
+            # Asked of vLLM, which asks the driver: this process need not hold the GPU, and must not take memory on it.
+            total = vllm.platforms.current_platform.get_device_total_memory(0)
+            free = 0.9 - _state_bytes(self.specs, config, self.dtype) / total
             chosen["gpu_memory_utilization"] = round(max(0.1, free), 3)
         return {**chosen, **given}
 
@@ -146,7 +152,7 @@ class VllmEngine:
         """Call a method on all workers.
 
         Raises:
-            ModelError: the engine died.
+            EngineDiedError: the engine died.
         """
         try:
             return list(self._answers(method, arguments))
@@ -224,7 +230,7 @@ class VllmEngine:
         """vLLM's outputs for token ids, in order.
 
         Raises:
-            ModelError: the engine died.
+            EngineDiedError: the engine died.
         """
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         try:
@@ -288,8 +294,8 @@ def _start(arguments: dict[str, Any]) -> Any:
         ) from error
 
 
-def _died(error: Exception, when: str) -> ModelError:
-    return ModelError(
+def _died(error: Exception, when: str) -> EngineDiedError:
+    return EngineDiedError(
         f"the vLLM engine died {when}: {_root(error)}. The run is intact up to the last finished generation; "
         "continue it with --resume. The engine's own log is shown with VLLM_LOGGING_LEVEL=INFO"
     )
@@ -301,6 +307,13 @@ def _root(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _spare_nodes(processes: int) -> None:
+    """On a CPU vLLM binds each process of an engine to a NUMA node of its own, and does not start with fewer nodes."""
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
+    if processes > nodes:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def _cache_bytes(per_row: int, rows: int) -> int:

@@ -13,6 +13,27 @@ SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_para
 EXECUTOR = "distributed_executor_backend"
 
 
+def check_sizes(engine_args: Mapping[str, Any]) -> None:
+    """Refuse sizes of an engine that cannot be.
+
+    Raises:
+        ConfigError: one is no positive whole number, or layers are to be shared out among processes: each holds its
+            part of every evolved weight, rebuilds all updates, and must come to the same result as the others.
+    """
+    problems = []
+    for name in SIZES:
+        size = engine_args.get(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            problems.append(f"{name} (={size!r}) must be a positive whole number")
+        elif name == "pipeline_parallel_size" and size > 1:
+            problems.append(
+                f"{name} (={size}) must be 1: each process of an engine has to hold a part of every evolved weight, "
+                "and not some layers only; use tensor_parallel_size, which divides the heads of the model"
+            )
+    if problems:
+        raise ConfigError.from_problems("engine_args", problems)
+
+
 def check_parallel(engine_args: Mapping[str, Any], gpus: float) -> None:
     """Refuse an engine that needs other GPUs than its worker is given.
 
@@ -24,12 +45,10 @@ def check_parallel(engine_args: Mapping[str, Any], gpus: float) -> None:
         gpus: GPUs of each worker.
 
     Raises:
-        ConfigError: they do not match, or a size is no positive whole number.
+        ConfigError: they do not match, or a size cannot be.
     """
+    check_sizes(engine_args)
     sizes = {name: engine_args[name] for name in SIZES if name in engine_args}
-    wrong = [f"{name} (={size!r}) must be a positive whole number" for name, size in sizes.items() if not _whole(size)]
-    if wrong:
-        raise ConfigError.from_problems("engine_args", wrong)
     devices = device_count(engine_args)
     by_ray = engine_args.get(EXECUTOR) == "ray"
     if by_ray and gpus < 1:
@@ -69,10 +88,6 @@ def device_count(engine_args: Mapping[str, Any]) -> int:
     for name in SIZES:
         count *= int(engine_args.get(name, 1))
     return count
-
-
-def _whole(size: Any) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size > 0
 
 
 def _on_cpu() -> bool:

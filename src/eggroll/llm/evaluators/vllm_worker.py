@@ -95,6 +95,8 @@ class EggrollWorker:
             return ordinary(request) if address is None else self._eggroll_adapter(request.lora_int_id, address)
 
         manager._load_adapter = load_adapter
+        # What draws is compiled at its first use: here, because vLLM takes a step of 300 s for a dead engine.
+        self._eggroll_factors(0, 0)
         return []
 
     def eggroll_prepare(self, generation: int) -> float:
@@ -121,8 +123,15 @@ class EggrollWorker:
             save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, path)
 
     def eggroll_load(self, path: str) -> None:
-        """Put back what :meth:`eggroll_save` wrote, in the engine too."""
-        self.eggroll_centre.load_state_tensors(load_file(path))
+        """Put back what :meth:`eggroll_save` wrote, in the engine too.
+
+        Only the first worker is sure to be on the machine where the file is; the others get its tensors from it.
+        """
+        from vllm.distributed.parallel_state import get_world_group
+
+        world = get_world_group()
+        state = world.broadcast_tensor_dict(load_file(path) if world.is_first_rank else None, src=0)
+        self.eggroll_centre.load_state_tensors(state)
         self._eggroll_write()
 
     @torch.no_grad()
