@@ -63,7 +63,9 @@ def test_a_used_up_time_stays_used_up(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(command(text, "-g", "50", "--minutes", "1e-6", "-o", str(out))) == 0
     assert len(RunDir.open(out).updates()) == 1
+    capsys.readouterr()
     assert main(["pretrain", "--resume", str(out)]) == 0
+    assert "--minutes M    (in all: 1e-06 minutes are over after generation 1 of 50)" in capsys.readouterr().out
     assert len(RunDir.open(out).updates()) == 1
     assert main(["pretrain", "--resume", str(out), "--minutes", "9", "-g", "3"]) == 0
     assert len(RunDir.open(out).updates()) == 3

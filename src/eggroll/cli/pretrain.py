@@ -47,7 +47,7 @@ def pretrain(options: PretrainOptions) -> int:
         command = f"eggroll pretrain --resume {shlex.quote(str(trained.run.path))}"
         console.print(f"\ninterrupted after generation {trained.generation}; continue with\n         {command}")
         return 130
-    _finish(console, trained)
+    _finish(console, trained, options)
     return 0
 
 
@@ -73,10 +73,15 @@ def _opened(console: Console, options: PretrainOptions, run: RunDir, learner: In
     )
 
 
-def _finish(console: Console, trained: Trained) -> None:
+def _finish(console: Console, trained: Trained, options: PretrainOptions) -> None:
     from eggroll.run.report import write_report
 
     report = write_report(trained.run)
     show_result(console, trained.result)
     path = shlex.quote(str(trained.run.path))
     console.print(f"\nreport   {escape(str(report))}\ntext     eggroll pretrain --sample {escape(path)} --prompt '...'")
+    if options.minutes is not None and trained.generation < options.generations:
+        console.print(
+            f"more     eggroll pretrain --resume {escape(path)} --minutes M    "
+            f"[dim](in all: {options.minutes:g} minutes are over after generation {trained.generation:,} of {options.generations:,})[/]"
+        )
