@@ -83,5 +83,6 @@ def _finish(console: Console, trained: Trained, options: PretrainOptions) -> Non
     if options.minutes is not None and trained.generation < options.generations:
         console.print(
             f"more     eggroll pretrain --resume {escape(path)} --minutes M    "
-            f"[dim](in all: {options.minutes:g} minutes are over after generation {trained.generation:,} of {options.generations:,})[/]"
+            f"[dim](in all: {options.minutes:g} minutes are over after generation {trained.generation:,} of "
+            f"{options.generations:,})[/]"
         )
