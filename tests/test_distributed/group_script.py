@@ -3,17 +3,16 @@
 The GPUs are Ray's bookkeeping: no device is needed, and none is touched.
 """
 
-import importlib.util
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import ray
+import toys
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from ray.util import get_current_placement_group, placement_group_table
@@ -25,15 +24,6 @@ from eggroll.loop import Loop
 
 SIZE = 8
 WAIT_S = float(os.environ.get("WAIT_S", "120"))
-
-
-def load_toys():
-    spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("toys.py"))
-    toys = importlib.util.module_from_spec(spec)
-    sys.modules["toys"] = toys
-    spec.loader.exec_module(toys)
-    cloudpickle.register_pickle_by_value(toys)
-    return toys
 
 
 def states():
@@ -61,7 +51,7 @@ def pids_of(pool, phase="ready"):
     return [one["pid"] for one in pool.workers() if one["phase"] == phase]
 
 
-def on_one_node(toys, folder):
+def on_one_node(folder):
     """Two workers with two GPUs each; a killed one is replaced in a group of its own; a third waits."""
 
     class Seeing(toys.NumpyWorker):
@@ -113,7 +103,7 @@ def on_one_node(toys, folder):
     print("one node: the same weights")
 
 
-def too_large(toys):
+def too_large():
     """Three GPUs are there, on no node together: the message says so, and nothing stays reserved."""
     for settings, end in (
         ({"gpus_per_worker": 3}, ", and no node is that large"),
@@ -132,7 +122,7 @@ class Part:
         return here()
 
 
-def across(toys, folder):
+def across(folder):
     """Three GPUs on two nodes, as vLLM's Ray executor wants them: the worker finds its group and fills its bundles."""
 
     class Spread(toys.NumpyWorker):
@@ -182,15 +172,15 @@ def across(toys, folder):
 
 
 def main():
-    toys = load_toys()
+    cloudpickle.register_pickle_by_value(toys)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):
         cluster.add_node(num_cpus=4, num_gpus=2)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
-        on_one_node(toys, Path(folder))
-        too_large(toys)
-        across(toys, Path(folder))
+        on_one_node(Path(folder))
+        too_large()
+        across(Path(folder))
     ray.shutdown()
     cluster.shutdown()
 

@@ -1,10 +1,7 @@
 """A run whose second node is lost, with the worker that wrote the last checkpoint. Started by test_node_loss.py."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import ray
+import toys
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
@@ -13,10 +10,6 @@ from eggroll.loop import Loop
 
 
 def main():
-    spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("toys.py"))
-    toys = importlib.util.module_from_spec(spec)
-    sys.modules["toys"] = toys
-    spec.loader.exec_module(toys)
     cloudpickle.register_pickle_by_value(toys)
     # The state is large enough to lie in the object store of the node that made it.
     factory, settings, told = (lambda: toys.NumpyWorker(100_000)), toys.config(population_size=8), []
