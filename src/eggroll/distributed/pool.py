@@ -68,8 +68,9 @@ class Pool:
     def evaluate(self, generation: int, sigma: float, members: range | None = None) -> Evaluation:
         """Score members of a generation; all by default.
 
-        They are cut into ranges whose size does not depend on the number of workers. Its metrics say what it took: ``workers`` (that scored anything), ``ranges_repeated``, and ``sent_bytes`` and
-        ``received_bytes`` since the last generation.
+        They are cut into ranges whose size does not depend on the number of workers. The metrics say what it took:
+        ``workers`` (that scored anything), ``ranges_repeated``, and ``sent_bytes`` and ``received_bytes`` since the last
+        generation.
 
         Raises:
             EggrollError: what a worker's evaluation raised, as it was.
