@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Learner(Protocol):
-    """What the loop updates: :class:`eggroll.torch.es.Replica`, or anything like it."""
+    """What the loop updates: :class:`eggroll.torch.replica.Replica`, or anything like it."""
 
     def apply(self, record: UpdateRecord) -> float:
         """Take one update; returns the norm of the change."""

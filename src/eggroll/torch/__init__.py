@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eggroll.torch.es import Replica
+    from eggroll.torch.optimizer import EGGROLL
     from eggroll.torch.population import Population
-    from eggroll.torch.trainer import EGGROLL
+    from eggroll.torch.replica import Replica
 
 # The library is loaded with the first of these names, so that reading eggroll.torch costs nothing.
 _LOCATIONS = {
-    "EGGROLL": "eggroll.torch.trainer",
+    "EGGROLL": "eggroll.torch.optimizer",
     "Population": "eggroll.torch.population",
-    "Replica": "eggroll.torch.es",
+    "Replica": "eggroll.torch.replica",
 }
 
 __all__ = ["EGGROLL", "Population", "Replica"]
