@@ -69,8 +69,8 @@ class Pool:
         """Score members of a generation; all by default.
 
         They are cut into ranges whose size does not depend on the number of workers. The metrics say what it took:
-        ``workers`` (that scored anything), ``ranges_repeated``, and ``sent_bytes`` and ``received_bytes`` since the last
-        generation.
+        ``workers`` (that scored anything), ``ranges_repeated``, and ``sent_bytes`` and ``received_bytes`` since the
+        last generation.
 
         Raises:
             EggrollError: what a worker's evaluation raised, as it was.

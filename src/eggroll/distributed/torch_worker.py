@@ -13,8 +13,8 @@ from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import ConfigError, RewardError
 from eggroll.loop import Evaluation, Heldout
-from eggroll.torch.es import MATRIX_KINDS, Replica
 from eggroll.torch.population import Active
+from eggroll.torch.replica import MATRIX_KINDS, Replica
 
 Fitness = Callable[[nn.Module, Active, int], Any]
 

@@ -25,8 +25,8 @@ from eggroll.pretrain.evaluate import SAMPLES_NAME, lanes_of
 from eggroll.pretrain.fixed_point import LIMIT, ONE
 from eggroll.pretrain.shape import MLP_FACTOR, ModelShape
 from eggroll.torch.devices import find_device
-from eggroll.torch.es import Replica
 from eggroll.torch.population import Active
+from eggroll.torch.replica import Replica
 
 TOP = LIMIT / ONE
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

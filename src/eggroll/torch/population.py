@@ -14,8 +14,9 @@ import eggroll.torch.ops  # noqa: F401  (installs the rules)
 from eggroll.core.address import member_of
 from eggroll.core.select import ParameterSpec, select
 from eggroll.errors import ConfigError, RewardError, UnsupportedOperationError
-from eggroll.torch.learning import learn_and_check
-from eggroll.torch.modes import RUNS, Call, run_auto, verify
+from eggroll.torch.evaluate import RUNS, Call, run_auto, verify
+from eggroll.torch.layout.probe import learn_and_check
+from eggroll.torch.layout.rows import Inputs, constants_of, member_data, rows_from_input
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.parameters import (
@@ -27,8 +28,7 @@ from eggroll.torch.parameters import (
     swapped,
     training_hazards,
 )
-from eggroll.torch.rows import Inputs, constants_of, member_data, rows_from_input
-from eggroll.torch.values import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
+from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
 
 Mode = Literal["auto", "rows", "vmap", "loop"]
 
