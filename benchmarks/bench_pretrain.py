@@ -21,12 +21,13 @@ import common
 import numpy as np
 import torch
 
-from eggroll.pretrain import library
-from eggroll.pretrain.engine import Backend, make_engine, run_centre, run_members
-from eggroll.pretrain.fixed_point import divisor
-from eggroll.pretrain.noise import Noise
-from eggroll.pretrain.oracle import init_params
-from eggroll.pretrain.shape import ModelShape
+from eggroll.pretrain.engines import library
+from eggroll.pretrain.engines.base import Backend, run_centre, run_members
+from eggroll.pretrain.engines.choose import make_engine
+from eggroll.pretrain.model.fixed_point import divisor
+from eggroll.pretrain.model.noise import Noise
+from eggroll.pretrain.model.oracle import init_params
+from eggroll.pretrain.model.shape import ModelShape
 from eggroll.pretrain.update import make_step
 
 MEASURE = "evaluation's multiply-adds per second / the best int8 product's in the same turn"

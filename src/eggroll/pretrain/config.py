@@ -12,9 +12,9 @@ from eggroll.core.check import is_number, numbers, whole
 from eggroll.core.config import ESConfig
 from eggroll.core.schedules import Schedule
 from eggroll.errors import ConfigError
-from eggroll.pretrain.engine import Backend
-from eggroll.pretrain.noise import DEFAULT_TABLE_SIZE, Noise, NoiseKind
-from eggroll.pretrain.shape import ModelShape
+from eggroll.pretrain.engines.base import Backend
+from eggroll.pretrain.model.noise import DEFAULT_TABLE_SIZE, Noise, NoiseKind
+from eggroll.pretrain.model.shape import ModelShape
 from eggroll.pretrain.update import Shaping, alpha_at
 
 Precision = Literal["int8", "fp32", "bf16"]

@@ -19,14 +19,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eggroll.pretrain.engine import Step
-from eggroll.pretrain.fixed_point import FIXED_POINT, LIMIT, ONE, i8, threshold_sixteenths
-from eggroll.pretrain.shape import Parameter
+from eggroll.pretrain.engines.base import MOMENTUM_ONE, Step
+from eggroll.pretrain.model.fixed_point import FIXED_POINT, LIMIT, ONE, i8, threshold_sixteenths
+from eggroll.pretrain.model.shape import Parameter
 
 Shaping = Literal["sign", "normalized"]
-
-MOMENTUM_ONE = 256
-"""One standard deviation of Z in the momentum."""
 
 
 def shape_pairs(fitness: NDArray[np.integer[Any]], shaping: Shaping = "sign") -> NDArray[np.int8]:

@@ -15,10 +15,11 @@ from eggroll.errors import CheckpointError
 from eggroll.loop import Evaluation, fitness_metrics
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import Corpus, window_starts, windows
-from eggroll.pretrain.engine import STATE, Engine, make_engine, run_centre, run_members
-from eggroll.pretrain.evaluate import bits_per_byte, sample
-from eggroll.pretrain.fixed_point import ONE
-from eggroll.pretrain.oracle import init_params
+from eggroll.pretrain.engines.base import STATE, Engine, run_centre, run_members
+from eggroll.pretrain.engines.choose import make_engine
+from eggroll.pretrain.measure import bits_per_byte, sample
+from eggroll.pretrain.model.fixed_point import ONE
+from eggroll.pretrain.model.oracle import init_params
 from eggroll.pretrain.update import make_step, shape_pairs
 from eggroll.torch.devices import find_device
 
@@ -39,7 +40,7 @@ def open_engine(options: PretrainOptions, params: Mapping[str, NDArray[np.int8]]
     if device == "auto":
         device = "cpu"
         if backend != "c" and torch.cuda.is_available():
-            from eggroll.pretrain import library
+            from eggroll.pretrain.engines import library
 
             device = "cuda" if backend == "torch" or not library.multiplies_bytes() else "cpu"
     return make_engine(

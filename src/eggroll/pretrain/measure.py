@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from eggroll.core import threefry
 from eggroll.core.address import parameter_key
-from eggroll.pretrain import fixed_point
-from eggroll.pretrain.engine import LOGITS, Engine, run_centre
-from eggroll.pretrain.fixed_point import LOGIT_OFFSET, ONE
+from eggroll.pretrain.engines.base import LOGITS, Engine, run_centre
+from eggroll.pretrain.model import fixed_point
+from eggroll.pretrain.model.fixed_point import LOGIT_OFFSET, ONE
 
 LANE = 1024
 """Bytes of a lane: held-out text is read in lanes side by side, each from a state of zeros."""

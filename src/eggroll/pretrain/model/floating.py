@@ -21,9 +21,9 @@ from eggroll.core.config import ESConfig
 from eggroll.loop import Evaluation, fitness_metrics
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import Corpus, window_starts, windows
-from eggroll.pretrain.evaluate import SAMPLES_NAME, lanes_of
-from eggroll.pretrain.fixed_point import LIMIT, ONE
-from eggroll.pretrain.shape import MLP_FACTOR, ModelShape
+from eggroll.pretrain.measure import SAMPLES_NAME, lanes_of
+from eggroll.pretrain.model.fixed_point import LIMIT, ONE
+from eggroll.pretrain.model.shape import MLP_FACTOR, ModelShape
 from eggroll.torch.devices import find_device
 from eggroll.torch.es import Replica
 from eggroll.torch.population import Active
@@ -145,7 +145,7 @@ class FloatLearner:
 
     @torch.no_grad()
     def bits_per_byte(self, stream: NDArray[np.uint8], limit: int | None = None) -> tuple[float, int]:
-        """As :func:`eggroll.pretrain.evaluate.bits_per_byte`, of the centre."""
+        """As :func:`eggroll.pretrain.measure.bits_per_byte`, of the centre."""
         total, count = 0.0, 0
         for lanes in lanes_of(stream, limit):
             tokens = torch.from_numpy(lanes).long().to(self.device)
