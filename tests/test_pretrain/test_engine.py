@@ -95,7 +95,7 @@ def test_the_model_itself_is_that_of_the_oracle(shape, values, backend):
         params = {name: np.full_like(value, 0 if values == "zeros" else 127) for name, value in params.items()}
     tokens = some_windows(shape, 3, 6, 2)
     made = choose.make_engine(params, backend=backend)
-    result = base.run_centre(made, tokens, outputs=ALL)
+    result = base.run_center(made, tokens, outputs=ALL)
     for row in range(3):
         assert_equal(result, row, *oracle.forward(params, tokens[row, :-1]), tokens[row])
 
@@ -169,7 +169,7 @@ def test_an_engine_goes_on_with_what_it_has_moved(backend):
     moved = made.update(0, np.arange(40), weights, update.make_step(weights, 1.0, 1))
     assert moved > 0.9 * shape.size
     again = choose.make_engine(made.params, noise, backend=backend)
-    first, second = (base.run_centre(e, tokens, outputs=ALL) for e in (made, again))
+    first, second = (base.run_center(e, tokens, outputs=ALL) for e in (made, again))
     assert np.array_equal(first.logits, second.logits)
     assert not np.array_equal(first.logits[0], oracle.forward(params, tokens[0, :-1])[0])
 
@@ -182,7 +182,7 @@ def test_products_without_integer_units_are_exact(monkeypatch):
     params = {p.name: np.full(p.shape, 127, np.int8) for p in shape.parameters}
     tokens = some_windows(shape, 1, 3, 0)
     made = choose.make_engine(params, backend="torch")
-    assert_equal(base.run_centre(made, tokens, outputs=ALL), 0, *oracle.forward(params, tokens[0, :-1]), tokens[0])
+    assert_equal(base.run_center(made, tokens, outputs=ALL), 0, *oracle.forward(params, tokens[0, :-1]), tokens[0])
 
 
 @pytest.mark.parametrize("flags", [(), WITHOUT_VNNI], ids=["as it is here", "AVX2"])
@@ -270,10 +270,10 @@ def test_states_windows_and_tokens_that_do_not_fit_are_refused(backend):
     made, tokens = choose.make_engine(params, backend=backend), np.ones((2, 4), np.uint8)
     rows = np.arange(2)
     with pytest.raises(DataError, match="tokens must be from 0 to 19; got up to 200"):
-        base.run_centre(made, np.uint8(200) * tokens, outputs=("logits",))
+        base.run_center(made, np.uint8(200) * tokens, outputs=("logits",))
     with pytest.raises(DataError, match="window must be from 0 to 1; got 0 to 2"):
         base.run_members(made, 0, rows, tokens, 2 * rows)
     with pytest.raises(DataError, match=r"tokens must be windows \(W, T \+ 1\) .* got \(2, 1\)"):
-        base.run_centre(made, tokens[:, :1], outputs=("logits",))
+        base.run_center(made, tokens[:, :1], outputs=("logits",))
     with pytest.raises(DataError, match=r"state must be int8 \(W, L, D\) = \(2, 2, 16\); got int8 \(1, 2, 16\)"):
         base.run_members(made, 0, rows, tokens, rows, np.zeros((1, 2, 16), np.int8))

@@ -58,7 +58,7 @@ def test_members_are_those_of_the_oracle():
             if rank:
                 found = base.run_members(made, 5, np.arange(members), tokens, window, state, outputs=asked)
             else:
-                found = base.run_centre(made, tokens, state, outputs=asked)
+                found = base.run_center(made, tokens, state, outputs=asked)
             equal = True
             for i in {{0, 1, members // 2, members - 1}} if rank else (0, 1):
                 draws = None

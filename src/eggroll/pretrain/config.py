@@ -164,7 +164,7 @@ class PretrainOptions:
             given = [name for name in INTEGER_ONLY if getattr(self, name) != defaults[name]]
             if given:
                 found.append(
-                    f"precision (={self.precision!r}) has Adam and centred ranks: {', '.join(given)} would do nothing; "
+                    f"precision (={self.precision!r}) has Adam and centered ranks: {', '.join(given)} would do nothing; "
                     "leave them out, or use precision='int8'"
                 )
         if self.seed >= 2**64:

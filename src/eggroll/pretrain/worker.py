@@ -15,7 +15,7 @@ from eggroll.errors import CheckpointError
 from eggroll.loop import Evaluation, fitness_metrics
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import Corpus, window_starts, windows
-from eggroll.pretrain.engines.base import STATE, Engine, run_centre, run_members
+from eggroll.pretrain.engines.base import STATE, Engine, run_center, run_members
 from eggroll.pretrain.engines.choose import make_engine
 from eggroll.pretrain.measure import bits_per_byte, sample
 from eggroll.pretrain.model.fixed_point import ONE
@@ -84,7 +84,7 @@ class IntegerLearner:
         state = None
         if options.context:
             before = np.ascontiguousarray(read[:, : options.context + 1])
-            state = run_centre(self.engine, before, outputs=STATE).state
+            state = run_center(self.engine, before, outputs=STATE).state
         scored = np.ascontiguousarray(read[:, options.context :])
         found = run_members(self.engine, generation, members, scored, group - group[0], state)
         assert found.fitness is not None

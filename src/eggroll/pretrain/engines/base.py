@@ -114,7 +114,7 @@ class Engine(Protocol):
         ...
 
 
-def run_centre(
+def run_center(
     engine: Engine, tokens: NDArray[np.uint8], state: NDArray[np.int8] | None = None, *, outputs: Collection[Output]
 ) -> Result:
     """The model itself over windows ``(W, T + 1)``, a row each."""

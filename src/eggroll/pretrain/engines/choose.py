@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eggroll.errors import ConfigError
-from eggroll.pretrain.engines.base import Backend, Engine, run_centre
+from eggroll.pretrain.engines.base import Backend, Engine, run_center
 from eggroll.pretrain.model.noise import Noise
 from eggroll.pretrain.model.oracle import check_state, check_tokens
 from eggroll.pretrain.model.shape import ModelShape
@@ -91,7 +91,7 @@ def forward(
     engine = make_engine(params, **settings)
     ids = check_tokens(tokens, engine.shape.vocab).astype(np.uint8)
     before = None if state is None else check_state(state, engine.shape)[None]
-    found = run_centre(engine, np.append(ids, np.uint8(0))[None], before, outputs=("logits", "state"))
+    found = run_center(engine, np.append(ids, np.uint8(0))[None], before, outputs=("logits", "state"))
     assert found.logits is not None
     assert found.state is not None
     return found.logits[0], found.state[0]

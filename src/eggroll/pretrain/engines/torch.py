@@ -127,8 +127,8 @@ class TorchEngine:
         if step.momentum_shift:
             kept = self.momentum.setdefault(name, np.zeros(total.shape, np.int32))
             before = torch.from_numpy(kept).to(self.device).long()
-            normalised = torch.div(2 * MOMENTUM_ONE * total + step.unit, 2 * step.unit, rounding_mode="floor")
-            total = before - ((before + (1 << (step.momentum_shift - 1))) >> step.momentum_shift) + normalised
+            normalized = torch.div(2 * MOMENTUM_ONE * total + step.unit, 2 * step.unit, rounding_mode="floor")
+            total = before - ((before + (1 << (step.momentum_shift - 1))) >> step.momentum_shift) + normalized
             kept[...] = total.cpu().numpy()
         weights = self._weights[name]
         moved = (weights + total.sign() * (total.abs() >= step.limit)).clamp(-LIMIT, LIMIT).to(torch.int8)

@@ -145,7 +145,7 @@ class FloatLearner:
 
     @torch.no_grad()
     def bits_per_byte(self, stream: NDArray[np.uint8], limit: int | None = None) -> tuple[float, int]:
-        """As :func:`eggroll.pretrain.measure.bits_per_byte`, of the centre."""
+        """As :func:`eggroll.pretrain.measure.bits_per_byte`, of the center."""
         total, count = 0.0, 0
         for lanes in lanes_of(stream, limit):
             tokens = torch.from_numpy(lanes).long().to(self.device)
@@ -155,7 +155,7 @@ class FloatLearner:
 
     @torch.no_grad()
     def sample(self, prompt: bytes, length: int, *, temperature: float = 1.0, seed: int = 0) -> bytes:
-        """What the centre writes after a prompt."""
+        """What the center writes after a prompt."""
         tokens = torch.tensor([[0, *prompt]], device=self.device)
         logits, states = self.replica.model(tokens)
         made = bytearray()

@@ -1,5 +1,5 @@
 /* AVX2: numbers of 16 bits, because vpmaddubsw, which multiplies bytes, clips its sums to 16 bits. vpmaddwd multiplies
-   16 pairs of them and adds neighbours, exactly and for all bytes: two of it (and two additions) do what one vpdpbusd
+   16 pairs of them and adds neighbors, exactly and for all bytes: two of it (and two additions) do what one vpdpbusd
    of 256 bits does. Weights lie in memory with 16 bits, rows are expanded to them before a product. */
 
 #if !AVX512
