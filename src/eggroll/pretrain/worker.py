@@ -1,8 +1,13 @@
-"""What the generation loop moves: the integer model, how a generation is scored, and how a record becomes steps."""
+"""The integer model as a worker: how members are scored, and how a record becomes steps.
+
+A worker scores members, applies records, and gives and takes the state (:class:`eggroll.loop.Worker`). Scores depend on
+the generation, the members and the weights alone, so any number of workers can share a generation.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,81 +17,136 @@ from numpy.typing import NDArray
 
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError
-from eggroll.loop import Evaluation, fitness_metrics
+from eggroll.loop import Evaluation, Heldout
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import Corpus, window_starts, windows
-from eggroll.pretrain.engines.base import STATE, Engine, run_center, run_members
-from eggroll.pretrain.engines.choose import make_engine
+from eggroll.pretrain.engines.base import STATE, run_center, run_members
+from eggroll.pretrain.engines.choose import choose_device, make_engine
 from eggroll.pretrain.measure import bits_per_byte, sample
 from eggroll.pretrain.model.fixed_point import ONE
 from eggroll.pretrain.model.oracle import init_params
-from eggroll.pretrain.update import make_step, shape_pairs
-from eggroll.torch.devices import find_device
+from eggroll.pretrain.update import make_step
 
 MOMENTUM = "momentum."
 PART = 1 << 16
 """Members whose windows are in memory at once."""
 
 
-def open_engine(options: PretrainOptions, params: Mapping[str, NDArray[np.int8]]) -> Engine:
-    """The engine that the options ask for.
+class PretrainWorker(ABC):
+    """What the integer and the floating-point model have in common.
 
-    Raises:
-        ConfigError: it cannot be used here.
+    Args:
+        options: the settings.
+        corpus: what to learn from; ``None`` for a model that is only replayed or sampled from.
     """
-    backend, device = options.backend, options.device
-    if device != "auto":
-        find_device(device)  # a word that is no device is refused here
-    if device == "auto":
-        device = "cpu"
-        if backend != "c" and torch.cuda.is_available():
-            from eggroll.pretrain.engines import library
 
-            device = "cuda" if backend == "torch" or not library.multiplies_bytes() else "cpu"
-    return make_engine(
-        params,
-        options.make_noise(),
-        sigma_shift=options.sigma_shift,
-        backend=backend,
-        threads=options.threads,
-        chunk=options.members_per_forward,
-        device=device,
-    )
+    def __init__(self, options: PretrainOptions, corpus: Corpus | None = None) -> None:
+        self.options, self._corpus = options, corpus
 
+    @property
+    def corpus(self) -> Corpus:
+        """Training and held-out bytes."""
+        assert self._corpus is not None, "a worker without data can only apply records and write text"
+        return self._corpus
 
-class IntegerLearner:
-    """See :class:`eggroll.loop.Learner`. The weights of generation t are those of t - 1 and the record of t alone."""
+    @property
+    @abstractmethod
+    def engine_name(self) -> str:
+        """What runs the model."""
 
-    def __init__(self, options: PretrainOptions, corpus: Corpus | None) -> None:
-        self.options, self.corpus, self.config = options, corpus, options.es()
-        self.engine = open_engine(options, init_params(options.shape, options.seed))
-
-    def evaluate(self, generation: int, sigma: float) -> Evaluation:
-        """Score all members: the record holds a number per pair, the metrics are of the members' bits per byte."""
+    def windows(self, generation: int, members: range) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The windows of the members' groups ``(groups, length)``, and which of them each member reads."""
         options = self.options
-        scores = np.empty(options.pop_size, np.int32)
-        size = max(options.group_size, PART // options.group_size * options.group_size)
-        for first in range(0, options.pop_size, size):
-            part = slice(first, min(first + size, options.pop_size))
-            scores[part] = self._scores(generation, np.arange(part.start, part.stop))
-        weights = shape_pairs(scores, options.fitness)
-        bits = scores / (ONE * options.tokens)
-        metrics = {**fitness_metrics(bits), "ties": float((weights == 0).mean())}
-        return Evaluation(weights / ONE, metrics, tokens=options.pop_size * options.tokens)
+        length = options.context + options.tokens + 1
+        groups = np.arange(members.start, members.stop) // options.group_size
+        first, count = int(groups[0]), int(groups[-1] - groups[0]) + 1
+        starts = window_starts(
+            self.corpus.train, count, length, seed=options.seed, generation=generation, first=first
+        )
+        return windows(self.corpus.train, starts, length), groups - first
 
-    def _scores(self, generation: int, members: NDArray[np.int64]) -> NDArray[np.int32]:
-        options, corpus = self.options, self.corpus
-        assert corpus is not None, "a learner without data can only replay"
-        length, groups = options.context + options.tokens + 1, options.pop_size // options.group_size
-        starts = window_starts(corpus.train, groups, length, seed=options.seed, generation=generation)
-        group = members // options.group_size
-        read = windows(corpus.train, starts[group[0] : group[-1] + 1], length)
+    def heldout(self, generation: int) -> Heldout:
+        """Bits per byte of held-out text (of all of it after the last generation), and now and then a sample."""
+        options = self.options
+        last = generation == options.generations
+        bits, count = self.bits_per_byte(self.corpus.validation, None if last else options.eval_tokens)
+        samples, every = [], options.sample_every
+        if every and (last or generation % every < options.eval_every):
+            made = self.sample(options.prompt.encode(), options.sample_length, seed=generation)
+            text = made.decode("utf-8", errors="replace")
+            samples = [{"member": -1, "prompt": options.prompt, "completion": text, "reward": -bits}]
+        metrics = {"validation_bits_per_byte": bits, "validation_bytes": float(count)}
+        return Heldout(-bits, samples, metrics)
+
+    @abstractmethod
+    def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
+        """Score members: minus the bits per byte of each on its group's window, ``(len(members),)`` float64."""
+
+    @abstractmethod
+    def apply(self, record: UpdateRecord) -> float:
+        """Take one update; returns the norm of the change."""
+
+    @abstractmethod
+    def bits_per_byte(self, stream: NDArray[np.uint8], limit: int | None = None) -> tuple[float, int]:
+        """Bits per byte of a text, and how many bytes were predicted."""
+
+    @abstractmethod
+    def sample(self, prompt: bytes, length: int, *, temperature: float = 1.0, seed: int = 0) -> bytes:
+        """What the model writes after a prompt."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Parameters by name."""
+
+    @abstractmethod
+    def state_tensors(self) -> Mapping[str, Any]:
+        """Everything that the next update depends on."""
+
+    @abstractmethod
+    def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_tensors`."""
+
+
+class IntegerWorker(PretrainWorker):
+    """The integer model. The weights of generation t are those of t - 1 and the record of t alone."""
+
+    def __init__(self, options: PretrainOptions, corpus: Corpus | None = None) -> None:
+        super().__init__(options, corpus)
+        self.engine = make_engine(
+            init_params(options.shape, options.seed),
+            options.make_noise(),
+            sigma_shift=options.sigma_shift,
+            backend=options.backend,
+            threads=options.threads,
+            chunk=options.members_per_forward,
+            device=choose_device(options.backend, options.device),
+        )
+
+    @property
+    def engine_name(self) -> str:
+        """What runs the model."""
+        return type(self.engine).__name__
+
+    def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
+        """Score members, in bits per byte; times ``16 * tokens`` a score is the whole number that the model computed.
+
+        ``sigma`` is ``2^-sigma_shift`` in every generation.
+        """
+        parts = [members[first : first + PART] for first in range(0, len(members), PART)]
+        scores = np.concatenate([self._scores(generation, part) for part in parts])
+        return Evaluation(scores / (ONE * self.options.tokens), tokens=len(members) * self.options.tokens)
+
+    def _scores(self, generation: int, members: range) -> NDArray[np.int32]:
+        """Sums of the log likelihood over each member's window, sixteenths of a bit: ``(len(members),)``."""
+        context = self.options.context
+        read, group = self.windows(generation, members)
         state = None
-        if options.context:
-            before = np.ascontiguousarray(read[:, : options.context + 1])
+        if context:
+            before = np.ascontiguousarray(read[:, : context + 1])
             state = run_center(self.engine, before, outputs=STATE).state
-        scored = np.ascontiguousarray(read[:, options.context :])
-        found = run_members(self.engine, generation, members, scored, group - group[0], state)
+        scored = np.ascontiguousarray(read[:, context:])
+        numbers = np.arange(members.start, members.stop)
+        found = run_members(self.engine, generation, numbers, scored, group, state)
         assert found.fitness is not None
         return found.fitness
 
@@ -140,9 +200,10 @@ class IntegerLearner:
                 f"the checkpoint is of a model of another shape: {'; '.join(wrong[:4])}; resume with the n_layers and "
                 "hidden of the run"
             )
+        self.engine.momentum.clear()
         for name, value in tensors.items():
             if name.startswith(MOMENTUM):
-                self.engine.momentum[name.removeprefix(MOMENTUM)] = np.array(value.numpy(), np.int32)
+                self.engine.momentum[name.removeprefix(MOMENTUM)] = np.array(value, np.int32)
             else:
-                params[name][...] = value.numpy()
+                params[name][...] = np.asarray(value)
         self.engine.reload()

@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from eggroll.errors import ConfigError
+from eggroll.pretrain.engines import library
 from eggroll.pretrain.engines.base import Backend, Engine, run_center
+from eggroll.pretrain.engines.c import CEngine
+from eggroll.pretrain.engines.torch import TorchEngine
 from eggroll.pretrain.model.noise import Noise
 from eggroll.pretrain.model.oracle import check_state, check_tokens
 from eggroll.pretrain.model.shape import ModelShape
+from eggroll.torch.devices import find_device
 
 
 def make_engine(
@@ -50,9 +55,6 @@ def make_engine(
     noise.check(shape)
     own = {p.name: np.array(params[p.name], np.int8, order="C") for p in shape.parameters}
     if backend != "torch" and device == "cpu":
-        from eggroll.pretrain.engines import library
-        from eggroll.pretrain.engines.c import CEngine
-
         found = library.load()
         if not isinstance(found, str):
             return CEngine(found, own, shape, noise, sigma_shift, threads, chunk)
@@ -64,9 +66,21 @@ def make_engine(
         from eggroll.pretrain.engines.triton import TritonEngine
 
         return TritonEngine(own, shape, noise, sigma_shift, device, chunk)
-    from eggroll.pretrain.engines.torch import TorchEngine
-
     return TorchEngine(own, shape, noise, sigma_shift, device, chunk)
+
+
+def choose_device(backend: Backend, device: str) -> str:
+    """The device that a setting means: with ``auto`` the CPU if it multiplies bytes, else a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device != "auto":
+        find_device(device)
+        return device
+    if backend == "c" or not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if backend == "torch" or not library.multiplies_bytes() else "cpu"
 
 
 def use_triton(device: str) -> bool:
