@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eggroll.pretrain import library
+from eggroll.pretrain.engines import library
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from eggroll.errors import ConfigError, DataError, RunError
-from eggroll.pretrain import engine, evaluate, oracle, trainer
+from eggroll.pretrain import measure, trainer
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import load_corpus
-from eggroll.pretrain.shape import ModelShape
+from eggroll.pretrain.engines import choose
+from eggroll.pretrain.model import oracle
+from eggroll.pretrain.model.shape import ModelShape
 from eggroll.run.run_dir import RunDir
 
 
@@ -185,9 +187,9 @@ def test_all_problems_of_the_settings_at_once():
 
 def test_bits_per_byte_are_those_of_the_logits():
     shape = ModelShape(256, 16, 1)
-    made = engine.make_engine(oracle.init_params(shape))
+    made = choose.make_engine(oracle.init_params(shape))
     stream = np.random.default_rng(0).integers(0, 256, 2500).astype(np.uint8)
-    found, count = evaluate.bits_per_byte(made, stream)
+    found, count = measure.bits_per_byte(made, stream)
     total = 0.0
     for start in (0, 1024, 2048):
         lane = stream[start : start + 1025]
@@ -195,28 +197,28 @@ def test_bits_per_byte_are_those_of_the_logits():
         total -= np.log2(powers[np.arange(len(powers)), lane[1:]] / powers.sum(axis=1)).sum()
     assert count == 2499
     assert found == pytest.approx(total / 2499, abs=1e-9)
-    assert evaluate.bits_per_byte(made, stream, 1024)[1] == 1024
-    assert evaluate.bits_per_byte(made, stream[:9])[1] == 8
+    assert measure.bits_per_byte(made, stream, 1024)[1] == 1024
+    assert measure.bits_per_byte(made, stream[:9])[1] == 8
 
 
 def test_tables_of_counts():
     train = np.frombuffer(b"ab" * 500, np.uint8)
-    found = evaluate.table_bits(train, train[:101])
+    found = measure.table_bits(train, train[:101])
     assert found["unigram_bits_per_byte"] == pytest.approx(np.log2(1256 / 501))
     assert found["order_1_bits_per_byte"] == pytest.approx(np.log2(756 / 501), abs=0.002)
 
 
 def test_samples_are_reproducible_and_follow_the_logits(backend):
-    made = engine.make_engine(oracle.init_params(ModelShape(256, 16, 1)), backend=backend)
-    first = evaluate.sample(made, b"abc", 20, seed=1)
-    assert first == evaluate.sample(made, b"abc", 20, seed=1)
-    assert first != evaluate.sample(made, b"abc", 20, seed=2)
-    greedy = evaluate.sample(made, b"abc", 4, temperature=0)
+    made = choose.make_engine(oracle.init_params(ModelShape(256, 16, 1)), backend=backend)
+    first = measure.sample(made, b"abc", 20, seed=1)
+    assert first == measure.sample(made, b"abc", 20, seed=1)
+    assert first != measure.sample(made, b"abc", 20, seed=2)
+    greedy = measure.sample(made, b"abc", 4, temperature=0)
     read = np.frombuffer(b"\0abc" + greedy, np.uint8)
     logits, _ = oracle.forward(made.params, read[:-1])
     assert bytes(logits[3:].argmax(axis=1).astype(np.uint8)) == greedy
     counts = np.bincount(
-        [evaluate.sample(made, b"abc", 1, temperature=2, seed=seed)[0] for seed in range(300)], minlength=256
+        [measure.sample(made, b"abc", 1, temperature=2, seed=seed)[0] for seed in range(300)], minlength=256
     )
     weights = 2.0 ** (logits[3].astype(float) / 32)
     likely = weights / weights.sum() > 0.02
@@ -272,7 +274,7 @@ def test_floating_point_trains_the_same_network(options, tmp_path, precision):
 
 def test_the_floating_point_network_is_the_integer_one_without_rounding():
     """With the integer model's weights over 16 its logits differ by what rounding does, a few sixteenths."""
-    from eggroll.pretrain.floating import FloatModel
+    from eggroll.pretrain.model.floating import FloatModel
 
     shape = ModelShape(256, 64, 1)
     params, model = oracle.init_params(shape, 2), FloatModel(ModelShape(256, 64, 1), 0)

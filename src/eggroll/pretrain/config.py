@@ -6,16 +6,19 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from eggroll.core.check import is_number, numbers, whole
 from eggroll.core.config import ESConfig
 from eggroll.core.schedules import Schedule
 from eggroll.errors import ConfigError
-from eggroll.pretrain.engine import Backend
-from eggroll.pretrain.noise import DEFAULT_TABLE_SIZE, Noise, NoiseKind
-from eggroll.pretrain.shape import ModelShape
-from eggroll.pretrain.update import Shaping, alpha_at
+from eggroll.pretrain.engines.base import Backend
+from eggroll.pretrain.model.fixed_point import ONE
+from eggroll.pretrain.model.noise import DEFAULT_TABLE_SIZE, Noise, NoiseKind
+from eggroll.pretrain.model.shape import ModelShape
+from eggroll.pretrain.update import Shaping, alpha_at, shape_pairs
 
 Precision = Literal["int8", "fp32", "bf16"]
 AlphaSchedule = Literal["hyperbolic", "exponential"]
@@ -164,8 +167,8 @@ class PretrainOptions:
             given = [name for name in INTEGER_ONLY if getattr(self, name) != defaults[name]]
             if given:
                 found.append(
-                    f"precision (={self.precision!r}) has Adam and centred ranks: {', '.join(given)} would do nothing; "
-                    "leave them out, or use precision='int8'"
+                    f"precision (={self.precision!r}) has Adam and centered ranks: {', '.join(given)} would do "
+                    "nothing; leave them out, or use precision='int8'"
                 )
         if self.seed >= 2**64:
             found.append(f"seed (={self.seed}) must be below 2**64")
@@ -186,20 +189,28 @@ class PretrainOptions:
         """Where the draws come from."""
         return Noise(self.seed, self.rank, self.noise, self.noise_table_size, self.noise_reuse)
 
-    def es(self) -> PretrainConfig:
+    def es(self) -> ESConfig:
         """What the generation loop needs to know."""
+        if self.precision != "int8":
+            return ESConfig(
+                population_size=self.pop_size, rank=self.rank, sigma=2.0**-self.sigma_shift, lr=self.lr,
+                generations=self.generations, optimizer="adam", fitness_shaping="centered_rank",
+                lr_schedule="cosine", noise_reuse=self.noise_reuse, seed=self.seed,
+            )  # fmt: skip
         return PretrainConfig(
             population_size=self.pop_size,
             rank=self.rank,
             sigma=2.0**-self.sigma_shift,
             lr=self.alpha,
             generations=self.generations,
-            fitness_shaping="raw",  # pairs are shaped before the loop sees them
+            fitness_shaping="raw",
             noise_reuse=self.noise_reuse,
             seed=self.seed,
             alpha_schedule=self.alpha_schedule,
             alpha_decay=self.alpha_decay,
             alpha_final=self.alpha_final,
+            pair_shaping=self.fitness,
+            tokens=self.tokens,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,6 +245,24 @@ class PretrainConfig(ESConfig):
     """Of the hyperbolic one."""
     alpha_final: float = 0.02
     """Last value of the exponential one."""
+    pair_shaping: Shaping = "sign"
+    """How the two scores of a pair become its weight."""
+    tokens: int = 16
+    """Bytes that a member is scored on: scores are sixteenths of a bit over this number."""
+
+    def shape(self, fitness: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """The weights of the pairs, ``(P,)``, from all members' scores ``(2 P,)`` in bits per byte.
+
+        The weights are computed from the whole numbers that the model has counted, which the scores are exact for.
+        """
+        unit = ONE * self.tokens
+        scores = np.rint(np.asarray(fitness, np.float64) * unit)
+        assert np.array_equal(scores / unit, fitness), "scores of the integer model are whole sixteenths of a bit"
+        return (shape_pairs(scores.astype(np.int64), self.pair_shaping) / ONE).astype(np.float32)
+
+    def weight_metrics(self, weights: NDArray[np.float32]) -> dict[str, float]:
+        """The share of pairs whose members have equal scores."""
+        return {"ties": float((weights == 0).mean())}
 
     @property
     def lr_at(self) -> Schedule:

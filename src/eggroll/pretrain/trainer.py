@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from eggroll.errors import ConfigError, RunError
 from eggroll.loop import Heldout, Listener, Loop
-from eggroll.pretrain import evaluate
+from eggroll.pretrain import measure
 from eggroll.pretrain.config import FREE, PretrainOptions
 from eggroll.pretrain.data import Corpus, load_corpus
-from eggroll.pretrain.learner import IntegerLearner
+from eggroll.pretrain.worker import IntegerLearner
 from eggroll.run.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from eggroll.pretrain.floating import FloatLearner
+    from eggroll.pretrain.model.floating import FloatLearner
 
 KIND = "pretrain"
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PretrainOptions)}
@@ -105,7 +105,7 @@ def make_learner(options: PretrainOptions, corpus: Corpus | None) -> AnyLearner:
     """The model as a run begins with it, in the precision of the options; without a corpus it can only replay."""
     if options.precision == "int8":
         return IntegerLearner(options, corpus)
-    from eggroll.pretrain.floating import FloatLearner
+    from eggroll.pretrain.model.floating import FloatLearner
 
     return FloatLearner(options, corpus)
 
@@ -261,7 +261,7 @@ def _finish(run_dir: RunDir, held: _HeldOut, corpus: Corpus, options: PretrainOp
     result = {
         "validation_bits_per_byte": bits,
         "validation_bytes": count,
-        **evaluate.table_bits(corpus.train, corpus.validation),
+        **measure.table_bits(corpus.train, corpus.validation),
         "generations": loop.applied,
         "member_tokens": tokens,
         "parameters": options.shape.size,

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from eggroll.core import threefry
 from eggroll.core.address import parameter_key
 from eggroll.errors import DataError
-from eggroll.pretrain import fixed_point
-from eggroll.pretrain.fixed_point import FIXED_POINT, GATE_BITS, LIMIT, LOGIT_OFFSET, ONE, i8
-from eggroll.pretrain.shape import ModelShape, Parameter
+from eggroll.pretrain.model import fixed_point
+from eggroll.pretrain.model.fixed_point import FIXED_POINT, GATE_BITS, LIMIT, LOGIT_OFFSET, ONE, i8
+from eggroll.pretrain.model.shape import ModelShape, Parameter
 
 Params = Mapping[str, NDArray[np.int8]]
 Factors = tuple[NDArray[np.int8], NDArray[np.int8]]

@@ -1,33 +1,32 @@
-"""The integer model, fast: members by the chunk, bit for bit the arithmetic of :mod:`eggroll.pretrain.oracle`.
+"""What an engine is: the integer model, fast, bit for bit the arithmetic of :mod:`eggroll.pretrain.model.oracle`.
 
 All members share the weights, so a step of a chunk of members is a few int8 products of ``(members, n)`` with
 ``(n, m)``, to which every member adds its low-rank term. On CPUs with AVX2 or AVX-512 VNNI a C library does this,
 compiled at first use, with a chunk's activations in the cache; on CUDA one Triton kernel
-(:mod:`eggroll.pretrain.engine_triton`); elsewhere :mod:`eggroll.pretrain.engine_torch`, in plain PyTorch. Results do
+(:mod:`eggroll.pretrain.engines.triton`); elsewhere :mod:`eggroll.pretrain.engines.torch`, in plain PyTorch. Results do
 not depend on the chunks, the threads, or which of the three it is.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eggroll.errors import ConfigError, DataError, MemoryBudgetError
-from eggroll.pretrain import oracle
-from eggroll.pretrain.noise import Noise
-from eggroll.pretrain.oracle import check_state, check_tokens
-from eggroll.pretrain.shape import ModelShape
+from eggroll.errors import DataError, MemoryBudgetError
+from eggroll.pretrain.model.noise import Noise
+from eggroll.pretrain.model.shape import ModelShape
 
 Backend = Literal["auto", "c", "torch"]
 Output = Literal["fitness", "likelihood", "logits", "state"]
 FITNESS: tuple[Output, ...] = ("fitness",)
 LOGITS: tuple[Output, ...] = ("logits",)
 STATE: tuple[Output, ...] = ("state",)
+MOMENTUM_ONE = 256
+"""One standard deviation of an update's sum in the momentum."""
 
 
 @dataclass(frozen=True)
@@ -115,92 +114,7 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(
-    params: Mapping[str, NDArray[np.int8]],
-    noise: Noise | None = None,
-    *,
-    sigma_shift: int = 4,
-    backend: Backend = "auto",
-    threads: int | None = None,
-    chunk: int | None = None,
-    device: str = "cpu",
-) -> Engine:
-    """An engine for a model.
-
-    Args:
-        params: int8 arrays as in :func:`eggroll.pretrain.oracle.forward`; copied.
-        noise: where draws come from; only the model itself can be run without it.
-        sigma_shift: perturbations have a standard deviation of ``2^-sigma_shift``, where weights have 1.
-        backend: ``c`` (CPUs with AVX2 or AVX-512 VNNI, and a compiler), ``torch``, or whichever is the fastest here.
-        threads: of the CPU; ``None`` is PyTorch's number.
-        chunk: members at once; ``None`` chooses. Results do not depend on it.
-        device: of PyTorch, for ``torch``.
-
-    Raises:
-        ConfigError: the backend is unknown, or cannot be used here.
-        ModelError: the parameters do not make a model.
-    """
-    if backend not in get_args(Backend):
-        raise ConfigError(f"backend (={backend!r}) must be one of: {', '.join(get_args(Backend))}")
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"chunk (={chunk}) must be at least 1 member")
-    shape = ModelShape.of(params)
-    noise = noise or Noise()
-    noise.check(shape)
-    own = {p.name: np.array(params[p.name], np.int8, order="C") for p in shape.parameters}
-    if backend != "torch" and device == "cpu":
-        from eggroll.pretrain import library
-        from eggroll.pretrain.engine_c import CEngine
-
-        found = library.load()
-        if not isinstance(found, str):
-            return CEngine(found, own, shape, noise, sigma_shift, threads, chunk)
-        if backend == "c":
-            raise ConfigError(f"backend='c' cannot be used here: {found}; use backend='torch'")
-    elif backend == "c":
-        raise ConfigError(f"backend='c' runs on the CPU, not on {device}; use backend='torch'")
-    if use_triton(device):
-        from eggroll.pretrain.engine_triton import TritonEngine
-
-        return TritonEngine(own, shape, noise, sigma_shift, device, chunk)
-    from eggroll.pretrain.engine_torch import TorchEngine
-
-    return TorchEngine(own, shape, noise, sigma_shift, device, chunk)
-
-
-def use_triton(device: str) -> bool:
-    """Whether the forward pass is the Triton kernel: on CUDA devices, where Triton is installed."""
-    return device.partition(":")[0] == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-def forward(
-    params: Mapping[str, NDArray[np.int8]], tokens: NDArray[Any], state: NDArray[np.int8] | None = None, **settings: Any
-) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """:func:`eggroll.pretrain.oracle.forward` by the fast engine; ``settings`` are those of :func:`make_engine`.
-
-    Args:
-        params: int8 arrays by name.
-        tokens: ``(T,)``.
-        state: ``(L, D)`` int8, or ``None`` for zeros.
-        **settings: ``backend``, ``threads``, ``device``.
-
-    Returns:
-        Logits ``(T, V)`` and state ``(L, D)``, int8.
-    """
-    engine = make_engine(params, **settings)
-    ids = check_tokens(tokens, engine.shape.vocab).astype(np.uint8)
-    before = None if state is None else check_state(state, engine.shape)[None]
-    found = run_centre(engine, np.append(ids, np.uint8(0))[None], before, outputs=("logits", "state"))
-    assert found.logits is not None
-    assert found.state is not None
-    return found.logits[0], found.state[0]
-
-
-log_likelihood = oracle.log_likelihood
-"""Of logits that are there already: a table look-up. Within the engine it is part of the same pass."""
-
-
-def run_centre(
+def run_center(
     engine: Engine, tokens: NDArray[np.uint8], state: NDArray[np.int8] | None = None, *, outputs: Collection[Output]
 ) -> Result:
     """The model itself over windows ``(W, T + 1)``, a row each."""

@@ -26,9 +26,9 @@ from eggroll.core import threefry
 from eggroll.core.address import draw_keys, generation_key, parameter_key
 from eggroll.core.threefry import Key
 from eggroll.errors import ConfigError
-from eggroll.pretrain import fixed_point
-from eggroll.pretrain.oracle import normals
-from eggroll.pretrain.shape import ModelShape, Parameter
+from eggroll.pretrain.model import fixed_point
+from eggroll.pretrain.model.oracle import normals
+from eggroll.pretrain.model.shape import ModelShape, Parameter
 
 NoiseKind = Literal["table", "counter"]
 

@@ -52,7 +52,7 @@ INLINE __m512i one_more_where(__m512i x, __m512i rest, __m512i by) {
 
 /* floor(total / divisor), clipped to int8's range with a margin. The quotient of floats is exact enough: after the
    clamp it is below 130, so a fraction, at least 1 / divisor > 2^-17, is larger than half its last place. */
-INLINE __m512i floor_divide(__m512i total, int32_t divisor) {
+INLINE __m512i floor_divide_avx512(__m512i total, int32_t divisor) {
   const __m512i bound = _mm512_set1_epi32(129 * divisor);
   total = _mm512_max_epi32(_mm512_min_epi32(total, bound), _mm512_sub_epi32(_mm512_setzero_si512(), bound));
   const __m512 quotient = _mm512_div_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps((float)divisor));
@@ -60,7 +60,7 @@ INLINE __m512i floor_divide(__m512i total, int32_t divisor) {
 }
 
 /* `rows` rows (a constant) from row r0 on, 64 outputs from `column` on. */
-INLINE void tile(const int rows, const Product *p, int64_t r0, int64_t column) {
+INLINE void tile_avx512(const int rows, const Product *p, int64_t r0, int64_t column) {
   const Matrix *m = p->matrix;
   const int64_t quads = (m->inputs + 3) / 4, stride = p->in_stride, padded = PAD(m->outputs);
   const int8_t *w = m->packed + column * quads * 4;
@@ -104,25 +104,27 @@ INLINE void tile(const int rows, const Product *p, int64_t r0, int64_t column) {
         }
         total = _mm512_add_epi32(total, _mm512_sra_epi32(term, noise_shift));
       }
-      total = m->shift >= 0 ? _mm512_sra_epi32(total, shift) : floor_divide(total, (int32_t)m->divisor);
+      total = m->shift >= 0 ? _mm512_sra_epi32(total, shift) : floor_divide_avx512(total, (int32_t)m->divisor);
       const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_max_epi32(_mm512_min_epi32(total, high), low));
       _mm_storeu_si128((__m128i *)(p->out + (r0 + r) * p->out_stride + column + 16 * c), _mm_xor_si128(bytes, flip));
     }
   }
 }
 
-static __attribute__((noinline)) void tile6(const Product *p, int64_t r0, int64_t c) { tile(6, p, r0, c); }
-static __attribute__((noinline)) void tile5(const Product *p, int64_t r0, int64_t c) { tile(5, p, r0, c); }
-static __attribute__((noinline)) void tile4(const Product *p, int64_t r0, int64_t c) { tile(4, p, r0, c); }
-static __attribute__((noinline)) void tile3(const Product *p, int64_t r0, int64_t c) { tile(3, p, r0, c); }
-static __attribute__((noinline)) void tile2(const Product *p, int64_t r0, int64_t c) { tile(2, p, r0, c); }
-static __attribute__((noinline)) void tile1(const Product *p, int64_t r0, int64_t c) { tile(1, p, r0, c); }
+#define NOINLINE static __attribute__((noinline))
+NOINLINE void tile6_avx512(const Product *p, int64_t r0, int64_t c) { tile_avx512(6, p, r0, c); }
+NOINLINE void tile5_avx512(const Product *p, int64_t r0, int64_t c) { tile_avx512(5, p, r0, c); }
+NOINLINE void tile4_avx512(const Product *p, int64_t r0, int64_t c) { tile_avx512(4, p, r0, c); }
+NOINLINE void tile3_avx512(const Product *p, int64_t r0, int64_t c) { tile_avx512(3, p, r0, c); }
+NOINLINE void tile2_avx512(const Product *p, int64_t r0, int64_t c) { tile_avx512(2, p, r0, c); }
+NOINLINE void tile1_avx512(const Product *p, int64_t r0, int64_t c) { tile_avx512(1, p, r0, c); }
 
 static void multiply(const Product *p) {
-  static void (*const rest[TILE])(const Product *, int64_t, int64_t) = {0, tile1, tile2, tile3, tile4, tile5};
+  static void (*const rest[TILE])(const Product *, int64_t, int64_t) = {
+      0, tile1_avx512, tile2_avx512, tile3_avx512, tile4_avx512, tile5_avx512};
   for (int64_t column = 0; column < p->matrix->outputs; column += PANEL) {
     int64_t r = 0;
-    for (; r + TILE <= p->rows; r += TILE) tile6(p, r, column);
+    for (; r + TILE <= p->rows; r += TILE) tile6_avx512(p, r, column);
     if (r < p->rows) rest[p->rows - r](p, r, column);
   }
 }
@@ -167,9 +169,9 @@ static void interleave(const int8_t *rows, int64_t n, int flip, int64_t quad, vo
 }
 
 /* z (rows, z_stride) += left^T right - 128 sum right, for `rows` rows (a constant) and 64 columns. */
-INLINE void update_tile(const int rows, const uint8_t *left, int64_t left_stride, const int8_t *right,
-                        int64_t right_stride, const int32_t *start, int64_t quads, int32_t *z, int64_t z_stride,
-                        int64_t columns) {
+INLINE void update_tile_avx512(const int rows, const uint8_t *left, int64_t left_stride, const int8_t *right,
+                               int64_t right_stride, const int32_t *start, int64_t quads, int32_t *z,
+                               int64_t z_stride, int64_t columns) {
   __m512i sums[TILE][4];
   __mmask16 mask[4];
 #pragma GCC unroll 4
@@ -210,13 +212,14 @@ static void add_block(const void *left, int64_t rows, int64_t left_size, const v
     for (int64_t r = 0; r < rows;) {
       const int64_t n = rows - r;
       const uint8_t *l = (const uint8_t *)left + 4 * r;
+      const int8_t *w = right + 4 * c;
       int32_t *to = z + r * columns + c;
       if (n >= 6)
-        update_tile(6, l, left_stride, right + 4 * c, right_stride, start + c, quads, to, columns, columns - c), r += 6;
+        r += 6, update_tile_avx512(6, l, left_stride, w, right_stride, start + c, quads, to, columns, columns - c);
       else if (n >= 2)
-        update_tile(2, l, left_stride, right + 4 * c, right_stride, start + c, quads, to, columns, columns - c), r += 2;
+        r += 2, update_tile_avx512(2, l, left_stride, w, right_stride, start + c, quads, to, columns, columns - c);
       else
-        update_tile(1, l, left_stride, right + 4 * c, right_stride, start + c, quads, to, columns, columns - c), r += 1;
+        r += 1, update_tile_avx512(1, l, left_stride, w, right_stride, start + c, quads, to, columns, columns - c);
     }
 }
 

@@ -1,7 +1,7 @@
 """The engine in plain PyTorch, on any device, for where the C library cannot be used.
 
-The same integers as :mod:`eggroll.pretrain.oracle`. Products are int32 by ``torch._int_mm`` where that is known to be
-exact, and otherwise floating point with room for every partial sum: float32 below 2^24, else float64.
+The same integers as :mod:`eggroll.pretrain.model.oracle`. Products are int32 by ``torch._int_mm`` where that is known
+to be exact, and otherwise floating point with room for every partial sum: float32 below 2^24, else float64.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eggroll.pretrain import fixed_point
-from eggroll.pretrain.engine import Result, Step, Work, check_work, empty_result
-from eggroll.pretrain.fixed_point import GATE_BITS, LIMIT, LOGIT_OFFSET
-from eggroll.pretrain.noise import Noise
-from eggroll.pretrain.oracle import noise_shift
-from eggroll.pretrain.shape import ModelShape, Parameter
-from eggroll.pretrain.update import MOMENTUM_ONE
+from eggroll.pretrain.engines.base import MOMENTUM_ONE, Result, Step, Work, check_work, empty_result
+from eggroll.pretrain.model import fixed_point
+from eggroll.pretrain.model.fixed_point import GATE_BITS, LIMIT, LOGIT_OFFSET
+from eggroll.pretrain.model.noise import Noise
+from eggroll.pretrain.model.oracle import noise_shift
+from eggroll.pretrain.model.shape import ModelShape, Parameter
 from eggroll.torch.threefry import random_bits
 
 CHUNK = {"cpu": 64, "cuda": 1 << 15}
@@ -53,7 +52,7 @@ class Members:
 
 
 class TorchEngine:
-    """See :class:`eggroll.pretrain.engine.Engine`."""
+    """See :class:`eggroll.pretrain.engines.base.Engine`."""
 
     def __init__(
         self,
@@ -128,8 +127,8 @@ class TorchEngine:
         if step.momentum_shift:
             kept = self.momentum.setdefault(name, np.zeros(total.shape, np.int32))
             before = torch.from_numpy(kept).to(self.device).long()
-            normalised = torch.div(2 * MOMENTUM_ONE * total + step.unit, 2 * step.unit, rounding_mode="floor")
-            total = before - ((before + (1 << (step.momentum_shift - 1))) >> step.momentum_shift) + normalised
+            normalized = torch.div(2 * MOMENTUM_ONE * total + step.unit, 2 * step.unit, rounding_mode="floor")
+            total = before - ((before + (1 << (step.momentum_shift - 1))) >> step.momentum_shift) + normalized
             kept[...] = total.cpu().numpy()
         weights = self._weights[name]
         moved = (weights + total.sign() * (total.abs() >= step.limit)).clamp(-LIMIT, LIMIT).to(torch.int8)

@@ -1,4 +1,4 @@
-"""The C library of the fast engine: structures as in ``engine.h``, compiled at first use."""
+"""The C library of the fast engine: structures as in ``csrc/engine.h``, compiled at first use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from eggroll.torch.kernels import compile_c
 
-PARTS = (
-    "engine.h", "engine_avx512.c", "engine_avx2.c", "engine_noise.c", "engine_product.c", "engine_forward.c",
-    "engine_update.c",
-)  # fmt: skip
+SOURCES = Path(__file__).with_name("csrc")
+PARTS = ("engine.h", "avx512.c", "avx2.c", "noise.c", "product.c", "forward.c", "update.c")
 FLAGS = ("-fwrapv", "-fno-strict-aliasing")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -69,7 +67,7 @@ class Update(ctypes.Structure):
 
 def source() -> str:
     """The C source, all parts one after the other."""
-    return "\n".join(Path(__file__).with_name(part).read_text(encoding="utf-8") for part in PARTS)
+    return "\n".join((SOURCES / part).read_text(encoding="utf-8") for part in PARTS)
 
 
 @functools.cache

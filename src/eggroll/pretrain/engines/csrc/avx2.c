@@ -1,5 +1,5 @@
 /* AVX2: numbers of 16 bits, because vpmaddubsw, which multiplies bytes, clips its sums to 16 bits. vpmaddwd multiplies
-   16 pairs of them and adds neighbours, exactly and for all bytes: two of it (and two additions) do what one vpdpbusd
+   16 pairs of them and adds neighbors, exactly and for all bytes: two of it (and two additions) do what one vpdpbusd
    of 256 bits does. Weights lie in memory with 16 bits, rows are expanded to them before a product. */
 
 #if !AVX512
@@ -62,8 +62,8 @@ INLINE __m256i one_more_where(__m256i x, __m256i rest, __m256i by) {
   return _mm256_sub_epi16(x, _mm256_cmpeq_epi16(_mm256_max_epu16(rest, by), rest));
 }
 
-/* floor(total / divisor), clipped to int8's range with a margin: see engine_avx512.c. */
-INLINE __m256i floor_divide(__m256i total, int32_t divisor) {
+/* floor(total / divisor), clipped to int8's range with a margin: see avx512.c. */
+INLINE __m256i floor_divide_avx2(__m256i total, int32_t divisor) {
   const __m256i bound = _mm256_set1_epi32(129 * divisor);
   total = _mm256_max_epi32(_mm256_min_epi32(total, bound), _mm256_sub_epi32(ZERO, bound));
   return _mm256_cvttps_epi32(
@@ -72,7 +72,7 @@ INLINE __m256i floor_divide(__m256i total, int32_t divisor) {
 
 /* `rows` rows (a constant) from row r0 on, which lie at x, 16 outputs from `column` on. What does not change between
    rows is read before the first is written, because the compiler has to assume that writing might change it. */
-INLINE void tile(const int rows, const Product *p, const int16_t *x, int64_t r0, int64_t column) {
+INLINE void tile_avx2(const int rows, const Product *p, const int16_t *x, int64_t r0, int64_t column) {
   const Matrix *m = p->matrix;
   const int64_t pairs = (m->inputs + 3) / 4 * 2, stride = PAD(m->inputs);
   const __m256i *w = (const __m256i *)m->packed + column / PANEL * pairs * 2;
@@ -118,7 +118,7 @@ INLINE void tile(const int rows, const Product *p, const int16_t *x, int64_t r0,
       total[1] = _mm256_add_epi32(total[1], _mm256_sra_epi32(t1, noise_shift));
     }
     for (int c = 0; c < 2; c++)
-      total[c] = divisor ? floor_divide(total[c], divisor) : _mm256_sra_epi32(total[c], shift);
+      total[c] = divisor ? floor_divide_avx2(total[c], divisor) : _mm256_sra_epi32(total[c], shift);
     const __m256i ordered = _mm256_permute4x64_epi64(_mm256_packs_epi32(total[0], total[1]), 0xD8);
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
     bytes = _mm_max_epi8(_mm_min_epi8(bytes, high), low);
@@ -127,17 +127,17 @@ INLINE void tile(const int rows, const Product *p, const int16_t *x, int64_t r0,
 }
 
 #define NOINLINE static __attribute__((noinline))
-NOINLINE void tile6(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile(6, p, x, r0, c); }
-NOINLINE void tile5(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile(5, p, x, r0, c); }
-NOINLINE void tile4(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile(4, p, x, r0, c); }
-NOINLINE void tile3(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile(3, p, x, r0, c); }
-NOINLINE void tile2(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile(2, p, x, r0, c); }
-NOINLINE void tile1(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile(1, p, x, r0, c); }
+NOINLINE void tile6_avx2(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile_avx2(6, p, x, r0, c); }
+NOINLINE void tile5_avx2(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile_avx2(5, p, x, r0, c); }
+NOINLINE void tile4_avx2(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile_avx2(4, p, x, r0, c); }
+NOINLINE void tile3_avx2(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile_avx2(3, p, x, r0, c); }
+NOINLINE void tile2_avx2(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile_avx2(2, p, x, r0, c); }
+NOINLINE void tile1_avx2(const Product *p, const int16_t *x, int64_t r0, int64_t c) { tile_avx2(1, p, x, r0, c); }
 
 /* All columns up to the padded end, where the results of weights of zero are what padding has to be. */
 static void multiply(const Product *p) {
-  static void (*const tiles[])(const Product *, const int16_t *, int64_t, int64_t) = {0,     tile1, tile2, tile3,
-                                                                                      tile4, tile5, tile6};
+  static void (*const tiles[])(const Product *, const int16_t *, int64_t, int64_t) = {
+      0, tile1_avx2, tile2_avx2, tile3_avx2, tile4_avx2, tile5_avx2, tile6_avx2};
   const int64_t stride = PAD(p->matrix->inputs);
   int16_t *expanded = p->expanded;
   for (int64_t r0 = 0; r0 < p->rows; r0 += ROWS) {
@@ -186,8 +186,8 @@ static void interleave(const int8_t *rows, int64_t n, int left, int64_t quad, vo
 }
 
 /* z (rows, z_stride) += left^T right, for 4 rows, of which `rows` are there, and 16 columns, of which `columns` are. */
-static void update_tile(const int8_t *left, const int8_t *right, int64_t pairs, int32_t *z, int64_t rows,
-                        int64_t columns, int64_t z_stride) {
+static void update_tile_avx2(const int8_t *left, const int8_t *right, int64_t pairs, int32_t *z, int64_t rows,
+                             int64_t columns, int64_t z_stride) {
   __m256i sums[4][2];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; r++) sums[r][0] = sums[r][1] = ZERO;
@@ -219,8 +219,8 @@ static void add_block(const void *left, int64_t rows, int64_t left_size, const v
   (void)left_size, (void)right_size, (void)start;
   for (int64_t c = 0; c < columns; c += 16)
     for (int64_t r = 0; r < rows; r += 4)
-      update_tile((const int8_t *)left + r / 16 * 16 * DEPTH_BYTES + r % 16 * 4,
-                  (const int8_t *)right + c * DEPTH_BYTES, 2 * quads, z + r * columns + c, rows - r, columns - c,
-                  columns);
+      update_tile_avx2((const int8_t *)left + r / 16 * 16 * DEPTH_BYTES + r % 16 * 4,
+                       (const int8_t *)right + c * DEPTH_BYTES, 2 * quads, z + r * columns + c, rows - r,
+                       columns - c, columns);
 }
 #endif

@@ -1,5 +1,5 @@
 /* The integer model on CPUs with AVX2 or AVX-512 VNNI: types and helpers. The arithmetic is that of oracle.py. What
-   depends on the instructions is in engine_avx512.c or engine_avx2.c.
+   depends on the instructions is in avx512.c or avx2.c.
 
    Activations that go into a product are stored as unsigned bytes, value + 128, because vpdpbusd multiplies unsigned by
    signed bytes; 128 times the sum of an output's weights is taken off by what its sum starts from. Rows of activations

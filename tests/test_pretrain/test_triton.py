@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from eggroll.pretrain import fixed_point
+from eggroll.pretrain.model import fixed_point
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -37,10 +37,11 @@ def test_members_are_those_of_the_oracle():
     equal = run_python(
         f"""
         import json, numpy as np
-        from eggroll.pretrain import engine, oracle
-        from eggroll.pretrain.noise import Noise
-        from eggroll.pretrain.shape import ModelShape
-        engine.use_triton = lambda device: True
+        from eggroll.pretrain.engines import base, choose
+        from eggroll.pretrain.model import oracle
+        from eggroll.pretrain.model.noise import Noise
+        from eggroll.pretrain.model.shape import ModelShape
+        choose.use_triton = lambda device: True
 
         def same(vocab, hidden, layers, rank, kind, members, extreme):
             rng = np.random.default_rng(hidden)
@@ -48,16 +49,16 @@ def test_members_are_those_of_the_oracle():
             params = oracle.init_params(shape, 1)
             if extreme:
                 params = {{n: rng.choice(np.array([-127, 0, 127], np.int8), v.shape) for n, v in params.items()}}
-            made = engine.make_engine(params, noise, backend="torch", chunk=max(3, members - 8))
+            made = choose.make_engine(params, noise, backend="torch", chunk=max(3, members - 8))
             made.fused = True  # what is compared is the kernel
             tokens = rng.integers(0, vocab, (2, 3)).astype(np.uint8)
             tokens[:, 1] = 0
             state = rng.integers(-127, 128, (2, layers, hidden)).astype(np.int8)
             window, asked = np.arange(members) % 2, ("fitness", "likelihood", "logits", "state")
             if rank:
-                found = engine.run_members(made, 5, np.arange(members), tokens, window, state, outputs=asked)
+                found = base.run_members(made, 5, np.arange(members), tokens, window, state, outputs=asked)
             else:
-                found = engine.run_centre(made, tokens, state, outputs=asked)
+                found = base.run_center(made, tokens, state, outputs=asked)
             equal = True
             for i in {{0, 1, members // 2, members - 1}} if rank else (0, 1):
                 draws = None
@@ -82,11 +83,12 @@ def test_a_kernel_that_is_wrong_or_cannot_be_compiled_is_not_used():
     found = run_python(
         """
         import json, warnings, numpy as np
-        from eggroll.pretrain import engine, forward_triton, oracle
-        from eggroll.pretrain.noise import Noise
-        from eggroll.pretrain.shape import ModelShape
-        engine.use_triton = lambda device: True
-        real, shape = forward_triton.forward, ModelShape(50, 24, 1)
+        from eggroll.pretrain.engines import base, choose, triton_kernel
+        from eggroll.pretrain.model import oracle
+        from eggroll.pretrain.model.noise import Noise
+        from eggroll.pretrain.model.shape import ModelShape
+        choose.use_triton = lambda device: True
+        real, shape = triton_kernel.forward, ModelShape(50, 24, 1)
         params, tokens = oracle.init_params(shape, 1), np.array([[3, 0, 49, 7]], np.uint8)
 
         def wrong(*args, **options):
@@ -97,11 +99,11 @@ def test_a_kernel_that_is_wrong_or_cannot_be_compiled_is_not_used():
             raise RuntimeError("no compiler")
 
         def run(forward, kept=True):
-            forward_triton.forward = forward
-            made = engine.make_engine(params, Noise(table_size=1 << 14), backend="torch")
+            triton_kernel.forward = forward
+            made = choose.make_engine(params, Noise(table_size=1 << 14), backend="torch")
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                result = [engine.run_members(made, 1, np.arange(4), tokens, np.zeros(4, int)) for _ in range(2)]
+                result = [base.run_members(made, 1, np.arange(4), tokens, np.zeros(4, int)) for _ in range(2)]
             assert (result[0].fitness == result[1].fitness).all()
             return result[0].fitness.tolist(), [str(w.message) for w in told if "Triton kernel" in str(w.message)]
 
@@ -141,16 +143,16 @@ def test_every_variant_compiles_for_a_gpu():
         import json, types, torch
         from triton.backends.compiler import GPUTarget
         from triton.runtime.driver import driver
-        from eggroll.pretrain import forward_triton
-        from eggroll.pretrain.forward_triton import Draws, Weights
-        from eggroll.pretrain.shape import ModelShape
+        from eggroll.pretrain.engines import triton_kernel
+        from eggroll.pretrain.engines.triton_kernel import Draws, Weights
+        from eggroll.pretrain.model.shape import ModelShape
 
         # Everything that the launcher does but the launch: the kernel is made for a GPU that is not there.
         target = GPUTarget("cuda", 90, 32)
         driver.set_active(types.SimpleNamespace(
             get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
         ))
-        kernel = forward_triton.forward_kernel
+        kernel = triton_kernel.forward_kernel
         run, made = kernel.run, []
         kernel.run = lambda *args, **kw: made.append(run(*args, **(kw | dict(warmup=True))))
 
@@ -162,7 +164,7 @@ def test_every_variant_compiles_for_a_gpu():
             weights = {{p.name: empty(*p.shape) for p in shape.parameters}}
             offsets = empty(len(shape.parameters), members, dtype=torch.int64)
             draws = Draws(empty(1 << 14), offsets, empty(members, dtype=torch.int32), rank, 8) if rank else None
-            forward_triton.forward(
+            triton_kernel.forward(
                 Weights.pack(weights, shape), shape, empty(members, 3, dtype=torch.int64),
                 empty(members, layers, hidden), empty(members if rank else 1, 4 * layers + 1, hidden), draws,
             )

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from eggroll.core import threefry
 from eggroll.core.address import parameter_key
-from eggroll.pretrain import fixed_point
-from eggroll.pretrain.engine import LOGITS, Engine, run_centre
-from eggroll.pretrain.fixed_point import LOGIT_OFFSET, ONE
+from eggroll.pretrain.engines.base import LOGITS, Engine, run_center
+from eggroll.pretrain.model import fixed_point
+from eggroll.pretrain.model.fixed_point import LOGIT_OFFSET, ONE
 
 LANE = 1024
 """Bytes of a lane: held-out text is read in lanes side by side, each from a state of zeros."""
@@ -47,7 +47,7 @@ def bits_per_byte(engine: Engine, stream: NDArray[np.uint8], limit: int | None =
     """
     total, count = 0.0, 0
     for lanes in lanes_of(stream, limit):
-        found = run_centre(engine, lanes, outputs=LOGITS)
+        found = run_center(engine, lanes, outputs=LOGITS)
         assert found.logits is not None
         for logits, targets in zip(found.logits, lanes[:, 1:], strict=True):  # all at once would take eight times more
             total += float(bits_of_logits(logits, targets).sum())
@@ -99,7 +99,7 @@ def sample(engine: Engine, prompt: bytes, length: int, *, temperature: float = 1
         seed: of the draws.
     """
     read = np.frombuffer(b"\0" + prompt, np.uint8)
-    found = run_centre(engine, np.append(read, np.uint8(0))[None], outputs=("logits", "state"))
+    found = run_center(engine, np.append(read, np.uint8(0))[None], outputs=("logits", "state"))
     key, made = parameter_key(seed, SAMPLES_NAME), bytearray()
     for word in threefry.random_bits(key, length):
         assert found.logits is not None
@@ -113,5 +113,5 @@ def sample(engine: Engine, prompt: bytes, length: int, *, temperature: float = 1
             token = int(np.searchsorted(cumulative, (int(word) * int(cumulative[-1])) >> 32, side="right"))
         made.append(token)
         window = np.array([[token, 0]], np.uint8)
-        found = run_centre(engine, window, found.state, outputs=("logits", "state"))
+        found = run_center(engine, window, found.state, outputs=("logits", "state"))
     return bytes(made)

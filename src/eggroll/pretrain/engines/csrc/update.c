@@ -48,8 +48,8 @@ static int64_t move_with_momentum(int8_t *weights, const int32_t *z, int32_t *mo
   const double by = 2.0 * (double)unit, one = (double)unit;
   int64_t moved = 0;
   for (int64_t i = 0; i < count; i++) {
-    const int32_t normalised = (int32_t)__builtin_floor((512.0 * z[i] + one) / by);
-    const int32_t sum = momentum[i] - ((momentum[i] + half) >> shift) + normalised;
+    const int32_t normalized = (int32_t)__builtin_floor((512.0 * z[i] + one) / by);
+    const int32_t sum = momentum[i] - ((momentum[i] + half) >> shift) + normalized;
     momentum[i] = sum;
     const int32_t old = weights[i], new = clip(old + (sum >= limit) - (sum <= -limit));
     moved += new != old;

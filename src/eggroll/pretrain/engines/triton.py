@@ -1,7 +1,7 @@
-"""The engine on CUDA: a chunk of members is one launch of :mod:`eggroll.pretrain.forward_triton`.
+"""The engine on CUDA: a chunk of members is one launch of :mod:`eggroll.pretrain.engines.triton_kernel`.
 
 Draws from the table are read in place, at offsets that are hashed on the device; draws of a counter are made first, in
-a buffer. The update is that of :mod:`eggroll.pretrain.engine_torch`.
+a buffer. The update is that of :mod:`eggroll.pretrain.engines.torch`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import warnings
 import torch
 from torch import Tensor
 
-from eggroll.pretrain import forward_triton
-from eggroll.pretrain.engine_torch import Members, TorchEngine
-from eggroll.pretrain.fixed_point import LIMIT
-from eggroll.pretrain.forward_triton import VECTORS, Draws, Weights
+from eggroll.pretrain.engines import triton_kernel
+from eggroll.pretrain.engines.torch import Members, TorchEngine
+from eggroll.pretrain.engines.triton_kernel import VECTORS, Draws, Weights
+from eggroll.pretrain.model.fixed_point import LIMIT
 
 COMPARED = 16
 """Members of the first chunk that are run by plain PyTorch as well."""
 
 
 class TritonEngine(TorchEngine):
-    """See :class:`eggroll.pretrain.engine.Engine`.
+    """See :class:`eggroll.pretrain.engines.base.Engine`.
 
     A kernel depends on a compiler and a driver, and a wrong one would train on in silence. So the first chunk's first
     members are compared with what plain PyTorch makes of them; where the kernel cannot be compiled, or they differ,
@@ -70,7 +70,7 @@ class TritonEngine(TorchEngine):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         draws = None if members is None else self._draws(members)
         vectors = self._vectors(members)
-        return forward_triton.forward(
+        return triton_kernel.forward(
             self._packed, self.shape, tokens, state.to(torch.int8), vectors, draws, logits=keep_logits
         )
 

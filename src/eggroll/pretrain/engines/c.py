@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from eggroll.core.address import parameter_key
-from eggroll.pretrain import fixed_point, library
-from eggroll.pretrain.engine import Result, Step, Work, check_work, empty_result
-from eggroll.pretrain.library import address, padded
-from eggroll.pretrain.noise import TABLE_NAME, Noise
-from eggroll.pretrain.oracle import noise_shift
-from eggroll.pretrain.shape import ModelShape, Parameter
+from eggroll.pretrain.engines import library
+from eggroll.pretrain.engines.base import Result, Step, Work, check_work, empty_result
+from eggroll.pretrain.engines.library import address, padded
+from eggroll.pretrain.model import fixed_point
+from eggroll.pretrain.model.noise import TABLE_NAME, Noise
+from eggroll.pretrain.model.oracle import noise_shift
+from eggroll.pretrain.model.shape import ModelShape, Parameter
 
 CHUNK = 48
 """Members at once: a multiple of the kernel's 6 rows, few enough that noise and activations stay in the L2 cache."""
@@ -28,7 +29,7 @@ KINDS = {"matrix": 0, "embedding": 1, "vector": 2}
 
 
 class CEngine:
-    """See :class:`eggroll.pretrain.engine.Engine`."""
+    """See :class:`eggroll.pretrain.engines.base.Engine`."""
 
     def __init__(
         self,

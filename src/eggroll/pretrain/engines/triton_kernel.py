@@ -26,8 +26,8 @@ import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
-from eggroll.pretrain import fixed_point
-from eggroll.pretrain.shape import MLP_FACTOR, ModelShape
+from eggroll.pretrain.model import fixed_point
+from eggroll.pretrain.model.shape import MLP_FACTOR, ModelShape
 
 VECTORS = ("ln1", "gru.bf", "gru.bh", "ln2")
 """Of a layer, in the order in which the kernel reads them."""
