@@ -16,8 +16,8 @@ from eggroll.pretrain.config import PretrainOptions
 
 if TYPE_CHECKING:
     from eggroll.pretrain.data import Corpus
-    from eggroll.pretrain.worker import IntegerLearner
     from eggroll.pretrain.trainer import Trained
+    from eggroll.pretrain.worker import IntegerLearner
     from eggroll.run.run_dir import RunDir
 
 
