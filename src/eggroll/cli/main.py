@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from eggroll.cli.eval import EvalOptions, evaluate
 from eggroll.cli.info import InfoOptions, info
+from eggroll.cli.parse import parse
 from eggroll.cli.pretrain import default_options as pretrain_defaults
 from eggroll.cli.pretrain import pretrain
 from eggroll.cli.recipe import recipe
@@ -82,15 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kind, run = COMMANDS[given[0]]
         defaults = DEFAULTS.get(given[0])
         default: Any = defaults(given[1:]) if defaults is not None else None
-        absent: Any = tyro.MISSING_NONPROP
         with _hinting(given[0], given[1:]):
-            options = tyro.cli(
-                kind,
-                args=given[1:],
-                prog=f"eggroll {given[0]}",
-                description=run.__doc__,
-                default=absent if default is None else default,
-            )
+            options = parse(kind, given[1:], prog=f"eggroll {given[0]}", description=run.__doc__ or "", default=default)
         return run(options)
     except EggrollError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
