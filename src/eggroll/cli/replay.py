@@ -27,7 +27,10 @@ class ReplayOptions:
     """Where the model goes (default: RUN/replay-<generation>)."""
 
 
-def replay(options: ReplayOptions) -> int:
+OPTIONS = ReplayOptions
+
+
+def run(options: ReplayOptions) -> int:
     """Rebuild the weights of a generation from the base model and the run's log."""
     from rich.progress import track
 
@@ -40,8 +43,8 @@ def replay(options: ReplayOptions) -> int:
     def shown(records: Iterable[UpdateRecord]) -> Iterable[UpdateRecord]:
         return track(list(records), description="replaying", console=console, disable=not console.is_terminal)
 
-    run = RunDir.open(options.run)
-    done = rebuild(kind_of(run), run, to=options.to, output=options.output, track=shown)
+    directory = RunDir.open(options.run)
+    done = rebuild(kind_of(directory), directory, to=options.to, output=options.output, track=shown)
     if done.damage:
         compared = f", not compared with its checkpoint, which is damaged: {escape(done.damage)}"
     elif done.equal is None:

@@ -18,18 +18,21 @@ class ReportOptions:
     """The run directory."""
 
 
-def report(options: ReportOptions) -> int:
+OPTIONS = ReportOptions
+
+
+def run(options: ReportOptions) -> int:
     """Write a run's report.html again, also while the run goes on."""
     from eggroll.cli.kinds import kind_of
     from eggroll.errors import RunError
     from eggroll.run.report import write_report
     from eggroll.run.run_dir import RunDir
 
-    run = RunDir.open(options.run)
+    directory = RunDir.open(options.run)
     try:
-        load_line = kind_of(run).load_line(run)
+        load_line = kind_of(directory).load_line(directory)
     except RunError:  # of a program of the user's own
         load_line = None
-    written = write_report(run, load_line=load_line)
+    written = write_report(directory, load_line=load_line)
     Console(soft_wrap=True, highlight=False).print(f"report   {escape(str(written))}")
     return 0
