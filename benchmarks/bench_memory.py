@@ -55,8 +55,8 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     from eggroll.llm.evaluators.hf import HFEvaluator
     from eggroll.llm.rewards import PerplexityReward
     from eggroll.llm.rewards.load import as_reward
-    from eggroll.torch.es import MATRIX_KINDS
     from eggroll.torch.population import Population
+    from eggroll.torch.replica import MATRIX_KINDS
 
     torch.set_num_threads(job["threads"])
     device, members = torch.device(job["device"]), job["members"]

@@ -22,8 +22,8 @@ from eggroll._optional import require
 from eggroll.core.config import ESConfig
 from eggroll.recipes.common import Generations, Options, Population, evolve, finish, program
 from eggroll.run.run_dir import RunDir
-from eggroll.torch.es import Replica
 from eggroll.torch.population import Active
+from eggroll.torch.replica import Replica
 
 LONGEST = 500
 SOLVED = 475.0

@@ -26,7 +26,7 @@ from eggroll.run.console import Display, duration
 from eggroll.run.report import write_report
 from eggroll.run.run_dir import RunDir
 from eggroll.run.trackers import TrackerListener, make_trackers, tracker_names
-from eggroll.torch.es import Replica
+from eggroll.torch.replica import Replica
 
 MAY_CHANGE = ("generations",)
 """Settings of the algorithm that a resumed run may have other values of."""

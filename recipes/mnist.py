@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from eggroll.core.config import ESConfig
 from eggroll.recipes.common import Generations, Options, Population, console, evolve, finish, program
 from eggroll.recipes.images import Images, load
-from eggroll.torch.es import Replica
 from eggroll.torch.population import Active
+from eggroll.torch.replica import Replica
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from eggroll.recipes.common import Generations, Population, program
 from eggroll.recipes.mnist import MnistOptions, classifier, train
-from eggroll.torch.es import Replica
+from eggroll.torch.replica import Replica
 
 
 @dataclass(frozen=True)

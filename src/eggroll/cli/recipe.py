@@ -21,7 +21,7 @@ from eggroll.errors import ConfigError, MissingExtraError, RunError
 
 if TYPE_CHECKING:
     from eggroll.run.run_dir import RunDir
-    from eggroll.torch.es import Replica
+    from eggroll.torch.replica import Replica
 
 RECIPES = {
     "cartpole": ("CartPoleOptions", "a policy learns to balance a pole; all members play at once"),

@@ -13,8 +13,8 @@ from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import ConfigError, RewardError
 from eggroll.loop import Evaluation, Heldout
-from eggroll.torch.es import MATRIX_KINDS, Replica
 from eggroll.torch.population import Active
+from eggroll.torch.replica import MATRIX_KINDS, Replica
 
 Fitness = Callable[[nn.Module, Active, int], Any]
 
@@ -34,7 +34,7 @@ class TorchWorker:
             ``split`` put members into a batch and take them out again, ``members`` counts them), and with the
             generation, which may choose the data. Returns ``(members,)`` or ``(members, prompts)`` scores.
         config: the settings of the algorithm.
-        heldout_fn: the centre's score, given the plain model.
+        heldout_fn: the center's score, given the plain model.
         kinds: kinds of parameters that are evolved when ``config.target_modules`` is ``None``.
 
     Raises:
@@ -75,8 +75,8 @@ class TorchWorker:
         return Evaluation(table.astype(np.float64))
 
     @torch.no_grad()
-    def evaluate_center(self) -> Heldout:
-        """The centre's score.
+    def heldout(self, generation: int) -> Heldout:
+        """The center's score.
 
         Raises:
             ConfigError: there is no ``heldout_fn``.

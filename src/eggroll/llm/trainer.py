@@ -22,7 +22,7 @@ from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
 from eggroll.loop import Evaluation, Heldout, Learner, Listener, Loop
 from eggroll.run.run_dir import RunDir
-from eggroll.torch.es import Replica
+from eggroll.torch.replica import Replica
 
 Batch = Sequence[Example] | dict[str, Any]
 MAY_CHANGE_ON_RESUME = ("generations", "eval_every", "checkpoint_every", "samples_per_generation")

@@ -14,9 +14,9 @@ from eggroll.core.config import ESConfig, Shaping
 from eggroll.core.fitness import shape_fitness
 from eggroll.errors import CheckpointError, ConfigError, RewardError
 from eggroll.torch.gradient import es_gradient
-from eggroll.torch.optim import OptimizerFactory, Updater, optimizer_factory
+from eggroll.torch.perturbed import MemberContext, PerturbedWeight
 from eggroll.torch.population import Active, Population
-from eggroll.torch.values import MemberContext, PerturbedWeight
+from eggroll.torch.updater import OptimizerFactory, Updater, optimizer_factory
 
 FitnessFn = Callable[[nn.Module], Any]
 LOW_RANK = ("matrix", "embedding", "conv", "experts")

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.learning import sigma_for_checks
+from eggroll.torch.layout.probe import sigma_for_checks
+from eggroll.torch.layout.rows import Inputs, count_rows, cut, join, largest_difference, member_dim, plain_outputs
 from eggroll.torch.parameters import Kept
-from eggroll.torch.rows import Inputs, count_rows, cut, join, largest_difference, member_dim, plain_outputs
-from eggroll.torch.values import MemberContext, MemberTensor, PerturbedWeight
+from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
 
 if TYPE_CHECKING:
     from eggroll.torch.population import Population

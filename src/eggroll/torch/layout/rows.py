@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
-from eggroll.torch.values import MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

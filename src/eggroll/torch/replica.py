@@ -12,13 +12,13 @@ from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.torch.gradient import es_gradient
 from eggroll.torch.noise import Noise
-from eggroll.torch.optim import OptimizerFactory, Updater, optimizer_factory
 from eggroll.torch.population import Mode, Population
+from eggroll.torch.updater import OptimizerFactory, Updater, optimizer_factory
 
 MATRIX_KINDS = ("matrix", "conv", "experts")
 
 
-class Centre:
+class Center:
     """The evolved parameters of a run, where their noise comes from, and their optimizer.
 
     Two of them that start from the same weights and apply the same records have the same weights, bit for bit on the
@@ -98,7 +98,7 @@ class Centre:
         self.updater.load_state_tensors(tensors)
 
 
-class Replica(Centre):
+class Replica(Center):
     """The centre of a run as a module, with its population.
 
     Args:

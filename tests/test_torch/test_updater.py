@@ -10,7 +10,7 @@ from torch import nn
 from eggroll.core.config import ESConfig
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.run.run_dir import RunDir
-from eggroll.torch.optim import Updater, optimizer_factory, round_stochastically
+from eggroll.torch.updater import Updater, optimizer_factory, round_stochastically
 
 OPTIMIZERS = ["sgd", "momentum", "adam", "adamw"]
 HALF = [torch.bfloat16, torch.float16]

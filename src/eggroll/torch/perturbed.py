@@ -49,7 +49,7 @@ class MemberContext:
         members: P, or ``None`` for a single member, whose values have no member axis.
         rows: R, the leading dimension of activations; ``None`` until it is known, 0 if inputs have no batch.
         layouts: per use of a parameter, the layout of the activations that it met where that was beyond doubt.
-            Kept from call to call; :mod:`eggroll.torch.ops.layout` reads and writes it.
+            Kept from call to call; :mod:`eggroll.torch.layout.rules` reads and writes it.
         batch_dim: the dimension of the model's inputs that holds the members.
         trusting: take the likely layout where sizes are ambiguous, and remember it, instead of raising: while
             layouts are learned, and in evaluations that are checked against single members.

@@ -6,7 +6,8 @@ all members (``shared``: a buffer, positions, a learned query). Sizes mostly tel
 sequence exactly as long as there are rows), the following decide, in this order:
 
 1. what the same use of the same parameter met before (``context.layouts``). The first call of a model under a
-   population is preceded by one with a few rows, of a number that no other dimension shares (``rows.learn``);
+   population is preceded by one with a few rows, of a number that no other dimension shares
+   (:mod:`eggroll.torch.layout.probe`);
 2. where the tensor's memory comes from: an input of the model holds rows, a parameter or buffer does not;
 3. the promise that inputs carry the members in front, for activations of R rows.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.values import Layout, MemberContext, Use
+from eggroll.torch.perturbed import Layout, MemberContext, Use
 
 
 def layout_of(context: MemberContext, name: str, use: str, x: Tensor, feature_dims: int = 1) -> Layout:

@@ -1,7 +1,7 @@
 """Before a model's first call under a population: a few rows, to learn layouts from and to check against members alone.
 
 The number of rows is one that no other dimension shares, so that sizes tell what holds the members
-(:mod:`eggroll.torch.ops.layout` remembers it). Some of the members are then evaluated alone: a model that moves or
+(:mod:`eggroll.torch.layout.rules` remembers it). Some of the members are then evaluated alone: a model that moves or
 mixes its rows (sorts them, normalises over the batch, concatenates in the batch dimension) is refused before it gives a
 wrong result. What moves rows only for some inputs may pass; ``Population.verify`` checks the inputs it is given.
 """
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.layout.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim, relative_difference
+from eggroll.torch.layout.rows import tolerance as rounding
 from eggroll.torch.parameters import Kept, place
-from eggroll.torch.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim, relative_difference
-from eggroll.torch.rows import tolerance as rounding
-from eggroll.torch.values import MemberContext, MemberTensor, Value
+from eggroll.torch.perturbed import MemberContext, MemberTensor, Value
 
 if TYPE_CHECKING:
     from eggroll.torch.population import Active, Population
