@@ -14,8 +14,9 @@ from rich.console import Console
 
 from eggroll.cli.eval import EvalOptions, evaluate
 from eggroll.cli.info import InfoOptions, info
+from eggroll.cli.parse import parse
+from eggroll.cli.pretrain import PretrainCommand, pretrain
 from eggroll.cli.pretrain import default_options as pretrain_defaults
-from eggroll.cli.pretrain import pretrain
 from eggroll.cli.recipe import recipe
 from eggroll.cli.replay import ReplayOptions, replay
 from eggroll.cli.report import ReportOptions, report
@@ -25,7 +26,6 @@ from eggroll.cli.tune import TuneOptions, tune
 from eggroll.cli.tune import default_options as tune_defaults
 from eggroll.cli.watch import option_given
 from eggroll.errors import EggrollError, raised_at
-from eggroll.pretrain.config import PretrainOptions
 from eggroll.rl.config import RLConfig
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "replay": (ReplayOptions, replay),
     "report": (ReportOptions, report),
     "rl": (RLConfig, rl),
-    "pretrain": (PretrainOptions, pretrain),
+    "pretrain": (PretrainCommand, pretrain),
 }
 DEFAULTS: dict[str, Callable[[Sequence[str]], Any]] = {
     "tune": tune_defaults,
@@ -84,13 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default: Any = defaults(given[1:]) if defaults is not None else None
         absent: Any = tyro.MISSING_NONPROP
         with _hinting(given[0], given[1:]):
-            options = tyro.cli(
-                kind,
-                args=given[1:],
-                prog=f"eggroll {given[0]}",
-                description=run.__doc__,
-                default=absent if default is None else default,
-            )
+            if given[0] == "pretrain":
+                about = run.__doc__ or ""
+                options = parse(kind, given[1:], prog="eggroll pretrain", description=about, default=default)
+            else:
+                options = tyro.cli(
+                    kind,
+                    args=given[1:],
+                    prog=f"eggroll {given[0]}",
+                    description=run.__doc__,
+                    default=absent if default is None else default,
+                )
         return run(options)
     except EggrollError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -44,20 +44,13 @@ def replay(options: ReplayOptions) -> int:
 
 
 def _replay_pretrain(run: RunDir, options: ReplayOptions, console: Console) -> int:
-    """A language model of ``eggroll pretrain``, made again from its seed."""
-    from safetensors.torch import save_file
+    from eggroll.lifecycle import replay as rebuild
+    from eggroll.pretrain.kind import KIND
 
-    from eggroll.pretrain.trainer import learner_of_run
-
-    learner = learner_of_run(str(run.path))
-    done = _apply(run, learner, options, console)
-    directory = Path(options.output) if options.output else run.path / f"replay-{done}"
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "model.safetensors"
-    tensors = dict(learner.state_tensors())
-    save_file(learner.weights(), path)
-    console.print(f"generation {done} of {len(run.updates())}{_compared(run, tensors, done)}")
-    console.print(f'weights  {escape(str(path))}\nload it  [bold]safetensors.numpy.load_file("{escape(str(path))}")[/]')
+    done = rebuild(KIND, run, to=options.to, output=options.output)
+    compared = ", equal to its checkpoint, bit for bit" if done.equal else ", differs" if done.equal is False else ""
+    console.print(f"generation {done.generation} of {done.logged}{compared}\nweights  {escape(str(done.saved.path))}")
+    console.print(f"load it  [bold]{escape(done.saved.load[0])}[/]")
     return 0
 
 

@@ -60,9 +60,7 @@ class PretrainWorker(ABC):
         length = options.context + options.tokens + 1
         groups = np.arange(members.start, members.stop) // options.group_size
         first, count = int(groups[0]), int(groups[-1] - groups[0]) + 1
-        starts = window_starts(
-            self.corpus.train, count, length, seed=options.seed, generation=generation, first=first
-        )
+        starts = window_starts(self.corpus.train, count, length, seed=options.seed, generation=generation, first=first)
         return windows(self.corpus.train, starts, length), groups - first
 
     def heldout(self, generation: int) -> Heldout:
