@@ -15,12 +15,12 @@ from typing import Any
 import common
 import torch
 
-from eggroll.llm import generation as decoding
-from eggroll.llm import models
+from eggroll import llm
+from eggroll.llm.backends.torch import HFEvaluator
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import load_examples
-from eggroll.llm.evaluators.hf import HFEvaluator
-from eggroll.llm.prefix import common_prefix
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.generation import generate as decoding
+from eggroll.llm.generation.prefix import common_prefix
 from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.tasks import get_task
 from eggroll.llm.trainer import replica_for
@@ -42,7 +42,7 @@ def main() -> None:
     rows = []
     for dtype in args.dtypes:
         for shots in args.shots:
-            loaded = models.load(args.model, dtype=dtype, device=args.device)
+            loaded = llm.load(args.model, dtype=dtype, device=args.device)
             task = get_task("countdown", shots=shots)
             config = EggrollConfig(
                 population_size=args.members, rank=1, sigma=0.01, max_tokens=args.max_tokens, system=task.system,

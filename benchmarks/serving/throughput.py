@@ -39,9 +39,8 @@ def main() -> None:
     import torch
     from common import alternate, hardware, slug
 
-    from eggroll import EggrollConfig, EggrollTrainer
-    from eggroll.llm import models
-    from eggroll.llm.data import load_examples
+    from eggroll import EggrollConfig, EggrollTrainer, llm
+    from eggroll.llm.data.examples import load_examples
     from eggroll.llm.vllm_trainer import VllmEggrollTrainer
     from eggroll.run.provenance import git_revision, versions
 
@@ -56,7 +55,7 @@ def main() -> None:
         return [float(len(text)) for text in completions]
 
     engine = VllmEggrollTrainer(args.model, config, reward, dtype=args.dtype)
-    loaded = models.load(args.model, dtype=args.dtype, device="cpu")
+    loaded = llm.load(args.model, dtype=args.dtype, device="cpu")
     plain = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
     engine.evaluator.eos_ids = []
     plain.evaluator.eos_ids = []

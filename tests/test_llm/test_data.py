@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from eggroll.errors import DataError
-from eggroll.llm.data import Example, batches, columns_of, load_examples, prompts_of
-from eggroll.llm.files import paragraphs
+from eggroll.llm.data.examples import Example, batches, columns_of, load_examples, prompts_of
+from eggroll.llm.data.files import paragraphs
 
 CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 

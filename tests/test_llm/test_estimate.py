@@ -17,7 +17,7 @@ from eggroll.errors import MemoryBudgetError, SelectionError
 from eggroll.llm import estimate as module
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.estimate import Estimate, Workload, ensure_fits
-from eggroll.llm.outline import Outline
+from eggroll.llm.models.outline import Outline
 from eggroll.llm.trainer import EggrollTrainer, replica_for
 
 # Without a prompt, texts are scored. Each run has another moment that needs most.

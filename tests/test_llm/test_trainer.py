@@ -17,8 +17,8 @@ from eggroll import (
 )
 from eggroll.core.oracle import member_params
 from eggroll.errors import ConfigError, DataError, RewardError, RunError
-from eggroll.llm import generation as decoding
-from eggroll.llm.data import load_examples
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.generation import generate as decoding
 from eggroll.run.run_dir import RunDir
 
 PROMPTS = ["What is red?", "Name a fish.", "Say hi.", "Count to three.", "Who?"]

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from eggroll import EggrollConfig, PerplexityReward
 from eggroll.errors import ConfigError, MissingExtraError, ModelError
-from eggroll.llm.adapter import save_adapter
-from eggroll.llm.distributed import DistributedTrainer, _placement
-from eggroll.llm.evaluators import vllm_parallel
-from eggroll.llm.evaluators.passes import reduce_samples
-from eggroll.llm.evaluators.vllm_engine import check_vllm
-from eggroll.llm.evaluators.vllm_parallel import across_nodes, check_parallel, worker_engine_args
-from eggroll.llm.evaluators.vllm_worker import MemberAddress, check_equal
-from eggroll.llm.outline import Outline
+from eggroll.llm.backends import vllm_parallel
+from eggroll.llm.backends.passes import reduce_samples
+from eggroll.llm.backends.pool import DistributedTrainer, _placement
+from eggroll.llm.backends.vllm_engine import check_vllm
+from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel, worker_engine_args
+from eggroll.llm.backends.vllm_worker import MemberAddress, check_equal
+from eggroll.llm.models.adapter import save_adapter
+from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards.load import as_reward
 
 

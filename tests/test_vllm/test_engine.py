@@ -8,8 +8,8 @@ import torch
 
 from eggroll import EggrollConfig, EggrollTrainer
 from eggroll.errors import ConfigError, ModelError, RunError
-from eggroll.llm import models
-from eggroll.llm.data import load_examples
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.models import loading
 from eggroll.llm.vllm_trainer import VllmEggrollTrainer
 
 PROMPTS = ["What is red?", "Name a fish.", "Say hi.", "Count to three."]
@@ -26,7 +26,7 @@ def reward(prompts, completions):
 
 def both(model, config, **options):
     dtype = options.pop("dtype", "float32")
-    loaded = models.load(str(model), dtype=dtype, device="cpu")
+    loaded = loading.load(str(model), dtype=dtype, device="cpu")
     plain = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
     return VllmEggrollTrainer(str(model), config, reward, dtype=dtype, **options), plain
 
@@ -119,7 +119,7 @@ def test_five_generations_give_the_same_weights_everywhere(trainers, tmp_path):
     assert [line["fitness_mean"] for line in mine] == [line["fitness_mean"] for line in theirs]
     assert mine[-1]["heldout_reward"] == theirs[-1]["heldout_reward"]
     assert_same_weights(made, plain)
-    saved = models.load(str(made.save(tmp_path / "saved")), dtype="float32", device="cpu").model
+    saved = loading.load(str(made.save(tmp_path / "saved")), dtype="float32", device="cpu").model
     parameters = dict(saved.named_parameters())
     for spec in made.specs:
         assert (weights(made, spec.name) - parameters[spec.name]).abs().max() <= 1e-6
@@ -138,7 +138,7 @@ def test_the_adapter_is_the_change_and_says_what_it_loses(trainers, tmp_path):
     report = made.save_best_adapter(tmp_path / "full", rank=96)
     assert report.relative_error < 1e-6
     factors = load_file(tmp_path / "full" / "adapter_model.safetensors")
-    merged = dict(models.load(str(tmp_path / "full" / "merged"), dtype="float32").model.named_parameters())
+    merged = dict(loading.load(str(tmp_path / "full" / "merged"), dtype="float32").model.named_parameters())
     base = dict(made.load_base().named_parameters())
     for spec in made.specs:
         module = f"base_model.model.{spec.name.removesuffix('.weight')}"

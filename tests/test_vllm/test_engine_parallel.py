@@ -9,8 +9,8 @@ import torch
 
 from eggroll import EggrollConfig, EggrollTrainer
 from eggroll.errors import EngineDiedError
-from eggroll.llm import models
-from eggroll.llm.data import load_examples
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.models import loading
 from eggroll.llm.vllm_trainer import VllmEggrollTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # three processes, each of which loads vLLM
@@ -45,7 +45,7 @@ def assert_same_weights(trainer, plain):
 
 @pytest.fixture(scope="module")
 def trainers(tiny):
-    loaded = models.load(str(tiny), dtype="float32", device="cpu")
+    loaded = loading.load(str(tiny), dtype="float32", device="cpu")
     plain = EggrollTrainer(loaded.model, CONFIG, reward, loaded.tokenizer)
     made = VllmEggrollTrainer(str(tiny), CONFIG, reward, dtype="float32", engine_args={"tensor_parallel_size": 2})
     yield made, plain
@@ -87,7 +87,7 @@ def test_a_state_is_put_back_into_all_parts(trainers, tiny):
 
 def test_bfloat16_with_its_masters(tiny):
     config = dataclasses.replace(CONFIG, generations=1, optimizer="sgd", lr=0.5)
-    loaded = models.load(str(tiny), dtype="bfloat16", device="cpu")
+    loaded = loading.load(str(tiny), dtype="bfloat16", device="cpu")
     plain = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
     engine = {"tensor_parallel_size": 2}
     with VllmEggrollTrainer(str(tiny), config, reward, dtype="bfloat16", engine_args=engine) as made:

@@ -7,7 +7,7 @@ import torch
 
 from eggroll import EggrollConfig
 from eggroll.distributed.crew import WorkerWarning
-from eggroll.llm.distributed import DistributedTrainer
+from eggroll.llm.backends.pool import DistributedTrainer
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # each worker loads vLLM, on whatever cores are free

@@ -9,9 +9,9 @@ from typing import Any
 
 from eggroll.cli.tune import TuneOptions
 from eggroll.errors import ConfigError
-from eggroll.llm import models
 from eggroll.llm.estimate import check_memory
-from eggroll.llm.outline import look_up
+from eggroll.llm.models import loading
+from eggroll.llm.models.outline import look_up
 from eggroll.llm.rewards.load import load_reward
 from eggroll.llm.trainer import EggrollTrainer
 
@@ -87,7 +87,7 @@ def _torch(options: TuneOptions) -> Backend:
     source, trust = options.model, options.trust_remote_code
     found = look_up(source, dtype=options.dtype, device=options.device, trust_remote_code=trust)
     check_memory(found.outline, options.config(), found.dtype, found.device)
-    loaded = models.load(source, dtype=found.dtype, device=found.device, trust_remote_code=trust)
+    loaded = loading.load(source, dtype=found.dtype, device=found.device, trust_remote_code=trust)
     reward = load_reward(reward_spec(options), loaded.tokenizer)
     trainer = EggrollTrainer(loaded.model, options.config(), reward, loaded.tokenizer)
     size = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -113,7 +113,7 @@ def _vllm(options: TuneOptions) -> Backend:
 
 
 def _workers(options: TuneOptions, train: Sequence[Any], heldout: Sequence[Any] | None) -> Backend:
-    from eggroll.llm.distributed import DistributedTrainer
+    from eggroll.llm.backends.pool import DistributedTrainer
 
     assert options.workers is not None
     trainer = DistributedTrainer(

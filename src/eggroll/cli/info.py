@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from eggroll.llm.estimate import Estimate, Memory, Workload
-    from eggroll.llm.outline import Outline
+    from eggroll.llm.models.outline import Outline
 
 arg = tyro.conf.arg
 
@@ -82,7 +82,7 @@ def info(options: InfoOptions) -> int:
     config = options.config()
     console = Console(highlight=False)
     from eggroll.llm.estimate import Estimate, Workload, rows_budget
-    from eggroll.llm.outline import look_up
+    from eggroll.llm.models.outline import look_up
 
     found = look_up(
         options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code

@@ -116,13 +116,13 @@ def _apply(run: RunDir, replica: Learner, options: ReplayOptions, console: Conso
 def _replay_tune(run: RunDir, options: ReplayOptions, console: Console) -> int:
     """A language model's run, from the base model."""
     from eggroll.cli.tune import options_of_run
-    from eggroll.llm import models
-    from eggroll.llm.export import load_line, save_pretrained
+    from eggroll.llm.models import loading
+    from eggroll.llm.models.export import load_line, save_pretrained
     from eggroll.llm.trainer import replica_for
 
     settings = options_of_run(options.run)
     with console.status(f"loading {settings.model} ..."):
-        loaded = models.load(settings.model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+        loaded = loading.load(settings.model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     replica = replica_for(loaded.model, settings.config())
     done = _apply(run, replica, options, console)
     directory = Path(options.output) if options.output else run.path / f"replay-{done}"

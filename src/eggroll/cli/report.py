@@ -21,7 +21,7 @@ class ReportOptions:
 
 def report(options: ReportOptions) -> int:
     """Write a run's report.html again, also while the run goes on."""
-    from eggroll.llm.export import load_line
+    from eggroll.llm.models.export import load_line
     from eggroll.run.report import write_report
     from eggroll.run.run_dir import RunDir
 

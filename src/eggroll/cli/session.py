@@ -25,8 +25,8 @@ from eggroll.cli.tune import (
     run_path,
 )
 from eggroll.errors import ConfigError, DataError, EggrollError
-from eggroll.llm.data import load_examples
-from eggroll.llm.export import load_line
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.models.export import load_line
 from eggroll.llm.tasks import get_task, row_check
 from eggroll.llm.trainer import EggrollTrainer
 from eggroll.run.console import Display

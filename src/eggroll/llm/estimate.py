@@ -21,8 +21,8 @@ from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
 from eggroll.errors import MemoryBudgetError
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.generation import COMPACT_FRACTION
-from eggroll.llm.outline import Outline
+from eggroll.llm.generation.generate import COMPACT_FRACTION
+from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards.perplexity import LOGITS_BUDGET
 from eggroll.torch.noise import CACHE_BYTES, CHUNK_BYTES
 

@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 
 from eggroll.core.select import ParameterSpec
-from eggroll.llm import models
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.export import save_pretrained
-from eggroll.llm.outline import Found
+from eggroll.llm.models import loading
+from eggroll.llm.models.export import save_pretrained
+from eggroll.llm.models.outline import Found
 from eggroll.llm.rewards import Reward
 from eggroll.llm.trainer import EggrollTrainer
 
@@ -60,7 +60,7 @@ class RemoteTrainer(EggrollTrainer):
         """The model that the run began with, in PyTorch on the CPU."""
         dtype = str(self.found.dtype).removeprefix("torch.")
         trust = self.trust_remote_code
-        return models.load(self.model_id, dtype=dtype, device="cpu", trust_remote_code=trust).model
+        return loading.load(self.model_id, dtype=dtype, device="cpu", trust_remote_code=trust).model
 
     @torch.no_grad()
     def merged(self) -> Any:

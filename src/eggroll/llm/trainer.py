@@ -12,12 +12,12 @@ import torch
 
 from eggroll.core.select import ParameterSpec
 from eggroll.errors import ConfigError, DataError, RunError
+from eggroll.llm.backends.torch import HFEvaluator
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import Example, batches, load_examples
+from eggroll.llm.data.examples import Example, batches, load_examples
 from eggroll.llm.estimate import check_memory
-from eggroll.llm.evaluators.hf import HFEvaluator
-from eggroll.llm.export import save_pretrained
-from eggroll.llm.outline import Outline, exclude_of, separate_head
+from eggroll.llm.models.export import save_pretrained
+from eggroll.llm.models.outline import Outline, exclude_of, separate_head
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
 from eggroll.loop import Evaluation, Heldout, Learner, Listener, Loop
@@ -85,8 +85,8 @@ class EggrollTrainer:
         """Run the generations; returns the history: one dict of metrics per generation.
 
         Args:
-            data: prompts or texts (whatever :func:`~eggroll.llm.data.load_examples` reads), or a ``DataLoader`` (or
-                any iterable) of tokenised batches.
+            data: prompts or texts (whatever :func:`~eggroll.llm.load_examples` reads), or a ``DataLoader`` (or any
+                iterable) of tokenised batches.
             callback: called with each generation's metrics; if it returns ``False``, the run ends.
             eval_data: held-out data in the same forms; the centre is scored on it before, during and after.
             run: a run directory for logs and checkpoints.

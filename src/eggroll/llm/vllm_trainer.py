@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 
 from eggroll.errors import RunError
-from eggroll.llm import models
-from eggroll.llm.adapter import AdapterReport, save_adapter
+from eggroll.llm.backends.torch import eos_ids
+from eggroll.llm.backends.vllm import VllmEvaluator
+from eggroll.llm.backends.vllm_engine import VllmEngine, check_vllm
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.evaluators.hf import eos_ids
-from eggroll.llm.evaluators.vllm import VllmEvaluator
-from eggroll.llm.evaluators.vllm_engine import VllmEngine, check_vllm
-from eggroll.llm.export import save_pretrained
-from eggroll.llm.outline import look_up
+from eggroll.llm.models import loading
+from eggroll.llm.models.adapter import AdapterReport, save_adapter
+from eggroll.llm.models.export import save_pretrained
+from eggroll.llm.models.outline import look_up
 from eggroll.llm.remote import RemoteTrainer
 from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.trainer import replica_for
@@ -42,7 +42,7 @@ class VllmEggrollTrainer(RemoteTrainer):
         config: the settings.
         reward_fn: ``reward_fn(outputs, prompts) -> list[float]``, TRL's ``reward(prompts, completions, **columns)``,
             ``score(text) -> float``, or a reward of text.
-        dtype: of the weights, as for :func:`eggroll.llm.models.load`.
+        dtype: of the weights, as for :func:`eggroll.llm.load`.
         engine_args: further arguments of ``vllm.LLM``, such as ``{"tensor_parallel_size": 2}``.
         trust_remote_code: run code that comes with the model.
 
@@ -64,7 +64,7 @@ class VllmEggrollTrainer(RemoteTrainer):
     ) -> None:
         trust = trust_remote_code
         found = look_up(model_id, dtype=dtype, trust_remote_code=trust)
-        around = models.load_surroundings(model_id, trust_remote_code=trust)
+        around = loading.load_surroundings(model_id, trust_remote_code=trust)
         reward = as_reward(reward_fn, around.tokenizer)
         specs = check_vllm(config, found.outline, reward)
         super().__init__(model_id, found, specs, config, reward, around.tokenizer, trust_remote_code=trust)

@@ -1,6 +1,6 @@
 """A vLLM engine whose own base weights are the centre of a run: started, asked, updated, watched.
 
-Its workers rebuild each update from its record (:mod:`eggroll.llm.evaluators.vllm_worker`); this side sends addresses
+Its workers rebuild each update from its record (:mod:`eggroll.llm.backends.vllm_worker`); this side sends addresses
 and records and gets text back.
 """
 
@@ -22,13 +22,13 @@ from eggroll._optional import require
 from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
 from eggroll.errors import ConfigError, EggrollError, EngineDiedError, MemoryBudgetError, ModelError
+from eggroll.llm.backends.vllm_parallel import check_sizes, device_count
+from eggroll.llm.backends.vllm_worker import MemberAddress, check_equal
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.evaluators.vllm_parallel import check_sizes, device_count
-from eggroll.llm.evaluators.vllm_worker import MemberAddress, check_equal
-from eggroll.llm.outline import Outline
+from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards import Reward
 
-WORKER = "eggroll.llm.evaluators.vllm_worker.EggrollWorker"
+WORKER = "eggroll.llm.backends.vllm_worker.EggrollWorker"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for; a smaller one is padded with zeros."""
 MOST_LORAS = 64

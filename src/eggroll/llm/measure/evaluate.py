@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from eggroll.errors import ConfigError
+from eggroll.llm.backends.torch import HFEvaluator
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import Example, batches, columns_of, load_examples, prompts_of
-from eggroll.llm.evaluators.hf import HFEvaluator
-from eggroll.llm.intervals import Interval, mcnemar, mean_interval, paired_proportions, wilson
-from eggroll.llm.models import LoadedModel
+from eggroll.llm.data.examples import Example, batches, columns_of, load_examples, prompts_of
+from eggroll.llm.measure.intervals import Interval, mcnemar, mean_interval, paired_proportions, wilson
+from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.rewards import FunctionReward
 from eggroll.llm.tasks import SOLVED, Task
 from eggroll.torch.population import Population

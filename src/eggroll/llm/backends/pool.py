@@ -11,11 +11,11 @@ from eggroll.distributed import RayPool
 from eggroll.distributed.partition import default_range_size
 from eggroll.distributed.pool import Pool
 from eggroll.errors import ConfigError, DataError
-from eggroll.llm import models
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import Example, load_examples
+from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.estimate import check_memory
-from eggroll.llm.outline import look_up
+from eggroll.llm.models import loading
+from eggroll.llm.models.outline import look_up
 from eggroll.llm.remote import RemoteTrainer
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
@@ -36,7 +36,7 @@ class WorkerFactory:
         train: the examples to train on.
         heldout: held-out examples, or ``None``.
         dtype: of the weights, the same everywhere.
-        device: as for :func:`eggroll.llm.models.load`; ``auto`` takes the GPU that a worker was given.
+        device: as for :func:`eggroll.llm.load`; ``auto`` takes the GPU that a worker was given.
         backend: who generates in each worker.
         engine_args: further arguments of ``vllm.LLM``.
         trust_remote_code: run code that comes with the model.
@@ -62,7 +62,7 @@ class WorkerFactory:
         """
         trainer: EggrollTrainer
         if self.backend == "vllm":
-            from eggroll.llm.evaluators.vllm_parallel import worker_engine_args
+            from eggroll.llm.backends.vllm_parallel import worker_engine_args
             from eggroll.llm.vllm_trainer import VllmEggrollTrainer
 
             size = default_range_size(self.config.population_size)
@@ -78,7 +78,7 @@ class WorkerFactory:
             found = look_up(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
             # Other workers may live on this machine, so what counts is the memory that is free.
             check_memory(found.outline, self.config, found.dtype, found.device, free=True)
-            loaded = models.load(
+            loaded = loading.load(
                 self.model, dtype=found.dtype, device=found.device, trust_remote_code=self.trust_remote_code
             )
             trainer = EggrollTrainer(loaded.model, self.config, self.reward, loaded.tokenizer)
@@ -165,10 +165,10 @@ class DistributedTrainer(RemoteTrainer):
         placement = _placement(backend, engine_args or {}, placement)
         place = "cpu" if device == "auto" else device  # of the driver, which may have no GPU
         found = look_up(model, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-        around = models.load_surroundings(model, trust_remote_code=trust_remote_code)
+        around = loading.load_surroundings(model, trust_remote_code=trust_remote_code)
         checked: Reward = as_reward(reward, around.tokenizer)
         if backend == "vllm":
-            from eggroll.llm.evaluators.vllm_engine import check_vllm
+            from eggroll.llm.backends.vllm_engine import check_vllm
 
             specs = check_vllm(config, found.outline, checked)
         else:
@@ -234,7 +234,7 @@ def _placement(backend: BackendName, engine_args: Mapping[str, Any], given: Mapp
     if not isinstance(gpus, int | float) or isinstance(gpus, bool):
         return dict(given)  # the pool says what is wrong with it
     if backend == "vllm":
-        from eggroll.llm.evaluators.vllm_parallel import across_nodes, check_parallel
+        from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel
 
         check_parallel(engine_args, gpus)
         return {"across_nodes": across_nodes(engine_args), **given}

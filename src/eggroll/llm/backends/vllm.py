@@ -10,14 +10,14 @@ import numpy as np
 
 from eggroll.core.threefry import fold_in, seed_key
 from eggroll.errors import ConfigError
-from eggroll.llm.chat import encode_prompts, format_prompts, plain_text
+from eggroll.llm.backends.passes import reduce_samples
+from eggroll.llm.backends.torch import HELDOUT_MEMBER
+from eggroll.llm.backends.vllm_engine import VllmEngine
+from eggroll.llm.backends.vllm_worker import MemberAddress
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import Example, columns_of, prompts_of
-from eggroll.llm.evaluators.hf import HELDOUT_MEMBER
-from eggroll.llm.evaluators.passes import reduce_samples
-from eggroll.llm.evaluators.vllm_engine import VllmEngine
-from eggroll.llm.evaluators.vllm_worker import MemberAddress
-from eggroll.llm.generation import SAMPLING_STREAM
+from eggroll.llm.data.examples import Example, columns_of, prompts_of
+from eggroll.llm.generation.chat import encode_prompts, format_prompts, plain_text
+from eggroll.llm.generation.generate import SAMPLING_STREAM
 from eggroll.llm.rewards import Reward
 from eggroll.loop import Evaluation, Heldout
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eggroll.core.threefry import fold_in, seed_key
-from eggroll.llm.prefix import common_prefix, plain_cache, spread
+from eggroll.llm.generation.prefix import common_prefix, plain_cache, spread
 from eggroll.torch.threefry import random_bits
 
 COMPACT_FRACTION = 0.2

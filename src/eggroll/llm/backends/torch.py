@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.llm.chat import encode_prompts, format_prompts, plain_text
+from eggroll.llm.backends.passes import reduce_samples
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import Example, columns_of, prompts_of
+from eggroll.llm.data.examples import Example, columns_of, prompts_of
 from eggroll.llm.estimate import Estimate, Workload, rows_budget
-from eggroll.llm.evaluators.passes import reduce_samples
-from eggroll.llm.generation import Sampling, generate
-from eggroll.llm.outline import Outline
+from eggroll.llm.generation.chat import encode_prompts, format_prompts, plain_text
+from eggroll.llm.generation.generate import Sampling, generate
+from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards import Reward
 from eggroll.loop import Evaluation, Heldout
 from eggroll.torch.population import Active, Population

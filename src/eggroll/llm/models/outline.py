@@ -13,9 +13,9 @@ import torch
 from eggroll._optional import require
 from eggroll.core.select import ParameterSpec, select
 from eggroll.errors import ModelError
-from eggroll.llm import models
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.hub import offline_if_unreachable, quiet_progress
+from eggroll.llm.models import loading
+from eggroll.llm.models.hub import offline_if_unreachable, quiet_progress
 from eggroll.torch.devices import find_device
 from eggroll.torch.parameters import parameter_specs
 
@@ -136,14 +136,14 @@ def look_up(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
 ) -> Found:
-    """Outline of a model that :func:`eggroll.llm.models.load` would load, without its weights.
+    """Outline of a model that :func:`eggroll.llm.load` would load, without its weights.
 
     Arguments and errors are those of ``load``. Of a directory or a hub id only the configuration is read, of a
     ``.gguf`` file only its metadata; an alias is fetched as for loading.
     """
     place = find_device(device)
-    kind = models.parse_dtype(dtype)
-    location, gguf = models._locate(source)
+    kind = loading.parse_dtype(dtype)
+    location, gguf = loading._locate(source)
     transformers: Any = require("transformers", extra="llm")
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
@@ -154,15 +154,15 @@ def look_up(
         with nullcontext() if Path(location).exists() else offline_if_unreachable(), quiet_progress():
             config = transformers.AutoConfig.from_pretrained(location, **arguments)
             if kind is None:
-                kind, reason = models.choose_dtype(place, *models._typical_shape(config))
+                kind, reason = loading.choose_dtype(place, *loading._typical_shape(config))
                 notes.append(reason)
             encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
             auto = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(models._not_loaded(source, location, error)) from error
-    return Found(Outline.of(model), models._short_name(source), kind, place, tuple(notes))
+        raise ModelError(loading._not_loaded(source, location, error)) from error
+    return Found(Outline.of(model), loading._short_name(source), kind, place, tuple(notes))
 
 
 def separate_head(model: Any) -> tuple[str, ...]:

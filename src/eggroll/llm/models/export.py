@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll.errors import ModelError
-from eggroll.llm.hub import quiet_progress
+from eggroll.llm.models.hub import quiet_progress
 
 METADATA_FILE = "eggroll.json"
 

