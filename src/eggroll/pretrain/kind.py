@@ -17,7 +17,7 @@ from eggroll.errors import RunError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting, Trained
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import load_corpus
-from eggroll.pretrain.measure import table_bits
+from eggroll.pretrain.measure import baseline_bits
 from eggroll.pretrain.worker import IntegerWorker, PretrainWorker
 from eggroll.run.run_dir import RunDir
 
@@ -184,7 +184,7 @@ def _finish(worker: PretrainWorker, run: RunDir, sitting: Sitting) -> dict[str, 
     return {
         "validation_bits_per_byte": bits,
         "validation_bytes": count,
-        **table_bits(corpus.train, corpus.validation),
+        **baseline_bits(corpus.train, corpus.validation),
         "generations": sitting.generation,
         "member_tokens": tokens,
         "parameters": options.shape.size,
