@@ -32,7 +32,10 @@ class PretrainCommand(PretrainOptions):
         return [*numbers(self, temperature=(0.0, True)), *super().problems()]
 
 
-def pretrain(options: PretrainCommand) -> int:
+OPTIONS = PretrainCommand
+
+
+def run(options: PretrainCommand) -> int:
     """Train a recurrent language model that lives in int8 from scratch, or print text of one (--sample RUN)."""
     require("torch", extra="torch")
     from eggroll.pretrain.kind import KIND

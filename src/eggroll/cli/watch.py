@@ -120,10 +120,17 @@ class Watch:
 
 def show_result(console: Console, result: dict[str, Any]) -> None:
     """One line for each entry of ``result.json``."""
+    from eggroll.run.console import duration
+
     console.print()
     for key, value in result.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        console.print(f"  {key.replace('_', ' '):28} [bold]{shown}[/]")
+        is_time = key.endswith("_s") and not key.endswith("_per_s")
+        if is_time:
+            shown, key = duration(value), key.removesuffix("_s")
+        else:
+            is_count = isinstance(value, int) and not isinstance(value, bool)
+            shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if is_count else value
+        console.print(f"  {key.replace('_', ' '):32} [bold]{shown}[/]")
     console.print()
 
 

@@ -48,7 +48,7 @@ class Plan:
         heldout: whether there is held-out data.
         eval_every: generations between held-out scores.
         checkpoint_every: generations between checkpoints.
-        stop: asked after each generation; true ends the run.
+        stop: asked after each generation, given the metrics of all that are done; true ends the run.
         describe: lines about the run, given the worker (or the pool of workers).
         command: the command line up to ``--resume``.
         facts: more entries for ``environment.json``.
@@ -67,7 +67,7 @@ class Plan:
     heldout: bool = True
     eval_every: int = 10
     checkpoint_every: int = 10
-    stop: Callable[[dict[str, Any]], bool] | None = None
+    stop: Callable[[list[dict[str, Any]]], bool] | None = None
     describe: Callable[[Any], Sequence[str]] = lambda worker: ()
     command: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -83,8 +83,11 @@ def train(
         with _way_on(kind, plan, run):
             loop = Loop(
                 plan.config, worker, run, plan.heldout,
-                eval_every=plan.eval_every, checkpoint_every=plan.checkpoint_every, stop=plan.stop,
+                eval_every=plan.eval_every, checkpoint_every=plan.checkpoint_every,
             )  # fmt: skip
+            if plan.stop is not None:
+                over = plan.stop
+                loop.stop = lambda _: over(loop.history)
             start = loop.resume(from_checkpoint=kind.from_checkpoint) if options.resume is not None else 0
             tracker = make_trackers(options.report_to, run)
             try:
