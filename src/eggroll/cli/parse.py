@@ -50,7 +50,7 @@ def command_type(kind: type[Any]) -> type[Any]:
             hint = tyro.conf.Suppress[hint]
         argument = tyro.conf.arg(
             help=texts.get(field.name, ""),
-            aliases=list(told.get("flags", ())) or None,
+            aliases=[flag.replace("_", "-") for flag in told.get("flags", ())] or None,  # tyro takes both for these
             metavar=told.get("positional") or None,
         )
         namespace["__annotations__"][field.name] = Annotated[hint, argument]

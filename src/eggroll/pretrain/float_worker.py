@@ -26,7 +26,6 @@ from eggroll.torch.replica import Replica
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LN_2 = math.log(2.0)
-MEMBERS_PER_FORWARD = 256
 
 
 class FloatWorker(PretrainWorker):
@@ -47,30 +46,28 @@ class FloatWorker(PretrainWorker):
         """Parameters by name."""
         return {name: value.contiguous() for name, value in self.replica.model.state_dict().items()}
 
-    @torch.no_grad()
     def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
         """Score members, each on its group's window.
 
-        Scores depend on which members share a forward pass, in their last bits: ranges should begin at multiples of
+        In their last bits scores depend on which members share a forward pass, so ranges have to begin at multiples of
         ``members_per_forward``.
         """
-        options, population = self.options, self.replica.population
+        options = self.options
         windows, group = self.windows(generation, members)
-        read = torch.from_numpy(windows).long().to(self.device)
-        step = options.members_per_forward or MEMBERS_PER_FORWARD
-        population.noise.prepare(generation, population.num_pairs, population.device)
-        scores = np.empty(len(members), np.float64)
-        for first in range(0, len(members), step):
-            part = members[first : first + step]
-            with population.perturbed(generation, part, sigma=sigma) as active:
-                scores[first : first + step] = self._fitness(active, read[group[first : first + step]])
-        return Evaluation(scores, tokens=len(members) * (options.tokens + options.context))
+        read, group_of = torch.from_numpy(windows).long().to(self.device), torch.from_numpy(group).to(self.device)
 
-    def _fitness(self, active: Active, windows: Tensor) -> NDArray[np.float64]:
-        """Minus the bits per byte of each member after its context, ``(members,)``."""
-        logits = active.split(self.replica.model(windows[:, :-1])[0])[:, 0]
-        scores = -_bits(logits, windows[:, 1:])[:, self.options.context :].mean(dim=1)
-        return scores.double().cpu().numpy()
+        def fitness(active: Active) -> Tensor:
+            first = active.first - members.start
+            window = read[group_of[first : first + active.members]]
+            logits = active.split(self.replica.model(window[:, :-1])[0])[:, 0]
+            return -_bits(logits, window[:, 1:])[:, options.context :].mean(dim=1)
+
+        step = members_per_forward(options)
+        scores = self.replica.population.scores(
+            fitness, generation, sigma=sigma, members_per_forward=step, members=members
+        )
+        tokens = len(members) * (options.tokens + options.context)
+        return Evaluation(scores.double().cpu().numpy(), tokens=tokens)
 
     def apply(self, record: UpdateRecord) -> float:
         """Take one update; returns the norm of the change."""
@@ -110,6 +107,11 @@ class FloatWorker(PretrainWorker):
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state_tensors`."""
         self.replica.load_state_tensors(tensors)
+
+
+def members_per_forward(options: PretrainOptions) -> int:
+    """Members that share a forward pass, which the last bits of results depend on."""
+    return options.members_per_forward or 256
 
 
 def _bits(logits: Tensor, targets: Tensor) -> Tensor:

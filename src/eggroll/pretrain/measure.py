@@ -1,4 +1,4 @@
-"""What a model is worth, and what it writes: bits per byte of held-out text, tables to compare with, samples."""
+"""What a model is worth, and what it writes: bits per byte of held-out text, baselines, samples."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def lanes_of(stream: NDArray[np.uint8], limit: int | None = None) -> Iterator[ND
         yield np.asarray(stream[rest:])[None]
 
 
-def table_bits(train: NDArray[np.uint8], held_out: NDArray[np.uint8]) -> dict[str, float]:
-    """Bits per byte of two tables of counts: of single bytes, and of bytes after a byte; one is added to every count.
+def baseline_bits(train: NDArray[np.uint8], held_out: NDArray[np.uint8]) -> dict[str, float]:
+    """Bits per byte of the unigram and the bigram baseline: counts of bytes and of pairs of bytes, plus one each.
 
     Args:
         train: ``(n,)`` bytes that are counted.
