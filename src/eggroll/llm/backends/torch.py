@@ -40,7 +40,7 @@ class Scores:
 class HFEvaluator:
     """Evaluates members and the centre of a population with any mixture of rewards.
 
-    Every kind of parameter can be perturbed. Members are evaluated ``batch_members`` at a time as rows of one batch;
+    Every kind of parameter can be perturbed. Members are evaluated ``members_per_forward`` at a time as rows of one batch;
     if this model cannot be evaluated so (checked once, :meth:`choose_mode`), one after the other.
 
     Args:
@@ -171,7 +171,7 @@ class HFEvaluator:
         if self.population.mode == "loop":
             step = 1
         else:
-            step = self.config.batch_members or self.members_that_fit(batch)
+            step = self.config.members_per_forward or self.members_that_fit(batch)
         for start in range(everyone.start, everyone.stop, step):
             yield range(start, min(start + step, everyone.stop))
 
