@@ -123,9 +123,9 @@ def _apply(run: RunDir, replica: Learner, options: ReplayOptions, console: Conso
 def _replay_tune(run: RunDir, options: ReplayOptions, console: Console) -> int:
     """A language model's run, from the base model."""
     from eggroll.cli.tune import options_of_run
+    from eggroll.llm.backends.torch import replica_for
     from eggroll.llm.models import loading
     from eggroll.llm.models.export import load_line, save_pretrained
-    from eggroll.llm.trainer import replica_for
 
     settings = options_of_run(options.run)
     with console.status(f"loading {settings.model} ..."):

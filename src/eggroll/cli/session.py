@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eggroll.cli.backends import Backend, make_backend
+from eggroll.cli.backends import make_trainer
 from eggroll.cli.tune import (
     DEFAULT_DATASET,
     RESUME_FREE,
@@ -43,7 +43,7 @@ class Session:
         self.console = Console(soft_wrap=True, highlight=False)
         self.tracker: Tracker | None = None
         self.run_dir: RunDir | None = None
-        self.backend: Backend | None = None
+        self.trainer: EggrollTrainer | None = None
         self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> Self:
@@ -59,8 +59,8 @@ class Session:
             error.add_note(_way_on(self.run_dir, self.options))
         if self.tracker is not None:
             self.tracker.close()
-        if self.backend is not None:
-            self.backend.close()
+        if self.trainer is not None:
+            self.trainer.cleanup()
 
     def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
         """A warning as a line above the display, without the place in the code that it came from."""
@@ -74,13 +74,14 @@ class Session:
         if options.resume is None and (run_path(options) / "config.json").exists():
             RunDir.create(run_path(options), {})  # raises: the directory holds a run
         with self.console.status(f"loading {options.model} ..."):
-            backend = self.backend = make_backend(options, train, heldout)
-        trainer = backend.trainer
+            trainer = self.trainer = make_trainer(options)
+            if options.workers is not None:
+                trainer.worker.use(train, heldout)  # now, so that a wrong address is known before there is a directory
         # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
-        self.options = options = dataclasses.replace(options, dtype=backend.dtype)  # type: ignore[arg-type]
+        self.options = options = dataclasses.replace(options, dtype=trainer.worker.setup.dtype_name)  # type: ignore[arg-type]
         run = self.run_dir = self._run_dir(trainer)
         self.tracker = make_trackers(options.report_to, run)
-        self._header(backend, run, len(train))
+        self._header(trainer, run, len(train))
         config = trainer.config
         display = Display(
             config.generations,
@@ -132,7 +133,7 @@ class Session:
         options = self.options
         settings = {"options": option_dict(options), "config": trainer.config.to_dict()}
         if options.resume is None:
-            extra = {"model": options.model, "device": self.backend.place if self.backend else ""}
+            extra = {"model": options.model, "device": trainer.worker.setup.place}
             return RunDir.create(run_path(options), settings, command=command_line(), extra=extra)
         run = RunDir.open(options.resume)
         _check_resumed(run, settings)
@@ -147,18 +148,18 @@ class Session:
         run.note_resume(len(run.updates()), command_line())
         return run
 
-    def _header(self, backend: Backend, run: RunDir, prompts: int) -> None:
-        trainer, out = backend.trainer, self.console.print
+    def _header(self, trainer: EggrollTrainer, run: RunDir, prompts: int) -> None:
+        setup, out = trainer.worker.setup, self.console.print
         config = trainer.config
         evolved = sum(spec.size for spec in trainer.evolved)
-        out(f"[bold]{escape(backend.name)}[/]  {count(backend.parameters)} parameters, {count(evolved)} evolved in "
-            f"{len(trainer.evolved)} tensors, {backend.dtype} on {backend.place}")  # fmt: skip
-        what = "texts" if all(part.needs == "tokens" for part, _ in trainer.reward.parts) else "prompts"
+        out(f"[bold]{escape(setup.name)}[/]  {count(setup.parameters)} parameters, {count(evolved)} evolved in "
+            f"{len(trainer.evolved)} tensors, {setup.dtype_name} on {setup.place}")  # fmt: skip
+        what = "texts" if trainer.reward.reads == "text" else "prompts"
         each = min(config.prompts_per_generation, prompts)
         out(f"reward {escape(trainer.reward.name)}, {prompts} {what}, {each} a generation")
         out(f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
             f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}")  # fmt: skip
-        for note in backend.notes:
+        for note in setup.notes:
             out(f"[dim]{escape(note)}[/]")
         out(f"[dim]run directory: {escape(str(run.path))}[/]\n")
 
