@@ -50,7 +50,7 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     from transformers import AutoModelForCausalLM  # noqa: F401  (libraries are loaded before the first look)
 
     from eggroll import llm
-    from eggroll.llm.backends.torch import HFEvaluator
+    from eggroll.llm.backends.torch import TorchEvaluator
     from eggroll.llm.config import EggrollConfig
     from eggroll.llm.data.examples import Example
     from eggroll.llm.rewards import PerplexityReward
@@ -70,7 +70,7 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     copies = job["rows_per_member"] * (1 if job["population"] else members)
     reward = PerplexityReward(loaded.tokenizer) if scored else as_reward(_length, loaded.tokenizer)
     population = Population(loaded.model, population_size=members, rank=1, kinds=MATRIX_KINDS, mode="rows")
-    evaluator = HFEvaluator(population, loaded.tokenizer, reward, config)
+    evaluator = TorchEvaluator(population, loaded.tokenizer, reward, config)
     evaluator.eos_ids = []
     batch: Any
     if scored:
