@@ -48,7 +48,7 @@ class Work:
             lr=1e-3,
             max_tokens=args.new_tokens,
             max_length=LENGTH,
-            batch_members=args.members,
+            members_per_forward=args.members,
             samples_per_generation=0,
         )
         self.copies, self.rows_per_member = args.members, rows_per_member

@@ -55,8 +55,8 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     from eggroll.llm.data.examples import Example
     from eggroll.llm.rewards import PerplexityReward
     from eggroll.llm.rewards.load import as_reward
-    from eggroll.torch.es import MATRIX_KINDS
     from eggroll.torch.population import Population
+    from eggroll.torch.replica import MATRIX_KINDS
 
     torch.set_num_threads(job["threads"])
     device, members = torch.device(job["device"]), job["members"]
@@ -64,7 +64,7 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     before = 0 if cuda else forget_peak()
     loaded = llm.load(job["model"], dtype=job["dtype"], device=device)
     config = EggrollConfig(
-        population_size=members, rank=1, max_tokens=job["tokens"], batch_members=members, samples_per_generation=0
+        population_size=members, rank=1, max_tokens=job["tokens"], members_per_forward=members, samples_per_generation=0
     )
     scored = job["kind"] == "perplexity"
     copies = job["rows_per_member"] * (1 if job["population"] else members)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from eggroll import llm
 from eggroll.llm.rewards import PerplexityReward
-from eggroll.torch.es import MATRIX_KINDS
 from eggroll.torch.population import Population
+from eggroll.torch.replica import MATRIX_KINDS
 
 MEASURE = "members per second of the population / members per second one at a time in place"
 TARGET = 15.0

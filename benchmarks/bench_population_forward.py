@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from eggroll import llm
-from eggroll.torch.es import MATRIX_KINDS
 from eggroll.torch.population import Population
+from eggroll.torch.replica import MATRIX_KINDS
 
 EVERYTHING = ("matrix", "conv", "experts", "embedding", "vector", "other")
 MEASURE = "time of plain inference / time of the population forward, same rows, rank 1"

@@ -45,7 +45,7 @@ def main() -> None:
             task = get_task("countdown", shots=shots)
             config = EggrollConfig(
                 population_size=args.members, rank=1, sigma=0.01, max_tokens=args.max_tokens, system=task.system,
-                batch_members=args.members, samples_per_generation=0, max_length=1024,
+                members_per_forward=args.members, samples_per_generation=0, max_length=1024,
             )  # fmt: skip
             replica = replica_for(loaded.model, config)
             reward = as_reward(lambda text: float(len(text)), loaded.tokenizer)

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll.cli.main import COMMANDS
-from eggroll.cli.session import _cell
+from eggroll.cli.tune import _cell
 from eggroll.cli.tune import TuneOptions, _with_task, default_options
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
@@ -238,7 +238,7 @@ def test_flags_reach_the_run(eggroll):
         "noise_reuse": 2,
         "lr_decay": 0.9,
         "sigma_decay": 0.8,
-        "batch_members": 2,
+        "members_per_forward": 2,
         "lr_schedule": "cosine",
         "system": "Be brief.",
     }

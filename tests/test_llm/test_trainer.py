@@ -79,9 +79,9 @@ def test_it_learns_the_likelihood_of_texts(tiny_model, tiny_tokenizer):
 def test_results_do_not_depend_on_batch_members(build_model, tiny_tokenizer, temperature):
     """Members in chunks of 1, 2, 4 or all: the same texts, so the same scores and the same run."""
     runs = []
-    for batch_members in (None, 1, 2, 4):
+    for members_per_forward in (None, 1, 2, 4):
         model = build_model("llama")
-        settings = config(batch_members=batch_members, temperature=temperature, generations=3)
+        settings = config(members_per_forward=members_per_forward, temperature=temperature, generations=3)
         trainer = EggrollTrainer(model, settings, checksum, tiny_tokenizer)
         history = trainer.evolve(PROMPTS)
         runs.append(([line["fitness_mean"] for line in history], centre(model)))
@@ -93,8 +93,8 @@ def test_results_do_not_depend_on_batch_members(build_model, tiny_tokenizer, tem
 
 def test_likelihoods_do_not_depend_on_batch_members(build_model, tiny_tokenizer):
     tables = []
-    for batch_members in (None, 1, 4):
-        settings = config(batch_members=batch_members)
+    for members_per_forward in (None, 1, 4):
+        settings = config(members_per_forward=members_per_forward)
         trainer = EggrollTrainer(build_model("llama"), settings, PerplexityReward(tiny_tokenizer), tiny_tokenizer)
         tables.append(scores_of(trainer, TEXTS))
     assert tables[0].shape == (6, 8)
@@ -333,7 +333,7 @@ def test_the_centre_survives_a_reward_that_raises(tiny_model, tiny_tokenizer, wh
             raise ValueError("no")
         return [float(len(text)) for text in completions]
 
-    trainer = EggrollTrainer(tiny_model, config(batch_members=1), reward, tiny_tokenizer)
+    trainer = EggrollTrainer(tiny_model, config(members_per_forward=1), reward, tiny_tokenizer)
     with pytest.raises(RewardError, match=r"reward function 'reward' raised ValueError: no"):
         trainer.evolve(PROMPTS)
     assert unchanged(tiny_model, before)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eggroll._lazy import lazy
+from eggroll._lazy import attach
 
 if TYPE_CHECKING:
     from eggroll.llm.config import EggrollConfig as EggrollConfig
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
     from eggroll.llm.tasks import get_task as get_task
     from eggroll.llm.trainer import EggrollTrainer as EggrollTrainer
 
-_HOMES = {
-    "CodeExecutionReward": "eggroll.llm.rewards",
-    "CustomReward": "eggroll.llm.rewards",
-    "EggrollConfig": "eggroll.llm.config",
-    "EggrollTrainer": "eggroll.llm.trainer",
-    "Example": "eggroll.llm.data.examples",
-    "FunctionReward": "eggroll.llm.rewards",
-    "LoadedModel": "eggroll.llm.models.loading",
-    "MultiReward": "eggroll.llm.rewards",
-    "PerplexityReward": "eggroll.llm.rewards",
-    "Reward": "eggroll.llm.rewards",
-    "Task": "eggroll.llm.tasks",
-    "TextReward": "eggroll.llm.rewards",
-    "get_task": "eggroll.llm.tasks",
-    "load": "eggroll.llm.models.loading",
-    "load_examples": "eggroll.llm.data.examples",
-}
-
-__all__ = [*_HOMES]  # noqa: PLE0604
-
-__getattr__, __dir__ = lazy(__name__, _HOMES, extra="llm")
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "CodeExecutionReward": "eggroll.llm.rewards",
+        "CustomReward": "eggroll.llm.rewards",
+        "EggrollConfig": "eggroll.llm.config",
+        "EggrollTrainer": "eggroll.llm.trainer",
+        "Example": "eggroll.llm.data.examples",
+        "FunctionReward": "eggroll.llm.rewards",
+        "LoadedModel": "eggroll.llm.models.loading",
+        "MultiReward": "eggroll.llm.rewards",
+        "PerplexityReward": "eggroll.llm.rewards",
+        "Reward": "eggroll.llm.rewards",
+        "Task": "eggroll.llm.tasks",
+        "TextReward": "eggroll.llm.rewards",
+        "get_task": "eggroll.llm.tasks",
+        "load": "eggroll.llm.models.loading",
+        "load_examples": "eggroll.llm.data.examples",
+    },
+    extra="llm",
+)

@@ -147,14 +147,12 @@ class EggrollTrainer:
         for listener in listeners:
             if worker.note and hasattr(listener, "message"):
                 listener.message(worker.note)
-        everyone = range(self.config.population_size)
         loop = Loop(
-            config=self.config,
-            learner=worker,
-            evaluate=lambda generation, sigma: worker.evaluate(generation, sigma, everyone),
-            heldout=None if eval_data is None else lambda: worker.heldout(0),
+            self.config,
+            worker,
+            run,
+            heldout=eval_data is not None,
             eval_every=self.config.eval_every,
-            run=run,
             checkpoint_every=self.config.checkpoint_every,
             listeners=listeners,
             # A callback that has ended this trainer's run is not asked again when it goes on.

@@ -110,11 +110,11 @@ class PoolWorker:
 
     def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
         """Let the workers score the members."""
-        return self._started().evaluate(generation, sigma)
+        return self._started().evaluate(generation, sigma, members)
 
-    def heldout(self, generation: int = 0) -> Heldout:
+    def heldout(self, generation: int) -> Heldout:
         """The center on the held-out data, scored by one of the workers."""
-        return self._started().heldout()
+        return self._started().heldout(generation)
 
     def apply(self, record: UpdateRecord) -> float:
         """Send an update to all workers; returns the norm of the change."""

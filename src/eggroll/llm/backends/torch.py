@@ -22,8 +22,8 @@ from eggroll.llm.generation.chat import plain_text
 from eggroll.llm.generation.generate import Sampling, generate
 from eggroll.llm.models.outline import Outline, exclude_of, separate_head
 from eggroll.llm.rewards import Reward
-from eggroll.torch.es import Replica
 from eggroll.torch.population import Active, Population
+from eggroll.torch.replica import Replica
 
 MOST_CENTER_ROWS = 64
 """Held-out rows that the center is evaluated on together, at most."""
@@ -38,7 +38,7 @@ def replica_for(model: Any, config: EggrollConfig) -> Replica:
 class TorchEvaluator(Evaluator):
     """Evaluates members and the center of a population with any mixture of rewards.
 
-    Every kind of parameter can be perturbed. Members are evaluated ``batch_members`` at a time as rows of one batch;
+    Every kind of parameter can be perturbed. ``members_per_forward`` members at a time are rows of one batch;
     if this model cannot be evaluated so (checked once, :meth:`choose_mode`), one after the other.
 
     Args:
@@ -109,7 +109,7 @@ class TorchEvaluator(Evaluator):
         if self.population.mode == "loop":
             step = 1
         else:
-            step = self.config.batch_members or self.members_that_fit(batch)
+            step = self.config.members_per_forward or self.members_that_fit(batch)
         for start in range(members.start, members.stop, step):
             yield range(start, min(start + step, members.stop))
 

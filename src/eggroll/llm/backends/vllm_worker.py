@@ -21,8 +21,8 @@ from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
 from eggroll.distributed.state import digest
 from eggroll.errors import ModelError
-from eggroll.torch.es import Centre
 from eggroll.torch.noise import Noise
+from eggroll.torch.replica import Center
 
 SCHEME = "eggroll"
 """What the path of an adapter that is drawn begins with."""
@@ -86,7 +86,7 @@ class EggrollWorker:
         self.eggroll_siblings = {name: tensor for name, tensor in tensors.items() if name not in names}
         settings = self.eggroll_config
         noise = Noise(self.eggroll_specs, settings.rank, settings.seed, settings.noise_reuse)
-        self.eggroll_centre = Centre(parameters, noise, settings)
+        self.eggroll_center = Center(parameters, noise, settings)
         self._eggroll_drawn: tuple[tuple[int, int], dict[str, tuple[Tensor, Tensor]]] | None = None
         ordinary = manager._load_adapter
 
@@ -103,23 +103,23 @@ class EggrollWorker:
         """Draw a generation's noise now if it is small enough to be kept; returns the number of normals."""
         config = self.eggroll_config
         pairs = config.population_size // 2 if config.antithetic else config.population_size
-        self.eggroll_centre.noise.prepare(generation, pairs, self.device)
-        return float(pairs * self.eggroll_centre.noise.draw_size)
+        self.eggroll_center.noise.prepare(generation, pairs, self.device)
+        return float(pairs * self.eggroll_center.noise.draw_size)
 
     def eggroll_apply(self, record: str) -> float:
         """Rebuild one update from its record and write it into the engine's weights; returns the norm of the change."""
-        norm = self.eggroll_centre.apply(UpdateRecord.from_json(record))
+        norm = self.eggroll_center.apply(UpdateRecord.from_json(record))
         self._eggroll_write()
         return norm
 
     def eggroll_digest(self) -> str:
         """A digest of the evolved weights and their masters, equal on workers that hold the same bits."""
-        return digest(self.eggroll_centre.state_tensors())
+        return digest(self.eggroll_center.state_tensors())
 
     def eggroll_save(self, path: str) -> None:
         """Write the state (evolved weights, masters, optimizer) to a safetensors file; the first worker does."""
         if getattr(self, "rank", 0) == 0:
-            state = self.eggroll_centre.state_tensors()
+            state = self.eggroll_center.state_tensors()
             save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, path)
 
     def eggroll_load(self, path: str) -> None:
@@ -131,7 +131,7 @@ class EggrollWorker:
 
         world = get_world_group()
         state = world.broadcast_tensor_dict(load_file(path) if world.is_first_rank else None, src=0)
-        self.eggroll_centre.load_state_tensors(state)
+        self.eggroll_center.load_state_tensors(state)
         self._eggroll_write()
 
     @torch.no_grad()
@@ -174,10 +174,10 @@ class EggrollWorker:
     def _eggroll_factors(self, generation: int, pair: int) -> dict[str, tuple[Tensor, Tensor]]:
         """``name -> (A (m, r), B^T (r, n))`` of a pair; the last one is kept, since its two members come together."""
         if self._eggroll_drawn is None or self._eggroll_drawn[0] != (generation, pair):
-            draws = self.eggroll_centre.noise.draw(generation, [pair], self.device)
+            draws = self.eggroll_center.noise.draw(generation, [pair], self.device)
             factors = {}
             for spec in self.eggroll_specs:
-                a, b = self.eggroll_centre.noise.factors(spec, draws[spec.name])
+                a, b = self.eggroll_center.noise.factors(spec, draws[spec.name])
                 factors[spec.name] = (
                     a[0],
                     b[0].T.contiguous().to(self.model_runner.lora_manager.lora_config.lora_dtype),
@@ -220,7 +220,7 @@ class EggrollWorker:
 
     def _eggroll_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of all opened layers, layer by layer, so that vLLM holds one of them at a time."""
-        parameters = self.eggroll_centre.updater.parameters
+        parameters = self.eggroll_center.updater.parameters
         for names in self.eggroll_groups.tensors(parameters, self.eggroll_siblings):
             for name in names:
                 yield name, parameters[name].detach() if name in parameters else self.eggroll_siblings[name]
