@@ -76,7 +76,7 @@ def test_it_learns_the_likelihood_of_texts(tiny_model, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_results_do_not_depend_on_batch_members(build_model, tiny_tokenizer, temperature):
+def test_results_do_not_depend_on_members_per_forward(build_model, tiny_tokenizer, temperature):
     """Members in chunks of 1, 2, 4 or all: the same texts, so the same scores and the same run."""
     runs = []
     for members_per_forward in (None, 1, 2, 4):
@@ -91,7 +91,7 @@ def test_results_do_not_depend_on_batch_members(build_model, tiny_tokenizer, tem
             torch.testing.assert_close(parameter, runs[0][1][name], rtol=1e-6, atol=1e-6)
 
 
-def test_likelihoods_do_not_depend_on_batch_members(build_model, tiny_tokenizer):
+def test_likelihoods_do_not_depend_on_members_per_forward(build_model, tiny_tokenizer):
     tables = []
     for members_per_forward in (None, 1, 4):
         settings = config(members_per_forward=members_per_forward)

@@ -70,22 +70,6 @@ class Setup:
         return model
 
 
-class Learner(Protocol):
-    """What takes updates: a :class:`~eggroll.torch.replica.Replica`, or a vLLM engine."""
-
-    def apply(self, record: UpdateRecord) -> float:
-        """Take one update; returns the norm of the change."""
-        ...
-
-    def state_tensors(self) -> Mapping[str, Any]:
-        """What a checkpoint holds."""
-        ...
-
-    def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_tensors`."""
-        ...
-
-
 class ModelWorker(Worker, Protocol):
     """What a trainer holds: a worker of the loop that knows what it is made of, and is told its data."""
 
@@ -117,11 +101,11 @@ class LanguageWorker:
     Args:
         setup: what the run is made of.
         evaluator: scores members and the center.
-        learner: takes updates.
+        learner: takes updates: a :class:`~eggroll.torch.replica.Replica` or a vLLM engine.
         module: the module that is evolved in place; ``None`` where the weights are in an engine.
     """
 
-    def __init__(self, setup: Setup, evaluator: Evaluator, learner: Learner, module: Any = None) -> None:
+    def __init__(self, setup: Setup, evaluator: Evaluator, learner: Any, module: Any = None) -> None:
         self.setup, self.evaluator, self.learner, self.module = setup, evaluator, learner, module
         self.source: BatchSource | None = None
         self._heldout: Batch = []
