@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll.cli.main import COMMANDS
-from eggroll.cli.tune import _cell
+from eggroll.cli.session import _cell
 from eggroll.cli.tune import TuneOptions, _with_task, default_options
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
