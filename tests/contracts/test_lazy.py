@@ -44,7 +44,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(package):
 
 
 def test_a_module_of_ours_that_is_missing_is_a_mistake_of_ours(package):
-    with pytest.raises(ModuleNotFoundError, match="eggroll.a_module_that_is_not_there"):
+    with pytest.raises(ModuleNotFoundError, match=r"eggroll\.a_module_that_is_not_there"):
         _ = package.Broken
 
 
