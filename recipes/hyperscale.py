@@ -21,14 +21,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.table import Table
 from torch import Tensor
 
 from eggroll._optional import require
+from eggroll.core.settings import setting
 from eggroll.errors import ConfigError
 from eggroll.recipes.common import console, program
 
@@ -42,7 +42,7 @@ WAYS = {
 FIRST, LAST = 2**8, 2**22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HyperscaleOptions:
     """Largest population and memory."""
 
@@ -54,8 +54,11 @@ class HyperscaleOptions:
     """A generation that takes longer ends a curve, too."""
     device: str = "cpu"
     """cpu or cuda."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    output: str | None = setting(None, flags=("-o",))
     """Run directory (default: runs/hyperscale-TIME)."""
+
+
+OPTIONS = HyperscaleOptions
 
 
 def run(options: HyperscaleOptions) -> dict[str, Any]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from eggroll.distributed.local import LocalPool as LocalPool
     from eggroll.distributed.ray_pool import RayPool as RayPool
     from eggroll.distributed.torch_worker import TorchWorker as TorchWorker
-    from eggroll.distributed.worker import Worker as Worker
+    from eggroll.loop import Worker as Worker
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = attach(
         "LocalPool": "eggroll.distributed.local",
         "RayPool": "eggroll.distributed.ray_pool",
         "TorchWorker": "eggroll.distributed.torch_worker",
-        "Worker": "eggroll.distributed.worker",
+        "Worker": "eggroll.loop",
         "evolve": "eggroll.distributed.evolving",
     },
     extra="torch",

@@ -84,8 +84,9 @@ class Population(PerturbedModel):
         *,
         sigma: float | None = None,
         members_per_forward: int | None = None,
+        members: range | None = None,
     ) -> Tensor:
-        """Fitness of all members, ``(population_size,)``: ``fitness_fn`` is called while the model is (some of) them.
+        """Fitness of members (all by default): ``fitness_fn`` is called while the model is (some of) them.
 
             >>> def fitness(active):
             ...     logits = active.split(model(active.expand(x)))  # (members, batch, classes)
@@ -98,26 +99,31 @@ class Population(PerturbedModel):
             sigma: instead of the population's own.
             members_per_forward: how many members are evaluated at once; all by default. A number whose activations
                 stay in cache is the fastest. Results do not depend on it.
+            members: consecutive members.
+
+        Returns:
+            ``(len(members),)`` scores.
 
         Raises:
             RewardError: another number of scores.
         """
-        step = members_per_forward or self.population_size
+        everyone = range(self.population_size) if members is None else members
+        step = members_per_forward or len(everyone)
         self.noise.prepare(generation, self.num_pairs, self.device)
         # One tensor for all scores: small ones that outlive each part would split the memory that the next part needs.
         found: Tensor | None = None
-        for first in range(0, self.population_size, step):
-            members = range(first, min(first + step, self.population_size))
-            with self.perturbed(generation, members, sigma=sigma) as active:
+        for first in range(everyone.start, everyone.stop, step):
+            part = range(first, min(first + step, everyone.stop))
+            with self.perturbed(generation, part, sigma=sigma) as active:
                 scores = fitness_fn(active)
-            if not isinstance(scores, Tensor) or scores.shape != (len(members),):
+            if not isinstance(scores, Tensor) or scores.shape != (len(part),):
                 given = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
                 raise RewardError(
-                    f"fitness_fn must return a tensor ({len(members)},), one score for each member; got {given}"
+                    f"fitness_fn must return a tensor ({len(part)},), one score for each member; got {given}"
                 )
             if found is None:
-                found = scores.new_empty(self.population_size)
-            found[first : members.stop] = scores
+                found = scores.new_empty(len(everyone))
+            found[first - everyone.start : part.stop - everyone.start] = scores
         assert found is not None
         return found
 
