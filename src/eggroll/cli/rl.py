@@ -18,8 +18,8 @@ from eggroll.rl.config import RLConfig
 
 if TYPE_CHECKING:
     from eggroll.rl.envs.base import Environment
-    from eggroll.rl.learner import PolicyLearner
     from eggroll.rl.trainer import Trained
+    from eggroll.rl.worker import PolicyLearner
     from eggroll.run.run_dir import RunDir
 
 

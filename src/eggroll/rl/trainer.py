@@ -21,7 +21,7 @@ from eggroll.rl.envs.base import Environment
 from eggroll.run.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from eggroll.rl.learner import PolicyLearner
+    from eggroll.rl.worker import PolicyLearner
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def make_learner(config: RLConfig, env: Any, kind: Callable[..., Any] | None = N
     """
     import jax
 
-    from eggroll.rl.learner import PolicyLearner
     from eggroll.rl.policies import init_policy
     from eggroll.rl.rollouts import Rollouts
+    from eggroll.rl.worker import PolicyLearner
 
     es = config.es()
     present = jax.devices()
@@ -125,14 +125,30 @@ def options_of_run(path: str) -> RLConfig:
     return RLConfig(**config)
 
 
+def set_up(config: RLConfig) -> tuple[Any, RLConfig, PolicyLearner]:
+    """The environment, the resolved settings and the learner of a run.
+
+    Raises:
+        ConfigError: settings cannot work, or there is no such environment.
+        MissingExtraError: the environment's library is not installed.
+    """
+    if registry.resolve(config.env)[0] == "gymnasium":
+        from eggroll.rl.envs.gymnasium_env import GymEnvironment
+        from eggroll.rl.gymnasium_worker import GymLearner
+
+        env = GymEnvironment.make(config.env)
+        config = config.resolved(env.name)
+        if config.devices != 1:
+            raise ConfigError(f"devices (={config.devices}): Gymnasium's environments are stepped on the host; use 1")
+        return env, config, make_learner(config, env, GymLearner)
+    compiled = registry.make(config.env)
+    config = config.resolved(compiled.name)
+    return compiled, config, make_learner(config, compiled)
+
+
 def learner_of_run(run: RunDir) -> PolicyLearner:
     """The policy as a run began with it, for a replay."""
-    config = dataclasses.replace(options_of_run(str(run.path)), devices=1)
-    if registry.resolve(config.env)[0] == "gymnasium":
-        from eggroll.rl.gym import train_setup
-
-        return train_setup(config)[2]
-    return make_learner(config, registry.make(config.env))
+    return set_up(dataclasses.replace(options_of_run(str(run.path)), devices=1))[2]
 
 
 def train(
@@ -152,16 +168,7 @@ def train(
         ConfigError: settings cannot work, or there is no such environment.
         MissingExtraError: the environment's library is not installed.
     """
-    library, _ = registry.resolve(config.env)
-    env: Environment
-    if library == "gymnasium":
-        from eggroll.rl.gym import train_setup
-
-        env, config, learner = train_setup(config)
-    else:
-        env = registry.make(config.env)
-        config = config.resolved(env.name)
-        learner = make_learner(config, env)
+    env, config, learner = set_up(config)
     run = open_run(config)
     loop = Loop(
         config=learner.config,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,77 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from eggroll._optional import require
-from eggroll.errors import ConfigError
 from eggroll.jax.noise import draw_pairs, seed_key
 from eggroll.jax.transform import MemberNoise
 from eggroll.loop import Evaluation
-from eggroll.rl.config import RLConfig
-from eggroll.rl.envs import registry
-from eggroll.rl.envs.base import ActionSpace, Continuous, Discrete, MultiDiscrete
-from eggroll.rl.learner import PolicyLearner
+from eggroll.rl.envs.gymnasium_env import GymEnvironment
 from eggroll.rl.policies import LARGEST, ObsStats, act, forward
-
-DEFAULT_LIMIT = 1000
-"""Steps of an episode where the environment has no limit of its own."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GymEnvironment:
-    """What the trainer asks of an environment; it is stepped in batches by :class:`GymLearner`."""
-
-    name: str
-    id: str
-    obs_size: int
-    actions: ActionSpace
-    max_steps: int
-
-    @classmethod
-    def make(cls, name: str) -> GymEnvironment:
-        """The environment of an id.
-
-        Raises:
-            ConfigError: no such id, or observations or actions of a kind that policies cannot have.
-        """
-        gymnasium = require("gymnasium", extra="rl")
-        _, id = registry.resolve(name)
-        try:
-            env = gymnasium.make(id)
-        except gymnasium.error.Error as error:
-            raise ConfigError(f"env {name!r}: gymnasium cannot make {id}: {error}") from None
-        space, limit = env.observation_space, env.spec.max_episode_steps or DEFAULT_LIMIT
-        if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
-            raise ConfigError(
-                f"env {name!r} has observations {space}; policies need numbers (Box or Discrete). A wrapper such as "
-                "gymnasium.wrappers.FlattenObservation in a registered id gives them"
-            )
-        actions = _action_space(env.action_space, name)
-        size = int(np.prod(space.shape)) if isinstance(space, gymnasium.spaces.Box) else int(space.n)
-        env.close()
-        return cls(f"gymnasium/{id}", id, size, actions, int(limit))
-
-    def reset(self, key: Any) -> tuple[Any, Any]:
-        """Not in JAX: see :class:`GymLearner`."""
-        raise TypeError(f"{self.name} is stepped on the host")
-
-    def step(self, key: Any, state: Any, action: Any) -> tuple[Any, Any, Any, Any]:
-        """Not in JAX: see :class:`GymLearner`."""
-        raise TypeError(f"{self.name} is stepped on the host")
-
-    def render(self, states: list[Any], path: Path) -> Path | None:
-        """Nothing: frames come from the environment itself (:meth:`GymLearner.draw`)."""
-        return None
-
-
-def _action_space(space: Any, name: str) -> ActionSpace:
-    from gymnasium import spaces
-
-    if isinstance(space, spaces.Discrete):
-        return Discrete(int(space.n))
-    if isinstance(space, spaces.MultiDiscrete):
-        return MultiDiscrete(tuple(int(number) for number in space.nvec))
-    if isinstance(space, spaces.Box) and np.isfinite([space.low, space.high]).all():
-        return Continuous(space.low.astype(np.float32).ravel(), space.high.astype(np.float32).ravel())
-    raise ConfigError(f"env {name!r} has actions {space}; policies know Discrete, MultiDiscrete and bounded Box")
+from eggroll.rl.worker import PolicyLearner
 
 
 class GymLearner(PolicyLearner):
@@ -222,18 +156,3 @@ def _seeds(seed: int, generation: int, pairs: np.ndarray, episodes: int) -> np.n
     """``(pairs, episodes)`` seeds, a function of their address."""
     rows = [np.random.SeedSequence([seed, generation, int(pair)]).generate_state(episodes) for pair in pairs]
     return np.array(rows, np.uint32) % (2**31 - 1)
-
-
-def train_setup(config: RLConfig) -> tuple[GymEnvironment, RLConfig, PolicyLearner]:
-    """The environment, the resolved settings and the learner of a run.
-
-    Raises:
-        ConfigError: settings cannot work.
-    """
-    from eggroll.rl.trainer import make_learner
-
-    env = GymEnvironment.make(config.env)
-    config = config.resolved(env.name)
-    if config.devices != 1:
-        raise ConfigError(f"devices (={config.devices}): Gymnasium's environments are stepped on the host; use 1")
-    return env, config, make_learner(config, env, GymLearner)
