@@ -107,7 +107,7 @@ def _read(folder: Path, file: str) -> NDArray[np.uint8]:
 
 def _from_hub() -> dict[str, tuple[Any, Any]] | str:
     """MNIST from the hub, or why it is not to be had from there."""
-    from eggroll.llm.hub import offline_if_unreachable
+    from eggroll.llm.models.hub import offline_if_unreachable
 
     try:
         datasets = require("datasets", extra="recipes")

@@ -54,7 +54,7 @@ def test_wrong_scores_are_told(toys, scores, given):
 
 def test_heldout_needs_its_function(toys):
     with pytest.raises(ConfigError, match="held-out scores need heldout_fn"):
-        TorchWorker(toys.make_model, toys.fitness, toys.config()).evaluate_center()
+        TorchWorker(toys.make_model, toys.fitness, toys.config()).heldout(0)
 
 
 def test_a_run_is_continued_and_a_wrong_one_refused(toys, tmp_path):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from eggroll.llm import intervals
-from eggroll.llm.intervals import FEW, mcnemar, mean_interval, paired_proportions, wilson
+from eggroll.llm.measure import intervals
+from eggroll.llm.measure.intervals import FEW, mcnemar, mean_interval, paired_proportions, wilson
 
 
 @pytest.mark.parametrize(

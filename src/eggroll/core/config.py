@@ -7,12 +7,15 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eggroll.core.check import is_number, numbers, whole
+from eggroll.core.fitness import Sampling, Shaping, shape_fitness
 from eggroll.core.schedules import Schedule, ScheduleName
+from eggroll.core.settings import setting, to_json_values
 from eggroll.errors import ConfigError
 
-Shaping = Literal["centered_rank", "normalized", "raw"]
-Sampling = Literal["antithetic", "one_sided"]
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
 Rounding = Literal["auto", "master", "stochastic", "nearest"]
 
@@ -25,7 +28,7 @@ class ESConfig:
         ConfigError: one or several settings cannot work; the message lists all of them.
     """
 
-    population_size: int = 256
+    population_size: int = setting(256, flags=("-p", "--population", "--pop_size"))
     """Members per generation; both signs of an antithetic pair count."""
     rank: int = 8
     """Rank of a matrix's perturbation. 1 loses almost nothing in variance and is the fastest."""
@@ -33,9 +36,9 @@ class ESConfig:
     """Standard deviation of a perturbation's entries."""
     lr: float = 0.001
     """Learning rate; it absorbs 1/sigma: plain SGD is params + lr * es_gradient."""
-    generations: int = 100
+    generations: int = setting(100, flags=("-g",), resume=True)
     """Number of updates."""
-    antithetic: bool = True
+    antithetic: bool = setting(True, hidden=True)
     """Members 2k and 2k+1 share a draw with opposite signs. ``sampling`` overrides this when it is given."""
     sampling: Sampling | None = None
     """``antithetic``, or ``one_sided``: every member has a draw of its own, with a leave-one-out baseline."""
@@ -134,11 +137,23 @@ class ESConfig:
         """Sigma as a function of the generation; it never falls to 0, where nothing could be learned."""
         return Schedule(self.sigma_schedule, self.sigma, self.sigma_decay, self.generations, final_fraction=0.1)
 
+    def shape(self, fitness: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """The weights ``(N,)`` of the estimate from raw scores ``(N,)`` or ``(N, prompts)``."""
+        return shape_fitness(
+            fitness,
+            method=self.fitness_shaping,
+            sampling=self.sampling or "antithetic",
+            group_size=self.group_size,
+            elite_k=self.elite_k,
+        )
+
+    def weight_metrics(self, weights: NDArray[np.float32]) -> dict[str, float]:
+        """What the log says about a generation's weights, besides the metrics of its scores."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
-        }
+        return to_json_values(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -157,6 +172,14 @@ class ESConfig:
         if problems:
             raise ConfigError.from_problems(cls.__name__, problems)
         return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardOptions:
+    """How much is computed at once."""
+
+    members_per_forward: int | None = setting(None, flags=("--batch-members",), resume=True)
+    """Members evaluated together (default: as many as fit comfortably). Results do not depend on it."""
 
 
 def _decay_rates(**fields: Any) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eggroll.core.config import Sampling, Shaping
+Shaping = Literal["centered_rank", "normalized", "raw"]
+Sampling = Literal["antithetic", "one_sided"]
 
 VARIANCE_EPSILON = 1e-5
 

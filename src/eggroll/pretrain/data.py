@@ -178,7 +178,7 @@ def write_stream(path: Path, documents: Iterable[bytes]) -> NDArray[np.uint8]:
 
 
 def window_starts(
-    stream: NDArray[np.uint8], count: int, length: int, *, seed: int, generation: int
+    stream: NDArray[np.uint8], count: int, length: int, *, seed: int, generation: int, first: int = 0
 ) -> NDArray[np.int64]:
     """Where the windows of a generation begin: ``(count,)``, hashed from ``(seed, generation, number)``.
 
@@ -188,9 +188,10 @@ def window_starts(
         length: of a window.
         seed: of the run.
         generation: which.
+        first: number of the first window.
     """
     key = threefry.fold_in(parameter_key(seed, WINDOWS_NAME), generation)
-    numbers = np.arange(count, dtype=np.uint32)
+    numbers = np.arange(first, first + count, dtype=np.uint32)
     hi, lo = threefry.threefry2x32(key, np.zeros(count, np.uint32), numbers)
     places = len(stream) - length + 1
     if places < 2**32:

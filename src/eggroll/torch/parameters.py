@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eggroll.core.select import Kind, ParameterSpec
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.values import Value
+from eggroll.torch.perturbed import Value
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

@@ -14,8 +14,9 @@ import eggroll.torch.ops  # noqa: F401  (installs the rules)
 from eggroll.core.address import member_of
 from eggroll.core.select import ParameterSpec, select
 from eggroll.errors import ConfigError, RewardError, UnsupportedOperationError
-from eggroll.torch.learning import learn_and_check
-from eggroll.torch.modes import RUNS, Call, run_auto, verify
+from eggroll.torch.evaluate import RUNS, Call, run_auto, verify
+from eggroll.torch.layout.probe import learn_and_check
+from eggroll.torch.layout.rows import Inputs, constants_of, member_data, rows_from_input
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.parameters import (
@@ -27,8 +28,7 @@ from eggroll.torch.parameters import (
     swapped,
     training_hazards,
 )
-from eggroll.torch.rows import Inputs, constants_of, member_data, rows_from_input
-from eggroll.torch.values import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
+from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
 
 Mode = Literal["auto", "rows", "vmap", "loop"]
 
@@ -271,8 +271,9 @@ class Population:
         *,
         sigma: float | None = None,
         members_per_forward: int | None = None,
+        members: range | None = None,
     ) -> Tensor:
-        """Fitness of all members, ``(population_size,)``: ``fitness_fn`` is called while the model is (some of) them.
+        """Fitness of members (all by default): ``fitness_fn`` is called while the model is (some of) them.
 
             >>> def fitness(active):
             ...     logits = active.split(model(active.expand(x)))  # (members, batch, classes)
@@ -285,26 +286,31 @@ class Population:
             sigma: instead of the population's own.
             members_per_forward: how many members are evaluated at once; all by default. A number whose activations
                 stay in cache is the fastest. Results do not depend on it.
+            members: consecutive members.
+
+        Returns:
+            ``(len(members),)`` scores.
 
         Raises:
             RewardError: another number of scores.
         """
-        step = members_per_forward or self.population_size
+        everyone = range(self.population_size) if members is None else members
+        step = members_per_forward or len(everyone)
         self.noise.prepare(generation, self.num_pairs, self.device)
         # One tensor for all scores: small ones that outlive each part would split the memory that the next part needs.
         found: Tensor | None = None
-        for first in range(0, self.population_size, step):
-            members = range(first, min(first + step, self.population_size))
-            with self.perturbed(generation, members, sigma=sigma) as active:
+        for first in range(everyone.start, everyone.stop, step):
+            part = range(first, min(first + step, everyone.stop))
+            with self.perturbed(generation, part, sigma=sigma) as active:
                 scores = fitness_fn(active)
-            if not isinstance(scores, Tensor) or scores.shape != (len(members),):
+            if not isinstance(scores, Tensor) or scores.shape != (len(part),):
                 given = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
                 raise RewardError(
-                    f"fitness_fn must return a tensor ({len(members)},), one score for each member; got {given}"
+                    f"fitness_fn must return a tensor ({len(part)},), one score for each member; got {given}"
                 )
             if found is None:
-                found = scores.new_empty(self.population_size)
-            found[first : members.stop] = scores
+                found = scores.new_empty(len(everyone))
+            found[first - everyone.start : part.stop - everyone.start] = scores
         assert found is not None
         return found
 

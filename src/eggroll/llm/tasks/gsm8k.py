@@ -192,7 +192,7 @@ def _gold_number(answer: str) -> str:
 
 
 def _problems(split: str) -> Iterator[tuple[str, Row]]:
-    from eggroll.llm.data import load_examples
+    from eggroll.llm.data.examples import load_examples
 
     try:
         examples = load_examples(_source(split), split=split)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from eggroll.errors import ConfigError
+from eggroll.torch.layout.rows import addresses, plain_outputs
+from eggroll.torch.perturbed import MemberContext, PerturbedWeight
 from eggroll.torch.population import Population
-from eggroll.torch.rows import addresses, plain_outputs
-from eggroll.torch.values import MemberContext, PerturbedWeight
 
 MEMBERS_OF_CHECK = 24
 """Members of the population with which a module's first call is checked; more than any check needs."""
