@@ -18,8 +18,8 @@ DEFAULT_LIMIT = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class GymEnvironment:
-    """What the trainer asks of an environment; :mod:`eggroll.rl.gymnasium_worker` steps it, in batches."""
+class GymnasiumEnvironment:
+    """What the trainer asks of an environment; :mod:`eggroll.rl.gymnasium_rollouts` steps it, in batches."""
 
     name: str
     id: str
@@ -28,7 +28,7 @@ class GymEnvironment:
     max_steps: int
 
     @classmethod
-    def make(cls, name: str) -> GymEnvironment:
+    def make(cls, name: str) -> GymnasiumEnvironment:
         """The environment of an id.
 
         Raises:
