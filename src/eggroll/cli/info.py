@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eggroll.core.config import OptimizerName, Sampling
+from eggroll.core.config import OptimizerName
+from eggroll.core.fitness import Sampling
 from eggroll.llm.config import Dtype, EggrollConfig
 
 if TYPE_CHECKING:

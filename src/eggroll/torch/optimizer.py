@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eggroll.core.config import ESConfig, Shaping
-from eggroll.core.fitness import shape_fitness
+from eggroll.core.config import ESConfig
+from eggroll.core.fitness import Shaping, shape_fitness
 from eggroll.errors import CheckpointError, ConfigError, RewardError
 from eggroll.torch.gradient import es_gradient
 from eggroll.torch.population import Active, Population
