@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from eggroll import llm
-from eggroll.llm.backends.torch import HFEvaluator
+from eggroll.llm.backends.torch import TorchEvaluator, replica_for
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, prompts_of
 from eggroll.llm.generation.chat import format_prompts
 from eggroll.llm.generation.generate import generate
 from eggroll.llm.rewards import PerplexityReward
 from eggroll.llm.rewards.load import as_reward
-from eggroll.llm.trainer import replica_for
 from eggroll.loop import Loop
 
 MEASURE = "time of plain inference / time of a whole generation (draw + evaluate + update), same rows, rank 1"
@@ -49,17 +48,17 @@ class Work:
             lr=1e-3,
             max_tokens=args.new_tokens,
             max_length=LENGTH,
-            batch_members=args.members,
+            members_per_forward=args.members,
             samples_per_generation=0,
         )
         self.copies, self.rows_per_member = args.members, rows_per_member
         self.replica = replica_for(self.model, self.config)
         self.reward = self.make_reward()
-        self.evaluator = HFEvaluator(self.replica.population, self.tokenizer, self.reward, self.config)
+        self.evaluator = TorchEvaluator(self.replica.population, self.tokenizer, self.reward, self.config)
         self.evaluator.eos_ids = []
         self.batch = self.make_batch(args)
         mode = self.evaluator.choose_mode(self.batch)
-        assert mode == "rows", self.evaluator.mode_note
+        assert mode == "rows", self.evaluator.note
         self.generations = count()
         self.parts: list[dict[str, Any]] = []
 
@@ -82,11 +81,7 @@ class Work:
     def generation_seconds(self) -> float:
         number = next(self.generations)
         config = dataclasses.replace(self.config, generations=number + 1)
-        loop = Loop(
-            config=config,
-            learner=self.replica,
-            evaluate=lambda generation, sigma: self.evaluator.evaluate(generation, sigma, self.batch),
-        )
+        loop = Loop(config, self.worker)
         taken = common.seconds(lambda: loop.go(number), self.device)
         self.parts.append(loop.history[-1])
         return taken

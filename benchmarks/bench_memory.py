@@ -50,7 +50,7 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     from transformers import AutoModelForCausalLM  # noqa: F401  (libraries are loaded before the first look)
 
     from eggroll import llm
-    from eggroll.llm.backends.torch import HFEvaluator
+    from eggroll.llm.backends.torch import TorchEvaluator
     from eggroll.llm.config import EggrollConfig
     from eggroll.llm.data.examples import Example
     from eggroll.llm.rewards import PerplexityReward
@@ -64,13 +64,13 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     before = 0 if cuda else forget_peak()
     loaded = llm.load(job["model"], dtype=job["dtype"], device=device)
     config = EggrollConfig(
-        population_size=members, rank=1, max_tokens=job["tokens"], batch_members=members, samples_per_generation=0
+        population_size=members, rank=1, max_tokens=job["tokens"], members_per_forward=members, samples_per_generation=0
     )
     scored = job["kind"] == "perplexity"
     copies = job["rows_per_member"] * (1 if job["population"] else members)
     reward = PerplexityReward(loaded.tokenizer) if scored else as_reward(_length, loaded.tokenizer)
     population = Population(loaded.model, population_size=members, rank=1, kinds=MATRIX_KINDS, mode="rows")
-    evaluator = HFEvaluator(population, loaded.tokenizer, reward, config)
+    evaluator = TorchEvaluator(population, loaded.tokenizer, reward, config)
     evaluator.eos_ids = []
     batch: Any
     if scored:

@@ -114,7 +114,7 @@ class Scripted:
 
 
 def test_right_answers_are_counted(model_dir, monkeypatch):
-    from eggroll.llm.backends.torch import HFEvaluator
+    from eggroll.llm.backends.torch import TorchEvaluator
 
     task = get_task("countdown")
     problems = draw_problems(task, 4, 0)
@@ -125,7 +125,7 @@ def test_right_answers_are_counted(model_dir, monkeypatch):
     config = EvalOptions(("tiny",), "countdown").config(task)
     results = []
     for texts in ([right[0], "no", "no", "<answer>1</answer>"], right):
-        monkeypatch.setattr(HFEvaluator, "complete", Scripted(texts))
+        monkeypatch.setattr(TorchEvaluator, "complete", Scripted(texts))
         seen = []
         results.append(
             answer(

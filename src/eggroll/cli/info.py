@@ -56,7 +56,7 @@ class InfoOptions:
     """Longest completion in tokens."""
     max_length: int = 512
     """Length of a text in tokens, for perplexity."""
-    batch_members: int | None = None
+    members_per_forward: int | None = None
     """Members evaluated together (default: as many as fit comfortably)."""
     dtype: Dtype = "auto"
     """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine."""
@@ -94,7 +94,7 @@ def info(options: InfoOptions) -> int:
     }
     memories = {}
     for name, workload in workloads.items():
-        members = config.batch_members or estimate.members_that_fit(workload, rows_budget(found.device))
+        members = config.members_per_forward or estimate.members_that_fit(workload, rows_budget(found.device))
         memories[name] = estimate.memory(workload, members)
     dtype = str(found.dtype).removeprefix("torch.")
     out = console.print

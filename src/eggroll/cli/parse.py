@@ -28,16 +28,18 @@ def parse(
         ConfigError: settings that cannot work.
     """
     command = command_type(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     absent: Any = tyro.MISSING_NONPROP
     if default is not None:
-        values = {field.name: getattr(default, field.name) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        absent = command(**values)
-    return tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
+        absent = command(**{name: getattr(default, name) for name in names})
+    given = tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
+    # Checked here, so that what cannot work is said in the words of the settings.
+    return kind(**{name: getattr(given, name) for name in names})
 
 
 @cache
 def command_type(kind: type[Any]) -> type[Any]:
-    """A subclass of ``kind`` whose fields are annotated for tyro."""
+    """A dataclass with the fields of ``kind``, annotated for tyro, that checks nothing."""
     hints, texts = get_type_hints(kind, include_extras=True), field_texts(kind)
     namespace: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__, "__module__": kind.__module__}
     for field in dataclasses.fields(kind):
@@ -55,7 +57,7 @@ def command_type(kind: type[Any]) -> type[Any]:
         namespace[field.name] = dataclasses.field(
             default=field.default, default_factory=field.default_factory, metadata=field.metadata
         )  # type: ignore[call-overload]
-    return dataclasses.dataclass(frozen=True, kw_only=True)(type(kind.__name__, (kind,), namespace))
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type(kind.__name__, (), namespace))
 
 
 @cache

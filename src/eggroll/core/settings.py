@@ -72,6 +72,11 @@ def to_json_values(options: Any, kind: type[Any] | None = None) -> dict[str, Any
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
 
+def narrowed(options: Any, kind: type[Any]) -> Any:
+    """``options`` as an instance of one of their bases: the part of them that ``kind`` knows."""
+    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+
+
 def from_json_values(kind: type[Any], stored: Mapping[str, Any], *, ignored: Sequence[str] = (), source: str) -> Any:
     """The options that :func:`to_json_values` stored, under today's names.
 

@@ -55,6 +55,7 @@ class Plan:
         fingerprints: digests of what the run reads, such as its data; a resumed run must have the same ones.
         placement: more arguments of :class:`eggroll.distributed.RayPool`.
         final_worker: makes the worker that ``finish`` gets after a run on a pool; ``None`` is ``make_worker``.
+        pools_itself: ``make_worker`` makes a pool where the options ask for workers.
         finish_interrupted: whether ``finish`` is called after an interrupt, too.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     placement: Mapping[str, Any] = field(default_factory=dict)
     final_worker: Callable[[], Worker] | None = None
+    pools_itself: bool = False
     finish_interrupted: bool = False
 
 

@@ -61,8 +61,10 @@ def open_run(kind: RunKind, plan: Plan) -> RunDir:
     options = plan.options
     stored = {key: value for key, value in to_json_values(options, kind.options).items() if key != "resume"}
     settings: dict[str, Any] = {"kind": kind.name, "options": stored, **plan.fingerprints}
-    if plan.config is not options:
-        settings["config"] = plan.config.to_dict()
+    values = plan.config.to_dict().items()
+    algorithm = {key: value for key, value in values if key not in stored or stored[key] != value}
+    if algorithm:  # what is derived from the options
+        settings["config"] = algorithm
     if options.resume is None:
         path = options.output or f"runs/{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         return RunDir.create(path, settings, command=command_line(), extra=plan.facts)

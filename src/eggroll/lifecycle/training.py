@@ -115,6 +115,8 @@ def make_worker(plan: Plan, notify: Callable[[str], None] | None = None) -> Iter
             if getattr(options, name) != getattr(WorkerOptions, name):
                 raise ConfigError(f"{flag_of(name)} is for runs on workers; say how many with --workers N")
         worker: Any = plan.make_worker()
+    elif plan.pools_itself:
+        worker = plan.make_worker()
     else:
         worker = RayPool(
             plan.make_worker,

@@ -169,7 +169,7 @@ class Estimate:
 
     def memory(self, workload: Workload, members: int | None = None) -> Memory:
         """Everything that a run needs with ``members`` evaluated together (by default as many as it would take)."""
-        chosen = members or self.config.batch_members or self.members_that_fit(workload)
+        chosen = members or self.config.members_per_forward or self.members_that_fit(workload)
         chosen = min(chosen, self.config.population_size)
         moments = (*self._evaluation(workload, chosen), self._update())
         return Memory(chosen, self.fixed(), moments)

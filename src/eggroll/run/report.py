@@ -196,7 +196,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a run in one table; the algorithm's own come last."""
     parts = {key: value for key, value in config.items() if key not in ("options", "config")}
     options, algorithm = config.get("options") or {}, config.get("config") or {}
-    return {**parts, **options, **{key: value for key, value in algorithm.items() if key not in options}}
+    return {**parts, **options, **algorithm}
 
 
 def _facts(values: Mapping[str, Any]) -> str:

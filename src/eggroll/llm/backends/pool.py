@@ -1,132 +1,32 @@
-"""A language model's run on many workers: what each of them is made of, and the trainer that drives them."""
+"""A language model that evolves in many processes, on one machine or on a Ray cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from eggroll.core.records import UpdateRecord
 from eggroll.distributed import RayPool
-from eggroll.distributed.partition import default_range_size
 from eggroll.distributed.pool import Pool
-from eggroll.errors import ConfigError, DataError
+from eggroll.errors import ConfigError, DataError, RunError
+from eggroll.llm.backends.build import BackendName, WorkerFactory
+from eggroll.llm.backends.vllm_engine import check_vllm
+from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel
+from eggroll.llm.backends.worker import Setup
 from eggroll.llm.config import EggrollConfig
+from eggroll.llm.data.batches import is_batches
 from eggroll.llm.data.examples import Example, load_examples
-from eggroll.llm.estimate import check_memory
-from eggroll.llm.models import loading
+from eggroll.llm.models.loading import load_surroundings
 from eggroll.llm.models.outline import look_up
-from eggroll.llm.remote import RemoteTrainer
-from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
-from eggroll.llm.trainer import BatchSource, EggrollTrainer, is_batches
 from eggroll.loop import Evaluation, Heldout
 
-BackendName = Literal["torch", "vllm"]
 
+class PoolWorker:
+    """Workers that score members, each with a replica of the model; this process holds none.
 
-@dataclass(frozen=True)
-class WorkerFactory:
-    """Everything that a worker is made of; it travels to the worker, which loads the model itself.
-
-    Attributes:
-        model: directory, hub id or alias, to be found on every machine.
-        config: the settings of the run.
-        reward: a name for :func:`eggroll.llm.rewards.load.load_reward`, or a function.
-        train: the examples to train on.
-        heldout: held-out examples, or ``None``.
-        dtype: of the weights, the same everywhere.
-        device: as for :func:`eggroll.llm.load`; ``auto`` takes the GPU that a worker was given.
-        backend: who generates in each worker.
-        engine_args: further arguments of ``vllm.LLM``.
-        trust_remote_code: run code that comes with the model.
-    """
-
-    model: str
-    config: EggrollConfig
-    reward: Any
-    train: Sequence[Example]
-    heldout: Sequence[Example] | None
-    dtype: str
-    device: str = "auto"
-    backend: BackendName = "torch"
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-    trust_remote_code: bool = False
-
-    def __call__(self) -> LanguageWorker:
-        """Load the model and make the worker, in its process.
-
-        Raises:
-            MemoryBudgetError: there is no room for the model here.
-            EggrollError: the model or the reward cannot be loaded here.
-        """
-        trainer: EggrollTrainer
-        if self.backend == "vllm":
-            from eggroll.llm.backends.vllm_parallel import worker_engine_args
-            from eggroll.llm.vllm_trainer import VllmEggrollTrainer
-
-            size = default_range_size(self.config.population_size)
-            trainer = VllmEggrollTrainer(
-                self.model,
-                self.config,
-                self.reward,
-                dtype=self.dtype,
-                engine_args={"max_loras": size, **worker_engine_args(self.engine_args)},
-                trust_remote_code=self.trust_remote_code,
-            )
-        else:
-            found = look_up(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
-            # Other workers may live on this machine, so what counts is the memory that is free.
-            check_memory(found.outline, self.config, found.dtype, found.device, free=True)
-            loaded = loading.load(
-                self.model, dtype=found.dtype, device=found.device, trust_remote_code=self.trust_remote_code
-            )
-            trainer = EggrollTrainer(loaded.model, self.config, self.reward, loaded.tokenizer)
-        return LanguageWorker(trainer, self.train, self.heldout)
-
-
-class LanguageWorker:
-    """A replica of a language model and its share of the members: a :class:`eggroll.distributed.Worker`."""
-
-    def __init__(self, trainer: EggrollTrainer, train: Sequence[Example], heldout: Sequence[Example] | None) -> None:
-        self.trainer = trainer
-        self.source = BatchSource(list(train), trainer.config, trainer.reward)
-        self.heldout = heldout
-        trainer.evaluator.choose_mode(self.source.at(0))
-
-    def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
-        """Score some members on the generation's batch, which every worker chooses alike."""
-        found: Evaluation = self.trainer.evaluator.evaluate(generation, sigma, self.source.at(generation), members)
-        return found
-
-    def evaluate_center(self) -> Heldout:
-        """The centre on the held-out examples."""
-        found: Heldout = self.trainer.evaluator.evaluate_center(self.heldout or [])
-        return found
-
-    def apply(self, record: UpdateRecord) -> float:
-        """Take one update; returns the norm of the change."""
-        return self.trainer.learner.apply(record)
-
-    def state_tensors(self) -> Mapping[str, Any]:
-        """What a checkpoint holds."""
-        return self.trainer.learner.state_tensors()
-
-    def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_tensors`."""
-        self.trainer.learner.load_state_tensors(tensors)
-
-
-class DistributedTrainer(RemoteTrainer):
-    """Evolves a language model on many workers; on one machine or on a Ray cluster.
-
-    ::
-
-        with DistributedTrainer("smollm2-135m", EggrollConfig(population_size=64), score, workers=4) as trainer:
-            trainer.evolve(["What is 2+2?", "Explain gravity."])
-            trainer.save("./evolved-model")
-
-    The driver holds no model; results do not depend on the number of workers (see ``docs/cluster.md``).
+    Results do not depend on the number of workers (see ``docs/cluster.md``). What happens to them is told by warnings.
 
     Args:
         model: directory, hub id or alias, to be found on every machine.
@@ -148,6 +48,9 @@ class DistributedTrainer(RemoteTrainer):
         ModelError: there is no such model.
     """
 
+    module = None
+    note = ""
+
     def __init__(
         self,
         model: str,
@@ -162,80 +65,110 @@ class DistributedTrainer(RemoteTrainer):
         trust_remote_code: bool = False,
         **placement: Any,
     ) -> None:
-        placement = _placement(backend, engine_args or {}, placement)
-        place = "cpu" if device == "auto" else device  # of the driver, which may have no GPU
+        arguments = dict(engine_args or {})
+        self.placement = placement_of(backend, arguments, placement)
+        self.workers = workers
+        place = "cpu" if device == "auto" else device  # of this process, which may have no GPU
         found = look_up(model, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-        around = loading.load_surroundings(model, trust_remote_code=trust_remote_code)
-        checked: Reward = as_reward(reward, around.tokenizer)
-        if backend == "vllm":
-            from eggroll.llm.backends.vllm_engine import check_vllm
-
-            specs = check_vllm(config, found.outline, checked)
-        else:
-            specs = found.outline.evolved(config)
-        super().__init__(model, found, specs, config, checked, around.tokenizer, trust_remote_code=trust_remote_code)
-        self.workers, self.placement = workers, placement
+        around = load_surroundings(model, trust_remote_code=trust_remote_code)
+        checked = as_reward(reward, around.tokenizer)
+        specs = check_vllm(config, found.outline, checked) if backend == "vllm" else found.outline.evolved(config)
+        self.setup = Setup(
+            config, checked, around.tokenizer, tuple(specs), found.name, found.outline.size, found.dtype,
+            f"{workers} worker{'s' if workers != 1 else ''}", found.notes, model, trust_remote_code,
+        )  # fmt: skip
         self._parts: dict[str, Any] = {
-            "model": model, "config": config, "reward": reward, "dtype": str(found.dtype).removeprefix("torch."),
-            "device": device, "backend": backend, "engine_args": dict(engine_args or {}),
-            "trust_remote_code": trust_remote_code,
+            "model": model, "config": config, "reward": reward, "dtype": self.setup.dtype_name, "device": device,
+            "backend": backend, "engine_args": arguments, "trust_remote_code": trust_remote_code,
         }  # fmt: skip
+        self._notes = found.notes
         self.pool: Pool | None = None
         self._data: tuple[Any, Any] = (None, None)
+        self._state: Mapping[str, Any] | None = None
 
-    def start(self, data: Any, eval_data: Any = None) -> None:
-        """Start the workers with the data that they train on and are held out; :meth:`evolve` does it if need be.
+    def use(self, data: Any, eval_data: Any = None) -> None:
+        """Start the workers with the data that they train on and the held-out data, unless they have them already.
 
         What is learned so far moves to the new workers.
 
         Raises:
+            DataError: the data is tokenized, empty or of the wrong form.
             EggrollError: no cluster at the address, no place for a worker, or what its construction raised.
         """
-        before = None if self.pool is None else self.learner.state_tensors()
-        self.cleanup()
+        if self.pool is not None and self._data[0] is data and self._data[1] is eval_data:
+            return
+        state = self._state if self.pool is None else self.pool.state_tensors()
+        self.close()
         train, heldout = self._examples(data), None if eval_data is None else self._examples(eval_data)
         factory = WorkerFactory(train=train, heldout=heldout, **self._parts)
-        size = self.config.population_size
+        size = self.setup.config.population_size
         self.pool = RayPool(factory, workers=self.workers, population_size=size, **self.placement)
-        self.learner, self.evaluator = self.pool, _PoolEvaluator(self.pool)
         self._data = (data, eval_data)
-        if before is not None:
-            self.pool.load_state_tensors(before)
+        self.setup = dataclasses.replace(self.setup, notes=(*self._notes, self._where()))
+        if state is not None:
+            self.pool.load_state_tensors(state)
 
-    def evolve(
-        self,
-        data: Any,
-        callback: Callable[[dict[str, Any]], Any] | None = None,
-        *,
-        eval_data: Any = None,
-        **options: Any,
-    ) -> list[dict[str, Any]]:
-        """As :meth:`EggrollTrainer.evolve`. What happens to workers is told by warnings."""
-        if self.pool is None or self._data[0] is not data or self._data[1] is not eval_data:
-            self.start(data, eval_data)
-        return super().evolve(data, callback, eval_data=eval_data, **options)
+    def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
+        """Let the workers score the members."""
+        return self._started().evaluate(generation, sigma, members)
 
-    def cleanup(self) -> None:
-        """End the workers. The trainer cannot be saved after that."""
+    def heldout(self, generation: int) -> Heldout:
+        """The center on the held-out data, scored by one of the workers."""
+        return self._started().heldout(generation)
+
+    def apply(self, record: UpdateRecord) -> float:
+        """Send an update to all workers; returns the norm of the change."""
+        return self._started().apply(record)
+
+    def state_tensors(self) -> Mapping[str, Any]:
+        """What a checkpoint holds."""
+        return self._started().state_tensors()
+
+    def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
+        """Put a state into all workers, or keep it for those that will be started."""
+        if self.pool is None:
+            self._state = tensors
+        else:
+            self.pool.load_state_tensors(tensors)
+
+    def model(self) -> Any:
+        """The evolved model in PyTorch, on the CPU."""
+        return self.setup.with_state(self.state_tensors())
+
+    def close(self) -> None:
+        """End the workers."""
         if self.pool is not None:
             self.pool.close()
             self.pool = None
 
+    def _started(self) -> Pool:
+        if self.pool is None:
+            raise RunError("there are no workers: none were started by evolve(data), or they were ended")
+        return self.pool
+
     def _examples(self, data: Any) -> list[Example]:
         if is_batches(data):
-            raise DataError("workers take prompts or texts (strings or a data set), not tokenised batches")
-        texts = all(part.needs == "tokens" for part, _ in self.reward.parts)
-        return load_examples(data, purpose="text" if texts else "prompts")
+            raise DataError("workers take prompts or texts (strings or a data set), not tokenized batches")
+        return load_examples(data, purpose=self.setup.reward.reads)
+
+    def _where(self) -> str:
+        cpus, gpus = self.placement.get("cpus_per_worker", 1), self.placement.get("gpus_per_worker", 0)
+        address = self.placement.get("address")
+        each = f"{cpus} CPU{'s' if cpus > 1 else ''}" + (f" and {gpus:g} GPU{'s' if gpus > 1 else ''}" if gpus else "")
+        where = f"the Ray cluster {address}" if address else "this machine"
+        return f"workers on {where}, each with {each} and a replica of the model ({self._parts['backend']})"
 
 
-def _placement(backend: BackendName, engine_args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the pool, once it is known that the engines fit what their workers are given."""
+def placement_of(backend: BackendName, engine_args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the pool, once it is known that the engines fit what their workers are given.
+
+    Raises:
+        ConfigError: they do not.
+    """
     gpus = given.get("gpus_per_worker", 0)
     if not isinstance(gpus, int | float) or isinstance(gpus, bool):
         return dict(given)  # the pool says what is wrong with it
     if backend == "vllm":
-        from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel
-
         check_parallel(engine_args, gpus)
         return {"across_nodes": across_nodes(engine_args), **given}
     if gpus > 1:
@@ -244,21 +177,3 @@ def _placement(backend: BackendName, engine_args: Mapping[str, Any], given: Mapp
             "use --worker-gpus 1 and more --workers, or backend='vllm' for models that need several"
         )
     return dict(given)
-
-
-class _PoolEvaluator:
-    """The pool in the place of an evaluator: its workers know the batches."""
-
-    mode_note = ""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-
-    def choose_mode(self, batch: Any) -> str:
-        return "pool"
-
-    def evaluate(self, generation: int, sigma: float, batch: Any) -> Evaluation:
-        return self.pool.evaluate(generation, sigma)
-
-    def evaluate_center(self, batch: Any) -> Heldout:
-        return self.pool.heldout()

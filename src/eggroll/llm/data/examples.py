@@ -15,10 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from eggroll._optional import require
-from eggroll.core import threefry
 from eggroll.errors import DataError
 from eggroll.llm.data.files import SUFFIXES, read_rows
 from eggroll.llm.models.hub import offline_hint, offline_if_unreachable
@@ -101,30 +98,6 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
     """The extra columns, column by column, one value per example (``None`` where an example lacks it)."""
     names = list(dict.fromkeys(name for example in examples for name in example.columns))
     return {name: [example.columns.get(name) for example in examples] for name in names}
-
-
-def batches(examples: Sequence[Example], size: int, generation: int, seed: int) -> list[Example]:
-    """The examples of one generation: a shuffled pass over the set after the other.
-
-    A pure function of its arguments, so that a resumed run sees the same batches. Within an epoch every example comes
-    at least once; a last batch that would be short is filled from the start of the same pass. No example comes twice
-    in a batch, so a ``size`` above the number of examples gives all of them.
-    """
-    if not examples:
-        raise DataError("there are no examples to take a batch from")
-    if size < 1:
-        raise DataError(f"the number of examples per generation (={size}) must be at least 1")
-    size = min(size, len(examples))
-    per_epoch = -(-len(examples) // size)
-    epoch, step = divmod(generation, per_epoch)
-    order = _epoch_order(len(examples), epoch, seed)
-    return [examples[order[index % len(examples)]] for index in range(step * size, (step + 1) * size)]
-
-
-def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
-    """A permutation of ``range(count)`` from the same noise as everything else, so that no library can change it."""
-    key = threefry.fold_in(threefry.fold_in(threefry.seed_key(seed), threefry.name_hash("data order") >> 32), epoch)
-    return [int(index) for index in np.argsort(threefry.random_bits(key, count), kind="stable")]
 
 
 def _rows(source: Any, split: str, purpose: Purpose) -> tuple[str, Iterable[Any]]:

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from eggroll.errors import ConfigError
-from eggroll.llm.backends.torch import HFEvaluator
+from eggroll.llm.backends.torch import TorchEvaluator
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data.examples import Example, batches, columns_of, load_examples, prompts_of
+from eggroll.llm.data.batches import batches
+from eggroll.llm.data.examples import Example, columns_of, load_examples, prompts_of
 from eggroll.llm.measure.intervals import Interval, mcnemar, mean_interval, paired_proportions, wilson
 from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.rewards import FunctionReward
@@ -113,7 +114,7 @@ def evaluate(
     config = dataclasses.replace(config, population_size=2, rank=1)
     reward = FunctionReward(task.reward, tokenizer=loaded.tokenizer, name=task.name)
     population = Population(loaded.model, population_size=2, rank=1)  # its centre is the model; no member is made
-    evaluator = HFEvaluator(population, loaded.tokenizer, reward, config)
+    evaluator = TorchEvaluator(population, loaded.tokenizer, reward, config)
     result, start = Result(), time.perf_counter()
     for first in range(0, len(problems), batch_size):
         batch = problems[first : first + batch_size]
