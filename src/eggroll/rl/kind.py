@@ -75,8 +75,8 @@ def _plan(options: RLConfig) -> Plan:
     )
 
 
-def _used_up(budget: int, metrics: dict[str, Any]) -> bool:
-    return bool(metrics["env_steps"] >= budget)
+def _used_up(budget: int, history: Sequence[dict[str, Any]]) -> bool:
+    return bool(history[-1]["env_steps"] >= budget)
 
 
 def _describe(config: RLConfig, env: Environment) -> Sequence[str]:
