@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eggroll.core.config import ESConfig
-from eggroll.core.fitness import shape_fitness
 from eggroll.core.records import UpdateRecord
 
 if TYPE_CHECKING:
@@ -180,13 +179,7 @@ class Loop:
         """Shape, log, apply: from the log entry to the new weights and their metrics there is no way out half-way."""
         config, lr = self.config, self.config.lr_at(generation)
         start = time.perf_counter()
-        shaped = shape_fitness(
-            evaluation.fitness,
-            method=config.fitness_shaping,
-            sampling=config.sampling or "antithetic",
-            group_size=config.group_size,
-            elite_k=config.elite_k,
-        )
+        shaped = config.shape(evaluation.fitness)
         record = UpdateRecord.make(generation, sigma, lr, shaped)
         if self.run is not None:
             self.run.append_update(record)
