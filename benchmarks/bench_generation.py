@@ -81,11 +81,7 @@ class Work:
     def generation_seconds(self) -> float:
         number = next(self.generations)
         config = dataclasses.replace(self.config, generations=number + 1)
-        loop = Loop(
-            config=config,
-            learner=self.replica,
-            evaluate=lambda generation, sigma: self.evaluator.evaluate(generation, sigma, self.batch),
-        )
+        loop = Loop(config, self.worker)
         taken = common.seconds(lambda: loop.go(number), self.device)
         self.parts.append(loop.history[-1])
         return taken

@@ -5,6 +5,7 @@ as its network is large: every 101st of its weights is in ``old_runs/recipe_mnis
 stopped after 2 of its 4 generations.
 """
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -34,7 +35,8 @@ NEEDS |= {"tune": ("transformers",), "recipe_cartpole": ("gymnasium",)}
 def old(request, tmp_path, monkeypatch):
     """The name of an old run, a copy of which is ``run`` in the folder we are in."""
     for package in NEEDS.get(request.param, ()):
-        pytest.importorskip(package)
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     prepare(tmp_path, model=request.param == "tune")
     shutil.copytree(OLD / request.param, tmp_path / "run")
     monkeypatch.chdir(tmp_path)

@@ -148,11 +148,11 @@ class EggrollTrainer:
             if worker.note and hasattr(listener, "message"):
                 listener.message(worker.note)
         loop = Loop(
-            config=self.config,
-            worker=worker,
+            self.config,
+            worker,
+            run,
             heldout=eval_data is not None,
             eval_every=self.config.eval_every,
-            run=run,
             checkpoint_every=self.config.checkpoint_every,
             listeners=listeners,
             # A callback that has ended this trainer's run is not asked again when it goes on.

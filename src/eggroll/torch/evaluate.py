@@ -6,20 +6,19 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.active import PerturbedModel
+from eggroll.torch.compare import largest_difference
 from eggroll.torch.layout.probe import sigma_for_checks
-from eggroll.torch.layout.rows import Inputs, count_rows, cut, join, largest_difference, member_dim, plain_outputs
-from eggroll.torch.parameters import Kept
+from eggroll.torch.layout.rows import Inputs, count_rows, cut, join, member_dim, plain_outputs
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
-
-if TYPE_CHECKING:
-    from eggroll.torch.population import Population
+from eggroll.torch.swap import Kept
 
 # Whatever the reason that a mode cannot run a model, another one may.
 FAILURES = (UnsupportedOperationError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
@@ -33,7 +32,7 @@ VERIFY_SHARE_16_BIT = 0.5
 class Call:
     """One forward of a population: inputs, members, and how strongly they are perturbed."""
 
-    population: Population
+    population: PerturbedModel
     inputs: Inputs
     generation: int
     members: Sequence[int]
@@ -165,7 +164,7 @@ def _scalars_of(got: Any, expected: Any, p: int, members: int) -> Any:
 
 
 def verify(call: Call) -> float:
-    """Check rows against some members alone; see :meth:`Population.verify`."""
+    """Check rows against some members alone; see :meth:`eggroll.torch.Population.verify`."""
     population = call.population
     is_half = next(population.model.parameters()).element_size() < 4
     if call.sigma is None and is_half:

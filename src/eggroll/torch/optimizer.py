@@ -14,7 +14,6 @@ from eggroll.core.config import ESConfig, Shaping
 from eggroll.core.fitness import shape_fitness
 from eggroll.errors import CheckpointError, ConfigError, RewardError
 from eggroll.torch.gradient import es_gradient
-from eggroll.torch.perturbed import MemberContext, PerturbedWeight
 from eggroll.torch.population import Active, Population
 from eggroll.torch.updater import OptimizerFactory, Updater, optimizer_factory
 
@@ -190,14 +189,9 @@ class EGGROLL(torch.optim.Optimizer):
     def _evaluate_one_by_one(self) -> NDArray[np.float64]:
         """Each member's weights are made, so that the model is a plain one while ``fitness_fn`` has it."""
         population, fitness = self.population, np.empty(self.config.population_size, dtype=np.float64)
-        single = MemberContext(None)
         for evaluation, member in enumerate(self._index(0, len(fitness)).tolist()):
-            population.check([member])
-            values = population.values(self.generation, [member], single, sigma=self.sigma)
-            plain = {name: v.dense() if isinstance(v, PerturbedWeight) else v for name, v in values.items()}
-            with population.swapped(plain, single=True):
-                score = self.fitness_fn(self.model)
-            fitness[evaluation] = _score(score)
+            with population.member(self.generation, member, sigma=self.sigma, materialize=True) as model:
+                fitness[evaluation] = _score(self.fitness_fn(model))
         return fitness
 
     def _evaluate_batched(self) -> NDArray[np.float64]:
@@ -207,11 +201,8 @@ class EGGROLL(torch.optim.Optimizer):
             members = range(int(index.min()), int(index.max()) + 1)
             population.check(members)
             context = population.context(self.batch_members if self.batch_members > 1 else None)
-            values = population.values(self.generation, members, context, sigma=self.sigma)
-            if self.batch_members > 1 and list(members) != index.tolist():
-                chosen = torch.as_tensor(index - members.start, device=population.device)
-                values = {name: value.chosen(chosen) for name, value in values.items()}  # type: ignore[attr-defined]
-            with population.standing_in(values, context, self.batch_members) as active:
+            values = population.values(self.generation, index.tolist(), context, sigma=self.sigma)
+            with population.standing_in(Active(population, values, context, self.batch_members)) as active:
                 self._active = active
                 try:
                     scores = self.fitness_fn(self.model)

@@ -112,7 +112,7 @@ class PoolWorker:
         """Let the workers score the members."""
         return self._started().evaluate(generation, sigma, members)
 
-    def heldout(self, generation: int = 0) -> Heldout:
+    def heldout(self, generation: int) -> Heldout:
         """The center on the held-out data, scored by one of the workers."""
         return self._started().heldout(generation)
 

@@ -66,7 +66,7 @@ def check_vllm(config: EggrollConfig, outline: Outline, reward: Reward) -> list[
 
 
 class VllmEngine:
-    """A vLLM engine whose base weights are the centre of a run; a :class:`eggroll.torch.replica.Center`.
+    """A vLLM engine whose base weights are the center of a run.
 
     The engine runs in this process, unless ``VLLM_ENABLE_V1_MULTIPROCESSING=1`` is set. ``close`` frees it.
 

@@ -17,7 +17,7 @@ from eggroll.llm.data.batches import Batch, BatchSource
 from eggroll.llm.models.export import save_pretrained
 from eggroll.llm.models.loading import load
 from eggroll.llm.rewards import Reward
-from eggroll.loop import Evaluation, Heldout
+from eggroll.loop import Evaluation, Heldout, Worker
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Setup:
         return model
 
 
-class ModelWorker(Protocol):
+class ModelWorker(Worker, Protocol):
     """What a trainer holds: a worker of the loop that knows what it is made of, and is told its data."""
 
     setup: Setup
@@ -84,26 +84,6 @@ class ModelWorker(Protocol):
 
     def use(self, data: Any, eval_data: Any = None) -> None:
         """Take the data to train on and the held-out data."""
-        ...
-
-    def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
-        """Score some members on the generation's batch."""
-        ...
-
-    def heldout(self, generation: int) -> Heldout:
-        """The center on the held-out data."""
-        ...
-
-    def apply(self, record: UpdateRecord) -> float:
-        """Take one update; returns the norm of the change."""
-        ...
-
-    def state_tensors(self) -> Mapping[str, Any]:
-        """What a checkpoint holds."""
-        ...
-
-    def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_tensors`."""
         ...
 
     def model(self) -> Any:
@@ -152,7 +132,7 @@ class LanguageWorker:
         assert self.source is not None, "use() comes first"
         return self.evaluator.evaluate(generation, sigma, self.source.at(generation), members)
 
-    def heldout(self, generation: int = 0) -> Heldout:
+    def heldout(self, generation: int) -> Heldout:
         """The center on the held-out data."""
         return self.evaluator.heldout(self._heldout)
 

@@ -11,22 +11,21 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.layout.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim, relative_difference
-from eggroll.torch.layout.rows import tolerance as rounding
-from eggroll.torch.parameters import Kept, place
+from eggroll.torch.compare import relative_difference
+from eggroll.torch.compare import tolerance as rounding
+from eggroll.torch.layout.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim
+from eggroll.torch.members import Members
 from eggroll.torch.perturbed import MemberContext, MemberTensor, Value
-
-if TYPE_CHECKING:
-    from eggroll.torch.population import Active, Population
+from eggroll.torch.swap import Kept, place
 
 # Whatever goes wrong with other inputs than the model is called with is no reason to refuse those.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
@@ -35,16 +34,30 @@ SIGMA_SHARE = 0.05
 """sigma of the check relative to the size of the weights: effects that stand out from rounding."""
 
 
-def learn_and_check(population: Population, active: Active, module: nn.Module, inputs: Inputs) -> None:
+def learn_and_check(
+    population: Members,
+    context: MemberContext,
+    members: int,
+    placed: Mapping[str, Tensor],
+    module: nn.Module,
+    inputs: Inputs,
+) -> None:
     """Learn the layouts of a module's activations from a small call, and check it against members alone.
+
+    Args:
+        population: the members, of which some are tried.
+        context: of the block that the call is made in.
+        members: of that block.
+        placed: the values that are in the place of parameters now, and again afterwards.
+        module: what is called.
+        inputs: of the call.
 
     Raises:
         UnsupportedOperationError: rows do not hold the members of this model.
     """
     share = None
     kept = Kept(population.model)
-    context = active.context
-    own_rows = (context.rows or 0) // active.members
+    own_rows = (context.rows or 0) // members
     try:
         for own in (1, 2)[:own_rows]:  # a layer that takes no batch of one may take two
             with contextlib.suppress(_CannotRun), _own_random_numbers(population):
@@ -53,7 +66,7 @@ def learn_and_check(population: Population, active: Active, module: nn.Module, i
                 break
     finally:
         kept.restore(lambda _: True)
-        place(population.sites, active.placed)
+        place(population.sites, placed)
     if share is not None:
         size = f"{share:.0%} of" if share < math.inf else "more than"
         raise UnsupportedOperationError(
@@ -65,13 +78,13 @@ def learn_and_check(population: Population, active: Active, module: nn.Module, i
 
 
 @contextlib.contextmanager
-def _own_random_numbers(population: Population) -> Iterator[None]:
+def _own_random_numbers(population: Members) -> Iterator[None]:
     device = population.device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
-def sigma_for_checks(population: Population) -> float:
+def sigma_for_checks(population: Members) -> float:
     """A sigma whose effect stands out from rounding: a part of the perturbed weights' size."""
     norms = [
         float(parameter.detach().square().mean(dtype=torch.promote_types(parameter.dtype, torch.float32)).sqrt())
@@ -89,7 +102,7 @@ class _CannotRun(Exception):
 class _Probe:
     """A call of a module with ``count`` members of ``own`` rows each."""
 
-    population: Population
+    population: Members
     context: MemberContext
     module: nn.Module
     inputs: Inputs
@@ -99,7 +112,7 @@ class _Probe:
 
     @classmethod
     def of(
-        cls, population: Population, context: MemberContext, module: nn.Module, inputs: Inputs, own: int
+        cls, population: Members, context: MemberContext, module: nn.Module, inputs: Inputs, own: int
     ) -> _Probe | None:
         """A probe whose number of rows divides few other sizes; ``None`` if inputs hold state that a call changes."""
         sizes = {size for parameter in population.model.parameters() for size in parameter.shape}
@@ -190,7 +203,7 @@ ALLOWED_SHARE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Rounding is amplified from layer to layer; a wrong layout is off by the whole effect of a perturbation."""
 
 
-def _random_state(population: Population) -> Tensor:
+def _random_state(population: Members) -> Tensor:
     device = population.device
     if device.type == "cuda":
         return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
