@@ -152,7 +152,7 @@ class Estimate:
         return max(moment.total for moment in self._rows(workload, 1))
 
     def row_bytes(self, workload: Workload) -> int:
-        """What one more row of the centre needs."""
+        """What one more row of the center needs."""
         return max(moment.total - moment.parts["factors"] for moment in self._rows(replace(workload, rows=1), 1))
 
     def _factors(self, copies: int) -> int:
@@ -220,7 +220,7 @@ class Estimate:
         """The largest set of one row's activations that exist at once: in a block's attention or its inner layer."""
         o = self.outline
         q, kv = o.heads * o.head_size, o.kv_heads * o.head_size
-        # The embedded tokens, the block's input, its sum with the attention, and that normalised; then gate, up and
+        # The embedded tokens, the block's input, its sum with the attention, and that normalized; then gate, up and
         # their product, or an activation function made of several operations.
         inner = 4 * o.width + (3 if o.gated else 4) * o.inner * max(o.experts_per_token, 1)
         attention = 3 * o.width + 4 * q + 2 * kv + (2 * q if kv < q else 0)
