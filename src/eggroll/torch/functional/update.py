@@ -24,7 +24,7 @@ FitnessFn = Callable[[Mapping[str, Tensor], Perturbations], Tensor]
 
 
 def normalize_fitnesses(fitnesses: Tensor) -> Tensor:
-    """Centred ranks in [-0.5, 0.5], shape ``(P,)``, float32; ties share their mean rank, equal scores become 0.
+    """Centered ranks in [-0.5, 0.5], shape ``(P,)``, float32; ties share their mean rank, equal scores become 0.
 
     NaN and infinities count as the worst of the generation, with a warning (outside of ``torch.compile``).
 
