@@ -199,7 +199,7 @@ class TestSmolLM2:
 
     @pytest.fixture(autouse=True)
     def _stand_in(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("EGGROLL_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("EGGROLL_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setattr(smollm2, "SIZE", len(self.CONTENT))
         monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(self.CONTENT).hexdigest())
         monkeypatch.setattr(smollm2, "PACKAGE", "no_such_smollm2_package")
@@ -280,7 +280,7 @@ class TestSmolLM2:
 
         monkeypatch.setattr(smollm2, "_convert", full)
         message = message_of(smollm2.directory)
-        assert "No space left on device. It takes 0.8 GB; set EGGROLL_CACHE to a directory with room" in message
+        assert "No space left on device. It takes 0.8 GB; set EGGROLL_CACHE_DIR to a directory with room" in message
         assert list((tmp_path / "cache").iterdir()) == []
 
     def test_unfinished_directory_is_replaced(self, pip, convert):

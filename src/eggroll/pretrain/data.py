@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eggroll._environment import cache_directory
 from eggroll._optional import require
 from eggroll.core import threefry
 from eggroll.core.address import parameter_key
@@ -26,10 +27,11 @@ from eggroll.errors import DataError
 BOUNDARY = 0
 """The byte before every document, at which the hidden state is reset."""
 HUB_ALIASES = {"minipile": "JeanKaddour/minipile", "tinystories": "roneneldan/TinyStories"}
-CACHE_VARIABLE = "EGGROLL_CACHE_DIR"
 VALIDATION_SHARE = 10
 """The last tenth is held out where the data do not say."""
 WINDOWS_NAME = "pretrain/windows"
+CACHED = "pretrain"
+"""The folder of the cache that holds joined streams."""
 _SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "test")}
 
 
@@ -106,8 +108,10 @@ def load_hub(source: str, *, text_column: str = "text") -> Corpus:
         MissingExtraError: ``datasets`` is not installed.
     """
     name, _, config = source.partition(":")
-    folder = cache_directory() / (
-        "hub-" + hashlib.blake2b(f"{source}:{text_column}".encode(), digest_size=8).hexdigest()
+    folder = (
+        cache_directory()
+        / CACHED
+        / ("hub-" + hashlib.blake2b(f"{source}:{text_column}".encode(), digest_size=8).hexdigest())
     )
     parts: dict[str, NDArray[np.uint8]] = {}
     for part in _SPLITS:
@@ -146,11 +150,6 @@ def _documents(source: str, split: Any, text_column: str) -> Iterator[bytes]:
         if text is not None and not isinstance(text, str):
             raise DataError(f"data {source!r}: column {text_column!r} holds {type(text).__name__}, not text")
         yield (text or "").encode(errors="replace")
-
-
-def cache_directory() -> Path:
-    """Where joined streams are kept: ``$EGGROLL_CACHE_DIR``, or ``~/.cache/eggroll``."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "eggroll").expanduser() / "pretrain"
 
 
 def write_stream(path: Path, documents: Iterable[bytes]) -> NDArray[np.uint8]:
@@ -259,6 +258,6 @@ def _folder(name: str, path: Path) -> Corpus:
         raise DataError(f"data {name!r}: the folder has neither train.npy nor train.txt nor any .txt file")
     facts = repr([(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     digest = hashlib.blake2b(f"{path.resolve()}{facts}".encode(), digest_size=8).hexdigest()
-    cached = cache_directory() / f"folder-{digest}.npy"
+    cached = cache_directory() / CACHED / f"folder-{digest}.npy"
     stream = _stream(cached) if cached.exists() else write_stream(cached, (file.read_bytes() for file in files))
     return _halves(name, stream)

@@ -201,7 +201,7 @@ class IntegerWorker(PretrainWorker):
         self.engine.momentum.clear()
         for name, value in tensors.items():
             if name.startswith(MOMENTUM):
-                self.engine.momentum[name.removeprefix(MOMENTUM)] = np.array(value, np.int32)
+                self.engine.momentum[name.removeprefix(MOMENTUM)] = np.asarray(value).astype(np.int32)
             else:
                 params[name][...] = np.asarray(value)
         self.engine.reload()
