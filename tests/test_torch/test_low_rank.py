@@ -87,7 +87,7 @@ def test_the_term_is_as_exact_as_plain_operations(shape, rank, dtype, threads):
 @NEEDS_COMPILER
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_views_that_start_anywhere_in_memory(dtype):
-    """Addresses that are no multiple of a vector's size, and neighbours that stay as they are."""
+    """Addresses that are no multiple of a vector's size, and neighbors that stay as they are."""
     out, x, a, b = case(3, 2, 37, 29, 1, dtype)
     held = [torch.full((part.numel() + 3,), 7.0, dtype=dtype) for part in (out, x, a, b)]
     views = [memory[1:-2].view(part.shape).copy_(part) for memory, part in zip(held, (out, x, a, b), strict=True)]
