@@ -20,15 +20,14 @@ import common
 import torch
 from torch import Tensor
 
-from eggroll.llm import models
-from eggroll.llm.chat import format_prompts
+from eggroll import llm
+from eggroll.llm.backends.torch import TorchEvaluator, replica_for
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import Example, prompts_of
-from eggroll.llm.evaluators.hf import HFEvaluator
-from eggroll.llm.generation import generate
+from eggroll.llm.data.examples import Example, prompts_of
+from eggroll.llm.generation.chat import format_prompts
+from eggroll.llm.generation.generate import generate
 from eggroll.llm.rewards import PerplexityReward
 from eggroll.llm.rewards.load import as_reward
-from eggroll.llm.trainer import replica_for
 from eggroll.loop import Loop
 
 MEASURE = "time of plain inference / time of a whole generation (draw + evaluate + update), same rows, rank 1"
@@ -40,7 +39,7 @@ QUESTIONS = ("Why is the sky blue?", "What does a baker do at night?", "How do b
 class Work:
     """One kind of work on one model: a whole generation of it, and the same rows without a population."""
 
-    def __init__(self, loaded: models.LoadedModel, args: Any, rows_per_member: int) -> None:
+    def __init__(self, loaded: llm.LoadedModel, args: Any, rows_per_member: int) -> None:
         self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
         self.config = EggrollConfig(
             population_size=args.members,
@@ -49,17 +48,17 @@ class Work:
             lr=1e-3,
             max_tokens=args.new_tokens,
             max_length=LENGTH,
-            batch_members=args.members,
+            members_per_forward=args.members,
             samples_per_generation=0,
         )
         self.copies, self.rows_per_member = args.members, rows_per_member
         self.replica = replica_for(self.model, self.config)
         self.reward = self.make_reward()
-        self.evaluator = HFEvaluator(self.replica.population, self.tokenizer, self.reward, self.config)
+        self.evaluator = TorchEvaluator(self.replica.population, self.tokenizer, self.reward, self.config)
         self.evaluator.eos_ids = []
         self.batch = self.make_batch(args)
         mode = self.evaluator.choose_mode(self.batch)
-        assert mode == "rows", self.evaluator.mode_note
+        assert mode == "rows", self.evaluator.note
         self.generations = count()
         self.parts: list[dict[str, Any]] = []
 
@@ -82,11 +81,7 @@ class Work:
     def generation_seconds(self) -> float:
         number = next(self.generations)
         config = dataclasses.replace(self.config, generations=number + 1)
-        loop = Loop(
-            config=config,
-            learner=self.replica,
-            evaluate=lambda generation, sigma: self.evaluator.evaluate(generation, sigma, self.batch),
-        )
+        loop = Loop(config, self.worker)
         taken = common.seconds(lambda: loop.go(number), self.device)
         self.parts.append(loop.history[-1])
         return taken
@@ -156,7 +151,7 @@ def main() -> None:
         for kind, make in KINDS.items():
             for size in args.rows_per_member:
                 # A fresh model each time: updates change it, and 16-bit models have masters to be freed.
-                work = make(models.load(args.model, dtype=dtype, device=args.device), args, size)
+                work = make(llm.load(args.model, dtype=dtype, device=args.device), args, size)
                 variants = {"plain": work.plain_seconds, "generation": work.generation_seconds}
                 times = common.alternate(variants, turns=args.turns)
                 parts = {name: work.part(f"{name}_s") for name in ("draw", "evaluate", "update")}

@@ -49,28 +49,28 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     """One evaluation, with members or plain: peak, what was there before the model, and what the model takes."""
     from transformers import AutoModelForCausalLM  # noqa: F401  (libraries are loaded before the first look)
 
-    from eggroll.llm import models
+    from eggroll import llm
+    from eggroll.llm.backends.torch import TorchEvaluator
     from eggroll.llm.config import EggrollConfig
-    from eggroll.llm.data import Example
-    from eggroll.llm.evaluators.hf import HFEvaluator
+    from eggroll.llm.data.examples import Example
     from eggroll.llm.rewards import PerplexityReward
     from eggroll.llm.rewards.load import as_reward
-    from eggroll.torch.es import MATRIX_KINDS
     from eggroll.torch.population import Population
+    from eggroll.torch.replica import MATRIX_KINDS
 
     torch.set_num_threads(job["threads"])
     device, members = torch.device(job["device"]), job["members"]
     cuda = device.type == "cuda"
     before = 0 if cuda else forget_peak()
-    loaded = models.load(job["model"], dtype=job["dtype"], device=device)
+    loaded = llm.load(job["model"], dtype=job["dtype"], device=device)
     config = EggrollConfig(
-        population_size=members, rank=1, max_tokens=job["tokens"], batch_members=members, samples_per_generation=0
+        population_size=members, rank=1, max_tokens=job["tokens"], members_per_forward=members, samples_per_generation=0
     )
     scored = job["kind"] == "perplexity"
     copies = job["rows_per_member"] * (1 if job["population"] else members)
     reward = PerplexityReward(loaded.tokenizer) if scored else as_reward(_length, loaded.tokenizer)
     population = Population(loaded.model, population_size=members, rank=1, kinds=MATRIX_KINDS, mode="rows")
-    evaluator = HFEvaluator(population, loaded.tokenizer, reward, config)
+    evaluator = TorchEvaluator(population, loaded.tokenizer, reward, config)
     evaluator.eos_ids = []
     batch: Any
     if scored:

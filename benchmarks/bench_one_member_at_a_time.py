@@ -19,10 +19,10 @@ import common
 import torch
 from torch import Tensor
 
-from eggroll.llm import models
+from eggroll import llm
 from eggroll.llm.rewards import PerplexityReward
-from eggroll.torch.es import MATRIX_KINDS
 from eggroll.torch.population import Population
+from eggroll.torch.replica import MATRIX_KINDS
 
 MEASURE = "members per second of the population / members per second one at a time in place"
 TARGET = 15.0
@@ -32,7 +32,7 @@ SIGMA = 0.01
 class Bench:
     """A model, its population, and a text; each method is one measurement, in seconds per member."""
 
-    def __init__(self, loaded: models.LoadedModel, members: int, one_by_one: int, length: int) -> None:
+    def __init__(self, loaded: llm.LoadedModel, members: int, one_by_one: int, length: int) -> None:
         self.model, self.device = loaded.model, loaded.device
         self.one_by_one = one_by_one
         self.population = Population(self.model, population_size=members, sigma=SIGMA, rank=1, kinds=MATRIX_KINDS)
@@ -120,7 +120,7 @@ def main() -> None:
         args.length, args.one_by_one = 8, 1
     rows: list[dict[str, Any]] = []
     for dtype in args.dtypes:
-        loaded = models.load(args.model, dtype=dtype, device=args.device)
+        loaded = llm.load(args.model, dtype=dtype, device=args.device)
         bench = Bench(loaded, args.members, args.one_by_one, args.length)
         for line in lines(bench, args, dtype):
             rows.append(line)

@@ -19,9 +19,9 @@ import common
 import torch
 from torch import Tensor
 
-from eggroll.llm import models
-from eggroll.torch.es import MATRIX_KINDS
+from eggroll import llm
 from eggroll.torch.population import Population
+from eggroll.torch.replica import MATRIX_KINDS
 
 EVERYTHING = ("matrix", "conv", "experts", "embedding", "vector", "other")
 MEASURE = "time of plain inference / time of the population forward, same rows, rank 1"
@@ -49,7 +49,7 @@ class Bench:
         return torch.randint(vocabulary, (rows, self.length), generator=generator).to(self.device)
 
     def inputs(self, ids: Tensor, past: int = 0) -> dict[str, Tensor]:
-        """What :func:`eggroll.llm.generation.generate` gives the model."""
+        """What :func:`eggroll.llm.generation.generate.generate` gives the model."""
         rows, length = ids.shape
         positions = torch.arange(past, past + length, device=self.device).expand(rows, length)
         mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
@@ -124,7 +124,7 @@ def main() -> None:
     targets = {"prefill": 0.95, "decode": 0.95 if cuda else 0.92}
     rows = []
     for dtype in args.dtypes:
-        model = models.load(args.model, dtype=dtype, device=args.device).model
+        model = llm.load(args.model, dtype=dtype, device=args.device).model
         for label, kinds, sizes in (("matrices", MATRIX_KINDS, (1, 4)), ("everything", EVERYTHING, (1,))):
             bench = Bench(model, kinds, args.members, args.length, args.steps)
             for what in ("prefill", "decode"):

@@ -15,15 +15,14 @@ from typing import Any
 import common
 import torch
 
-from eggroll.llm import generation as decoding
-from eggroll.llm import models
+from eggroll import llm
+from eggroll.llm.backends.torch import TorchEvaluator, replica_for
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import load_examples
-from eggroll.llm.evaluators.hf import HFEvaluator
-from eggroll.llm.prefix import common_prefix
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.generation import generate as decoding
+from eggroll.llm.generation.prefix import common_prefix
 from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.tasks import get_task
-from eggroll.llm.trainer import replica_for
 
 MEASURE = (
     "seconds of evaluating a generation with every prompt alone / with the shared beginning computed once a member"
@@ -42,15 +41,15 @@ def main() -> None:
     rows = []
     for dtype in args.dtypes:
         for shots in args.shots:
-            loaded = models.load(args.model, dtype=dtype, device=args.device)
+            loaded = llm.load(args.model, dtype=dtype, device=args.device)
             task = get_task("countdown", shots=shots)
             config = EggrollConfig(
                 population_size=args.members, rank=1, sigma=0.01, max_tokens=args.max_tokens, system=task.system,
-                batch_members=args.members, samples_per_generation=0, max_length=1024,
+                members_per_forward=args.members, samples_per_generation=0, max_length=1024,
             )  # fmt: skip
             replica = replica_for(loaded.model, config)
             reward = as_reward(lambda text: float(len(text)), loaded.tokenizer)
-            evaluator = HFEvaluator(replica.population, loaded.tokenizer, reward, config)
+            evaluator = TorchEvaluator(replica.population, loaded.tokenizer, reward, config)
             evaluator.eos_ids = []
             batch = load_examples(task.train[: args.prompts])
             assert evaluator.choose_mode(batch) == "rows", evaluator.mode_note
@@ -69,7 +68,7 @@ def main() -> None:
     common.finish("prefix", MEASURE, rows, args, model=args.model, members=args.members, rank=1)
 
 
-def variants(evaluator: HFEvaluator, batch: Any, device: torch.device) -> dict[str, Any]:
+def variants(evaluator: TorchEvaluator, batch: Any, device: torch.device) -> dict[str, Any]:
     """The same generation again and again, with and without sharing."""
     number = count()
 

@@ -21,12 +21,13 @@ import common
 import numpy as np
 import torch
 
-from eggroll.pretrain import library
-from eggroll.pretrain.engine import Backend, make_engine, run_centre, run_members
-from eggroll.pretrain.fixed_point import divisor
-from eggroll.pretrain.noise import Noise
-from eggroll.pretrain.oracle import init_params
-from eggroll.pretrain.shape import ModelShape
+from eggroll.pretrain.engines import library
+from eggroll.pretrain.engines.base import Backend, run_center, run_members
+from eggroll.pretrain.engines.choose import make_engine
+from eggroll.pretrain.model.fixed_point import divisor
+from eggroll.pretrain.model.noise import Noise
+from eggroll.pretrain.model.oracle import init_params
+from eggroll.pretrain.model.shape import ModelShape
 from eggroll.pretrain.update import make_step
 
 MEASURE = "evaluation's multiply-adds per second / the best int8 product's in the same turn"
@@ -107,7 +108,7 @@ def population(
     step = make_step(weights, 0.05, noise.rank)
     return {
         "evaluate": lambda: run_members(engine, 1, numbers, tokens, numbers),
-        "centre": lambda: run_centre(engine, tokens, outputs=("fitness",)),
+        "center": lambda: run_center(engine, tokens, outputs=("fitness",)),
         "update": lambda: engine.update(1, pairs, weights, step),
     }
 
@@ -144,14 +145,14 @@ def main() -> None:
             {"gemm": best, **{name: partial(common.seconds, call, args.device) for name, call in calls.items()}},
             turns=turns,
         )
-        rates = {name: [tokens * shape.macs / s for s in times[name]] for name in ("evaluate", "centre")}
+        rates = {name: [tokens * shape.macs / s for s in times[name]] for name in ("evaluate", "center")}
         found = common.ratio({"evaluate": rates["evaluate"], "gemm": times["gemm"]}, "evaluate", "gemm")
-        of_centre = common.ratio({"centre": rates["centre"], "gemm": times["gemm"]}, "centre", "gemm")
+        of_center = common.ratio({"center": rates["center"], "gemm": times["gemm"]}, "center", "gemm")
         target = TARGET if case == "rank 1, table" else None
         facts = {
             "tokens_per_s": common.spread([tokens / s for s in times["evaluate"]]),
             "gemm_macs_per_s": common.spread(times["gemm"]),
-            "model_itself_ratio": of_centre,
+            "model_itself_ratio": of_center,
         }
         rows.append(common.row(f"evaluate: {case}", found, target=target, **facts))
         share = common.ratio(times, "update", "evaluate")
@@ -159,7 +160,7 @@ def main() -> None:
         updates.append(common.row(f"update: {case}", share, target=goal, lower_is_better=True))
         common.say(rows[-1])
         print(f"  {facts['tokens_per_s']['median']:,.0f} tokens/s; the model itself, without noise: "
-              f"{of_centre['median']:.3f}; GEMM {facts['gemm_macs_per_s']['median'] / 1e9:.0f} G/s")  # fmt: skip
+              f"{of_center['median']:.3f}; GEMM {facts['gemm_macs_per_s']['median'] / 1e9:.0f} G/s")  # fmt: skip
         common.say(updates[-1])
         if case == "rank 1, table":
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory

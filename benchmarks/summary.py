@@ -30,10 +30,10 @@ TITLES = {
 INTRODUCTION = """\
 # Benchmarks
 
-Machines differ and are noisy, so every figure is a ratio of two things that were timed in turns on one machine, in one
-process (memory: in two processes): the median over the turns, with the smallest and the largest. `make bench` measures
-anew on a quiet machine, and `python benchmarks/summary.py` writes this page from `benchmarks/results/`, where the times
-behind each ratio are.
+Machines differ and are noisy. Every figure is therefore a ratio of two things timed in turns on one machine, in one
+process (for memory: in two processes). It shows the median over the turns, with the smallest and the largest. `make bench`
+repeats the measurements, which needs a quiet machine. `python benchmarks/summary.py` writes this page from
+`benchmarks/results/`, which also has the times behind each ratio.
 """
 
 Result = Mapping[str, Any]

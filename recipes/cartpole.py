@@ -19,22 +19,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eggroll._optional import require
-from eggroll.core.config import ESConfig
-from eggroll.recipes.common import Generations, Options, Population, evolve, finish, program
+from eggroll.distributed import TorchWorker
+from eggroll.lifecycle import Sitting
+from eggroll.recipes.common import Options, Recipe, program, trained
 from eggroll.run.run_dir import RunDir
-from eggroll.torch.es import Replica
 from eggroll.torch.population import Active
 
 LONGEST = 500
 SOLVED = 475.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CartPoleOptions(Options):
-    """CartPole-v1 with gymnasium's vectorised environment."""
+    """CartPole-v1 with gymnasium's vectorized environment."""
 
-    population: Population = 512
-    generations: Generations = 60
+    population_size: int = 512
+    generations: int = 60
     rank: int = 4
     sigma: float = 0.2
     lr: float = 0.1
@@ -75,57 +75,55 @@ def returns(policy: nn.Module, states: NDArray[np.float32], device: torch.device
     return total
 
 
-def replica_for(options: CartPoleOptions) -> Replica:
-    """The policy with its first weights, and how it is evolved."""
-    torch.manual_seed(options.seed)
-    config = ESConfig(
-        population_size=options.population, generations=options.generations, rank=options.rank, sigma=options.sigma,
-        lr=options.lr, optimizer="adam", fitness_shaping="centered_rank", seed=options.seed,
+def seeds(options: CartPoleOptions) -> list[int]:
+    """A seed for the first states of each generation, for those that the run is watched with, and for the last 100.
+
+    The schedule of seeds depends on the number of generations, as that of a longer run does.
+    """
+    return np.random.SeedSequence(options.seed).generate_state(options.generations + 2).tolist()
+
+
+def worker(options: CartPoleOptions) -> TorchWorker:
+    """The policy with its first weights, and how members play."""
+    device, drawn = options.place(), seeds(options)
+
+    def policy() -> nn.Module:
+        torch.manual_seed(options.seed)
+        return network().to(device)
+
+    def fitness(model: nn.Module, active: Active, generation: int) -> Tensor:
+        # Member p plays the episodes of its own rows, p * episodes and on.
+        states = first_states(options.population_size * options.episodes, drawn[generation])
+        rows = slice(active.first * options.episodes, (active.first + active.members) * options.episodes)
+        return torch.from_numpy(returns(model, states[rows], device)).view(active.members, -1).mean(1)
+
+    return TorchWorker(
+        policy, fitness, options, heldout_fn=lambda model: returns(model, first_states(32, drawn[-2]), device).mean(),
+        kinds=("matrix", "vector"), members_per_forward=options.members_per_forward,
     )  # fmt: skip
-    return Replica(network().eval().to(options.place()), config, kinds=("matrix", "vector"))
 
 
-def run(options: CartPoleOptions) -> dict[str, Any]:
-    """Evolve the policy; returns what is in ``result.json``."""
-    device = options.place()
-    replica = replica_for(options)
-    policy = replica.model
-    seeds = np.random.SeedSequence(options.seed).generate_state(options.generations + 2).tolist()
+def is_solved(metrics: list[dict[str, Any]]) -> bool:
+    """The best there is, twice in a row."""
+    return [line.get("heldout_reward") for line in metrics[-2:]] == [LONGEST, LONGEST]
 
-    def evaluate(generation: int, sigma: float) -> Tensor:
-        states = first_states(options.population * options.episodes, seeds[generation])
 
-        def fitness(active: Active) -> Tensor:
-            # Member p plays the episodes of its own rows, p * episodes and on.
-            rows = slice(active.first * options.episodes, (active.first + active.members) * options.episodes)
-            played = returns(policy, states[rows], device)
-            return torch.from_numpy(played).view(active.members, -1).mean(1)
+def finish(options: CartPoleOptions, worker: TorchWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
+    """The result, on 100 episodes that the run has not seen."""
+    final = returns(worker.model, first_states(100, seeds(options)[-1]), options.place())
+    played = [line["fitness_mean"] * options.population_size * options.episodes for line in trained(run)]
+    here = played[len(played) - (sitting.generation - sitting.start) :]
+    return {
+        "mean_return": float(final.mean()),
+        "worst_return": float(final.min()),
+        "solved": bool(final.mean() >= SOLVED),
+        "generations": sitting.generation,
+        "env_steps": round(sum(played)),
+        "env_steps_per_s": sum(here) / sitting.seconds,
+    }
 
-        return replica.population.scores(
-            fitness, generation, sigma=sigma, members_per_forward=options.members_per_forward
-        )
 
-    def heldout() -> float:
-        return float(returns(policy, first_states(32, seeds[-2]), device).mean())
-
-    def is_solved(run: RunDir) -> bool:
-        return [line["heldout_reward"] for line in run.metrics()[-2:]] == [LONGEST, LONGEST]
-
-    done = evolve("cartpole", options, replica, evaluate, heldout, eval_every=1, stop=is_solved)
-    final = returns(policy, first_states(100, seeds[-1]), device)
-    played = [line["fitness_mean"] * options.population * options.episodes for line in done.trained]
-    return finish(
-        done,
-        {
-            "mean_return": float(final.mean()),
-            "worst_return": float(final.min()),
-            "solved": bool(final.mean() >= SOLVED),
-            "generations": len(done.run.updates()),
-            "env_steps": round(sum(played)),
-            "env_steps_per_s": sum(played[-done.generations :]) / done.seconds,
-        },
-    )
-
+KIND = Recipe("cartpole", CartPoleOptions, worker, finish, eval_every=1, stop=is_solved).kind()
 
 if __name__ == "__main__":
     program("cartpole")

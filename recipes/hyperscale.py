@@ -21,14 +21,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.table import Table
 from torch import Tensor
 
 from eggroll._optional import require
+from eggroll.core.settings import setting
 from eggroll.errors import ConfigError
 from eggroll.recipes.common import console, program
 
@@ -42,7 +42,7 @@ WAYS = {
 FIRST, LAST = 2**8, 2**22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HyperscaleOptions:
     """Largest population and memory."""
 
@@ -54,8 +54,11 @@ class HyperscaleOptions:
     """A generation that takes longer ends a curve, too."""
     device: str = "cpu"
     """cpu or cuda."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    output: str | None = setting(None, flags=("-o",))
     """Run directory (default: runs/hyperscale-TIME)."""
+
+
+OPTIONS = HyperscaleOptions
 
 
 def run(options: HyperscaleOptions) -> dict[str, Any]:
@@ -170,7 +173,7 @@ def _in_parts(
     from eggroll.core.config import ESConfig
     from eggroll.core.fitness import shape_fitness
     from eggroll.core.records import UpdateRecord
-    from eggroll.torch.es import Replica
+    from eggroll.torch.replica import Replica
 
     layers = [torch.nn.Linear(w.shape[1], w.shape[0], bias=False) for w in params.values()]
     model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2]).eval().to(x.device)

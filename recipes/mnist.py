@@ -18,26 +18,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eggroll.core.config import ESConfig
-from eggroll.recipes.common import Generations, Options, Population, console, evolve, finish, program
+from eggroll.core.fitness import Sampling, Shaping
+from eggroll.core.schedules import ScheduleName
+from eggroll.core.settings import setting
+from eggroll.distributed import TorchWorker
+from eggroll.lifecycle import Sitting
+from eggroll.recipes.common import Options, Recipe, program
 from eggroll.recipes.images import Images, load
-from eggroll.torch.es import Replica
+from eggroll.run.run_dir import RunDir
 from eggroll.torch.population import Active
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MnistOptions(Options):
     """A perceptron on MNIST."""
 
-    population: Population = 2048
-    generations: Generations = 12000
+    population_size: int = 2048
+    generations: int = 12000
+    rank: int = 1
     sigma: float = 0.005
     lr: float = 0.002
+    lr_schedule: ScheduleName = "cosine"
+    fitness_shaping: Shaping = "normalized"
+    sampling: Sampling | None = "one_sided"
     batch: int = 64
     """Images per generation, fresh each time and the same for all members."""
     data: str | None = None
     """Folder with MNIST's IDX files, gzipped or not (default: $EGGROLL_DATA_DIR, the hub, scikit-learn's digits)."""
-    backprop: bool = False
+    backprop: bool = setting(False, resume=True)
     """Train the same network with backpropagation and Adam as well, and report it beside."""
 
 
@@ -46,61 +54,43 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
-def replica_for(options: MnistOptions) -> Replica:
-    """The perceptron as a run begins with it."""
-    return classifier(network, options)
+def recipe(name: str, make: Callable[[], nn.Module], options_type: type[MnistOptions]) -> Recipe:
+    """The recipe of an image classifier: a member's fitness is its mean log-likelihood of a fresh minibatch."""
 
+    def worker(options: MnistOptions) -> TorchWorker:
+        images = load(options.data, options.place())
 
-def run(options: MnistOptions) -> dict[str, Any]:
-    """Evolve the perceptron; returns what is in ``result.json``."""
-    return train("mnist", network, options)
+        def classifier() -> nn.Module:
+            torch.manual_seed(options.seed)
+            return make().to(options.place())
 
-
-def classifier(make: Callable[[], nn.Module], options: MnistOptions) -> Replica:
-    """A network with its first weights, and how it is evolved."""
-    torch.manual_seed(options.seed)
-    config = ESConfig(
-        population_size=options.population, generations=options.generations, rank=options.rank, sigma=options.sigma,
-        lr=options.lr, lr_schedule="cosine", optimizer="adam", fitness_shaping="normalized", seed=options.seed,
-        sampling="one_sided",
-    )  # fmt: skip
-    return Replica(make().eval().to(options.place()), config, kinds=("matrix", "conv", "vector"))
-
-
-def train(name: str, make: Callable[[], nn.Module], options: MnistOptions) -> dict[str, Any]:
-    """Evolve an image classifier: the mean log-likelihood of a fresh minibatch is the fitness of every member."""
-    images = load(options.data, options.place())
-    console.print(f"data     {images.name} {images.source}")
-    replica = classifier(make, options)
-    model = replica.model
-
-    def evaluate(generation: int, sigma: float) -> Tensor:
-        x, labels = images.minibatch(options.batch, options.seed, generation)
-
-        def fitness(active: Active) -> Tensor:
+        def fitness(model: nn.Module, active: Active, generation: int) -> Tensor:
+            x, labels = images.minibatch(options.batch, options.seed, generation)
             logits = active.split(model(active.expand(x.unsqueeze(1))))  # (members, batch, 10)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(active.members), reduction="none")
             return -loss.view(active.members, -1).mean(1)
 
-        return replica.population.scores(
-            fitness, generation, sigma=sigma, members_per_forward=options.members_per_forward
-        )
+        return TorchWorker(
+            classifier, fitness, options, heldout_fn=lambda model: accuracy(model, *images.validation),
+            kinds=("matrix", "conv", "vector"), members_per_forward=options.members_per_forward,
+        )  # fmt: skip
 
-    done = evolve(
-        name, options, replica, evaluate, lambda: accuracy(model, *images.validation), eval_every=100,
-        extra={"data": f"{images.name} {images.source}"},
-    )  # fmt: skip
-    samples = options.population * options.batch
-    result = {
-        "test_accuracy": accuracy(model, *images.test),
-        "validation_accuracy": accuracy(model, *images.validation),
-        "evaluated_samples": samples * options.generations,
-        "samples_per_s": samples * done.generations / done.seconds,
-        "data": images.name,
-    }
-    if options.backprop:
-        result |= backprop(make, images, options.seed)
-    return finish(done, result)
+    def finish(options: MnistOptions, worker: TorchWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
+        images, samples = load(options.data, options.place()), options.population_size * options.batch
+        result = {
+            "test_accuracy": accuracy(worker.model, *images.test),
+            "validation_accuracy": accuracy(worker.model, *images.validation),
+            "evaluated_samples": samples * options.generations,
+            "samples_per_s": samples * (sitting.generation - sitting.start) / sitting.seconds,
+            "data": images.name,
+        }
+        return result | (backprop(make, images, options.seed) if options.backprop else {})
+
+    def facts(options: MnistOptions) -> dict[str, str]:
+        images = load(options.data, options.place())
+        return {"data": f"{images.name} {images.source}"}
+
+    return Recipe(name, options_type, worker, finish, eval_every=100, facts=facts)
 
 
 @torch.no_grad()
@@ -125,6 +115,8 @@ def backprop(make: Callable[[], nn.Module], images: Images, seed: int) -> dict[s
     seconds = time.perf_counter() - began
     return {"adam_test_accuracy": accuracy(model.eval(), *images.test), "adam_s": round(seconds, 2)}
 
+
+KIND = recipe("mnist", network, MnistOptions).kind()
 
 if __name__ == "__main__":
     program("mnist")

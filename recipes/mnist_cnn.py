@@ -9,24 +9,20 @@ EPYC) that other jobs shared, about 45 on a core of its own. Adam on the same ne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from eggroll.recipes.common import Generations, Population, program
-from eggroll.recipes.mnist import MnistOptions, classifier, train
-from eggroll.torch.es import Replica
+from eggroll.recipes.common import program
+from eggroll.recipes.mnist import MnistOptions, recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MnistCnnOptions(MnistOptions):
     """Two convolutions on MNIST."""
 
-    population: Population = 256
-    generations: Generations = 16000
-    sigma: float = 0.005
-    lr: float = 0.002
-    members_per_forward: int = 32
+    population_size: int = 256
+    generations: int = 16000
+    members_per_forward: int | None = 32
 
 
 def network() -> nn.Sequential:
@@ -38,15 +34,7 @@ def network() -> nn.Sequential:
     )  # fmt: skip
 
 
-def replica_for(options: MnistCnnOptions) -> Replica:
-    """The network as a run begins with it."""
-    return classifier(network, options)
-
-
-def run(options: MnistCnnOptions) -> dict[str, Any]:
-    """Evolve the convolutional network; returns what is in ``result.json``."""
-    return train("mnist_cnn", network, options)
-
+KIND = recipe("mnist_cnn", network, MnistCnnOptions).kind()
 
 if __name__ == "__main__":
     program("mnist_cnn")

@@ -32,7 +32,7 @@ AT_ONCE = 32
 """Members whose activations JAX has at once; see benchmarks/bench_jax.py."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProfileOptions:
     """Time by part."""
 
@@ -48,6 +48,9 @@ class ProfileOptions:
     """Generations that are measured."""
     device: str = "cpu"
     """cpu or cuda."""
+
+
+OPTIONS = ProfileOptions
 
 
 def run(options: ProfileOptions) -> dict[str, float]:

@@ -1,6 +1,7 @@
-"""The generation loop with a learner that only counts: order, ends, interrupts, resume."""
+"""The generation loop with a worker that only counts: order, ends, interrupts, resume."""
 
 import os
+import shutil
 import signal
 import threading
 
@@ -18,13 +19,30 @@ from eggroll.run.run_dir import RunDir
 SIZE = 4
 
 
-class Learner:
-    """State that depends on every record and on their order."""
+def scores(generation):
+    return np.random.default_rng(generation).normal(size=(SIZE, 2))
 
-    def __init__(self, events=None):
+
+def evaluate(generation, sigma):
+    samples = [{"member": 0, "completion": str(generation)}]
+    return Evaluation(scores(generation), {"draw_s": 0.0}, tokens=10, samples=samples)
+
+
+class Counter:
+    """A worker whose state depends on every record and on their order."""
+
+    def __init__(self, events=None, *, evaluate=evaluate, heldout=None):
         self.state = torch.zeros(1, dtype=torch.float64)
         self.events = [] if events is None else events
         self.during = None
+        self.score, self.score_center = evaluate, heldout
+
+    def evaluate(self, generation, sigma, members):
+        assert members == range(SIZE)
+        return self.score(generation, sigma)
+
+    def heldout(self, generation):
+        return self.score_center()
 
     def apply(self, record):
         if self.during is not None:
@@ -40,18 +58,12 @@ class Learner:
         self.state = tensors["state"].clone()
 
 
-def scores(generation):
-    return np.random.default_rng(generation).normal(size=(SIZE, 2))
-
-
-def evaluate(generation, sigma):
-    samples = [{"member": 0, "completion": str(generation)}]
-    return Evaluation(scores(generation), {"draw_s": 0.0}, tokens=10, samples=samples)
-
-
-def make(run=None, generations=6, learner=None, **settings):
+def make(run=None, generations=6, worker=None, **settings):
     config = ESConfig(population_size=SIZE, generations=generations, lr=0.1, lr_decay=0.9, sigma_decay=0.5)
-    return Loop(config, learner or Learner(), **{"evaluate": evaluate, "run": run, **settings})
+    worker = worker or Counter()
+    worker.score = settings.pop("evaluate", worker.score)
+    worker.score_center = settings.pop("heldout", worker.score_center)
+    return Loop(config, worker, run, worker.score_center is not None, **settings)
 
 
 @pytest.fixture
@@ -65,7 +77,7 @@ def whole(tmp_path):
     run = RunDir.create(tmp_path / "whole", {})
     loop = make(run)
     loop.go()
-    return run, loop.learner.state
+    return run, loop.worker.state
 
 
 class Listener:
@@ -81,7 +93,7 @@ def kill(number):
 
 
 def test_the_order_of_things(run, monkeypatch):
-    """Evaluate, log the record, apply it, evaluate the centre, log metrics, tell, checkpoint, ask whether to stop."""
+    """Evaluate, log the record, apply it, evaluate the center, log metrics, tell, checkpoint, ask whether to stop."""
     events = []
     for name, label in (("append_update", "record"), ("append_metrics", "metrics"), ("save_checkpoint", "checkpoint")):
         real = getattr(run, name)
@@ -94,7 +106,7 @@ def test_the_order_of_things(run, monkeypatch):
     loop = make(
         run,
         generations=2,
-        learner=Learner(events),
+        worker=Counter(events),
         evaluate=lambda generation, sigma: (
             events.append(("evaluate", generation, sigma)) or evaluate(generation, sigma)
         ),
@@ -133,7 +145,7 @@ def test_metrics(run):
 
 
 @pytest.mark.parametrize(("every", "expected"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
-def test_when_the_centre_is_evaluated(every, expected):
+def test_when_the_center_is_evaluated(every, expected):
     """Before the first generation, every so often, and after the last."""
     seen = []
     loop = make(generations=5, heldout=lambda: seen.append(1) or Heldout(2.0), eval_every=every)
@@ -204,12 +216,12 @@ def test_signals_leave_a_state_that_goes_on(run, whole, monkeypatch, where, numb
             hits.append(generation)
             kill(number)
 
-    learner = Learner()
+    worker = Counter()
     settings = {"heldout": lambda: Heldout(1.0), "eval_every": 1, "checkpoint_every": 1}
     if where == "evaluate":
         settings["evaluate"] = lambda generation, sigma: hit(generation) or evaluate(generation, sigma)
     elif where == "apply":
-        learner.during = hit
+        worker.during = hit
     elif where == "heldout":
         settings["heldout"] = lambda: hit(loop.applied - 1) or Heldout(1.0)
     elif where == "listener":
@@ -226,7 +238,7 @@ def test_signals_leave_a_state_that_goes_on(run, whole, monkeypatch, where, numb
             return real(generation, *args, **kwargs)
 
         monkeypatch.setattr(run, "save_checkpoint", saving)
-    loop = make(run, learner=learner, **settings)
+    loop = make(run, worker=worker, **settings)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     loop.go()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
@@ -237,11 +249,11 @@ def test_signals_leave_a_state_that_goes_on(run, whole, monkeypatch, where, numb
     assert [line["generation"] for line in run.metrics()] == list(range(done + 1))
     checkpoint = run.latest_checkpoint()
     assert checkpoint.generation == done
-    assert checkpoint.load()["state"].equal(learner.state)
+    assert checkpoint.load()["state"].equal(worker.state)
     again = make(RunDir.open(run.path))
     assert again.resume() == done
     again.go(done)
-    assert again.learner.state.equal(whole[1])
+    assert again.worker.state.equal(whole[1])
     assert (run.path / "updates.jsonl").read_bytes() == (whole[0].path / "updates.jsonl").read_bytes()
 
 
@@ -277,7 +289,7 @@ def test_an_error_keeps_what_was_done(run, whole):
     start = loop.resume()
     assert start == 3
     assert [line["generation"] for line in loop.go(start)] == [1, 2, 3, 4, 5, 6]
-    assert loop.learner.state.equal(whole[1])
+    assert loop.worker.state.equal(whole[1])
 
 
 def test_an_error_in_the_heldout_evaluation_keeps_the_generation(run):
@@ -306,9 +318,9 @@ def test_resume_after_progress_that_only_the_log_has(run, whole):
     assert RunDir.open(run.path).latest_checkpoint().generation == 2
     again = make(RunDir.open(run.path))
     assert again.resume() == 5
-    assert [event for event in again.learner.events if event[0] == "apply"] == [("apply", g) for g in (2, 3, 4)]
+    assert [event for event in again.worker.events if event[0] == "apply"] == [("apply", g) for g in (2, 3, 4)]
     again.go(5)
-    assert again.learner.state.equal(whole[1])
+    assert again.worker.state.equal(whole[1])
 
 
 def test_resume_without_any_checkpoint(run, whole):
@@ -318,7 +330,7 @@ def test_resume_without_any_checkpoint(run, whole):
     again = make(RunDir.open(run.path))
     assert again.resume() == 4
     again.go(4)
-    assert again.learner.state.equal(whole[1])
+    assert again.worker.state.equal(whole[1])
 
 
 def test_resume_between_a_record_and_its_metrics(run, whole):
@@ -332,23 +344,23 @@ def test_resume_between_a_record_and_its_metrics(run, whole):
     again = make(RunDir.open(run.path))
     assert again.resume() == 3
     again.go(3)
-    assert again.learner.state.equal(whole[1])
+    assert again.worker.state.equal(whole[1])
     assert [line["generation"] for line in again.run.metrics()] == [1, 2, 3, 4, 5, 6]
     assert (run.path / "samples.jsonl").read_bytes() == (whole[0].path / "samples.jsonl").read_bytes()
 
 
 def test_a_log_that_cannot_be_written_changes_nothing(run):
     """The record comes first: where it cannot be written, the weights stay."""
-    learner = Learner()
+    worker = Counter()
 
     def full(record):
         raise RunWriteError("the disk is full")
 
     run.append_update = full
     with pytest.raises(RunWriteError, match="the disk is full"):
-        make(run, learner=learner).go()
-    assert learner.events == []
-    assert float(learner.state) == 0.0
+        make(run, worker=worker).go()
+    assert worker.events == []
+    assert float(worker.state) == 0.0
 
 
 @pytest.mark.filterwarnings("default::eggroll.core.fitness.NonFiniteFitnessWarning")
@@ -373,3 +385,34 @@ def test_scores_that_are_no_numbers(run):
 def test_fitness_metrics_without_any_number():
     assert fitness_metrics(np.full((4, 2), np.nan)) == {"invalid_scores": 8}
     assert fitness_metrics(np.array([1.0, 2.0, np.nan]))["fitness_mean"] == 1.5
+
+
+def test_totals_reach_the_update_and_are_counted(run):
+    """Numbers are logged as counts of the whole run, arrays only go to the worker; a resumed run counts on."""
+    seen = []
+
+    def counted(generation, sigma):
+        return Evaluation(scores(generation), totals={"steps": 3, "sums": np.arange(2.0) + generation})
+
+    worker = Counter(evaluate=counted)
+    apply = worker.apply
+    worker.apply = lambda record: seen.append(dict(record.totals)) or apply(record)
+    loop = make(run, generations=2, worker=worker)
+    assert [line["steps"] for line in loop.go()] == [3.0, 6.0]
+    assert [(one["steps"], one["sums"].tolist()) for one in seen] == [(3, [0.0, 1.0]), (3, [1.0, 2.0])]
+    assert all("sums" not in line for line in run.metrics())
+    assert "totals" not in run.path.joinpath("updates.jsonl").read_text()
+    again = make(run, generations=3, worker=Counter(evaluate=counted))
+    assert [line["steps"] for line in again.go(again.resume())] == [3.0, 6.0, 9.0]
+
+
+def test_going_back_to_the_checkpoint(run):
+    """Without what the log does not hold, generations after the newest checkpoint are evaluated again."""
+    make(run, generations=5, checkpoint_every=2).go()
+    run.rewind(5)
+    again = make(run, generations=5)
+    remove = run.checkpoints / "generation-000005"
+    assert remove.exists()
+    shutil.rmtree(remove)
+    assert again.resume(from_checkpoint=True) == 4
+    assert len(run.updates()) == 4

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from eggroll.llm import models
-from eggroll.llm.chat import format_prompts
+from eggroll import llm
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import load_examples
-from eggroll.llm.evaluate import evaluate
-from eggroll.llm.models import LoadedModel
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.generation.chat import format_prompts
+from eggroll.llm.measure.evaluate import evaluate
+from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.tasks import Task, get_task
 
 METHODS = ("eggroll", "grpo")
@@ -185,7 +185,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     one_thread = args.device == "cpu" and torch.get_num_threads() == 1
     args.now = time.process_time if one_thread else time.perf_counter
-    loaded = models.load(args.model, dtype="float32", device=args.device)
+    loaded = llm.load(args.model, dtype="float32", device=args.device)
     task = prepared(args.task, args.shots, loaded.tokenizer)
     measure = measuring(loaded, task, args.split, args.max_tokens)
     if args.device == "cuda":

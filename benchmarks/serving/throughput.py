@@ -39,11 +39,10 @@ def main() -> None:
     import torch
     from common import alternate, hardware, slug
 
-    from eggroll import EggrollConfig, EggrollTrainer
-    from eggroll.llm import models
-    from eggroll.llm.data import load_examples
-    from eggroll.llm.vllm_trainer import VllmEggrollTrainer
+    from eggroll import EggrollConfig, EggrollTrainer, llm
+    from eggroll.llm.data.examples import load_examples
     from eggroll.run.provenance import git_revision, versions
+    from eggroll.vllm_backend import VllmEggrollTrainer
 
     load = os.getloadavg()[0]
     config = EggrollConfig(
@@ -56,19 +55,20 @@ def main() -> None:
         return [float(len(text)) for text in completions]
 
     engine = VllmEggrollTrainer(args.model, config, reward, dtype=args.dtype)
-    loaded = models.load(args.model, dtype=args.dtype, device="cpu")
+    loaded = llm.load(args.model, dtype=args.dtype, device="cpu")
     plain = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
-    engine.evaluator.eos_ids = []
-    plain.evaluator.eos_ids = []
-    plain.evaluator.choose_mode(examples)
-    sampling = engine.evaluator._sampling
+    evaluator = engine.worker.evaluator
+    evaluator.eos_ids = []
+    plain.worker.evaluator.eos_ids = []
+    plain.worker.evaluator.choose_mode(examples)
+    sampling = evaluator._sampling
 
     def without_end(generation: int, row: int) -> Any:
         made = sampling(generation, row)
         made.ignore_eos = True
         return made
 
-    engine.evaluator._sampling = without_end  # type: ignore[method-assign]
+    evaluator._sampling = without_end  # type: ignore[method-assign]
     rows = args.members * args.prompts
     turn = {"vllm": 0, "torch": 0}
 
@@ -81,11 +81,11 @@ def main() -> None:
 
     def members(name: str, trainer: Any) -> float:
         turn[name] += 1
-        return timed(lambda: trainer.evaluator.evaluate(turn[name], config.sigma, examples).tokens)
+        return timed(lambda: trainer.worker.evaluator.evaluate(turn[name], config.sigma, examples).tokens)
 
     def without_adapters() -> float:
         engine.engine.llm.reset_prefix_cache()
-        return timed(lambda: engine.evaluator._complete(examples, args.members, 0, 0, None)[1])
+        return timed(lambda: evaluator.complete(examples, None, 0, range(args.members))[1])
 
     times = alternate(
         {

@@ -5,8 +5,9 @@ Public names are loaded on first use: ``import eggroll`` itself loads neither to
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from eggroll._lazy import attach
 
 if TYPE_CHECKING:
     from eggroll.llm.config import EggrollConfig as EggrollConfig
@@ -20,36 +21,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "CodeExecutionReward": "eggroll.llm.rewards",
-    "CustomReward": "eggroll.llm.rewards",
-    "EggrollConfig": "eggroll.llm.config",
-    "EggrollTrainer": "eggroll.llm.trainer",
-    "FunctionReward": "eggroll.llm.rewards",
-    "MultiReward": "eggroll.llm.rewards",
-    "PerplexityReward": "eggroll.llm.rewards",
-    "TextReward": "eggroll.llm.rewards",
-}
-
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'eggroll' has no attribute {name!r}")
-    home = _HOMES[name]
-    try:
-        return getattr(importlib.import_module(home), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "eggroll":
-            raise
-        from eggroll.errors import MissingExtraError
-
-        raise MissingExtraError(
-            f"eggroll.{name} needs '{error.name}', which is not installed. "
-            "Install it with: pip install 'eggroll-es[llm]'"
-        ) from error
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "CodeExecutionReward": "eggroll.llm.rewards",
+        "CustomReward": "eggroll.llm.rewards",
+        "EggrollConfig": "eggroll.llm.config",
+        "EggrollTrainer": "eggroll.llm.trainer",
+        "FunctionReward": "eggroll.llm.rewards",
+        "MultiReward": "eggroll.llm.rewards",
+        "PerplexityReward": "eggroll.llm.rewards",
+        "TextReward": "eggroll.llm.rewards",
+    },
+    extra="llm",
+    eager=("__version__",),
+)

@@ -8,13 +8,9 @@ and the records after it, bit for bit.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -22,25 +18,10 @@ from numpy.typing import NDArray
 
 from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
+from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
 
 if TYPE_CHECKING:
     from eggroll.run.run_dir import RunDir
-
-
-class Learner(Protocol):
-    """What the loop updates: :class:`eggroll.torch.es.Replica`, or anything like it."""
-
-    def apply(self, record: UpdateRecord) -> float:
-        """Take one update; returns the norm of the change."""
-        ...
-
-    def state_tensors(self) -> Mapping[str, Any]:
-        """Everything that a checkpoint holds."""
-        ...
-
-    def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_tensors`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -52,17 +33,20 @@ class Evaluation:
         metrics: further numbers for the log, units in their names.
         tokens: tokens processed or generated, 0 if the word has no meaning.
         samples: rows for ``samples.jsonl``.
+        totals: sums over the evaluated members, numbers or arrays. Those of several ranges are added up and reach every
+            replica with the update's record; the log has running counts of those that are numbers.
     """
 
     fitness: NDArray[np.floating[Any]]
     metrics: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     samples: list[dict[str, Any]] = field(default_factory=list)
+    totals: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """The centre's score on held-out data.
+    """The center's score on held-out data.
 
     Attributes:
         reward: mean score, higher is better.
@@ -73,6 +57,51 @@ class Heldout:
     reward: float
     samples: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Worker(Protocol):
+    """Everything that evolves: one replica of the center, with what it needs to score members.
+
+    A PyTorch module, a vLLM engine, a policy in JAX, an integer language model, and a pool of other workers are all
+    workers. Those that start from the same weights and apply the same records have the same weights again, bit for
+    bit: that is all that keeps a pool of them together.
+    """
+
+    def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
+        """Score some members.
+
+        Args:
+            generation: the generation, from 0; with ``members`` it is the address of the noise.
+            sigma: standard deviation of the perturbations.
+            members: consecutive members; both of an antithetic pair are in the same range.
+
+        Returns:
+            An evaluation whose fitness is ``(len(members),)`` or ``(len(members), prompts)``. It may depend on nothing
+            but the arguments and the center: the same range may be asked for twice, of any worker.
+
+        Raises:
+            EggrollError: the score cannot be computed; it ends the run as it is, and is not tried again.
+        """
+        ...
+
+    def heldout(self, generation: int) -> Heldout:
+        """The center's score on held-out data, after ``generation`` updates."""
+        ...
+
+    def apply(self, record: UpdateRecord) -> float:
+        """Take one update; returns the norm of the change."""
+        ...
+
+    def state_tensors(self) -> Mapping[str, Any]:
+        """Everything that the next update depends on: names to tensors (PyTorch or NumPy)."""
+        ...
+
+    def load_state_tensors(self, tensors: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_tensors`; tensors from a checkpoint are PyTorch's.
+
+        They may be shared, read-only memory: copy out of them.
+        """
+        ...
 
 
 class Listener(Protocol):
@@ -89,11 +118,10 @@ class Loop:
 
     Args:
         config: the algorithm's settings.
-        learner: applies updates.
-        evaluate: scores all members of a generation, given its number and sigma.
-        heldout: scores the centre, or ``None``.
-        eval_every: generations between held-out evaluations (the start and the end are always evaluated).
+        worker: what evolves.
         run: where logs and checkpoints go, or ``None`` for none.
+        heldout: whether the center is scored on held-out data before, during and after.
+        eval_every: generations between held-out scores (the start and the end always have one).
         checkpoint_every: generations between checkpoints; with a run directory there is always one at the end.
         listeners: told of each generation's metrics.
         stop: asked about each generation's metrics when it is done; true ends the run early. A run that goes on is
@@ -101,11 +129,10 @@ class Loop:
     """
 
     config: ESConfig
-    learner: Learner
-    evaluate: Callable[[int, float], Evaluation]
-    heldout: Callable[[], Heldout] | None = None
-    eval_every: int = 10
+    worker: Worker
     run: RunDir | None = None
+    heldout: bool = False
+    eval_every: int = 10
     checkpoint_every: int = 10
     listeners: list[Listener] = field(default_factory=list)
     stop: Callable[[dict[str, Any]], bool] | None = None
@@ -113,21 +140,28 @@ class Loop:
     interrupted: bool = False
     applied: int = 0
 
-    def resume(self) -> int:
-        """Bring the learner to the state after the last logged generation; returns how many are done."""
+    def resume(self, *, from_checkpoint: bool = False) -> int:
+        """Bring the worker to the state after the last logged generation; returns how many are done.
+
+        Args:
+            from_checkpoint: go back to the newest checkpoint, for workers that need more than the log's records to take
+                an update (``totals``); the generations after it are evaluated again, with the same result.
+        """
         if self.run is None:
             return 0
         checkpoint = self.run.latest_checkpoint()
+        if from_checkpoint:
+            self.run.rewind(checkpoint.generation if checkpoint else 0)
         start = 0
         if checkpoint is not None:
-            self.learner.load_state_tensors(checkpoint.load())
+            self.worker.load_state_tensors(checkpoint.load())
             start = checkpoint.generation
         records, lines = self.run.updates(), self.run.metrics()
         # A crash between a generation's record and its metrics: it is done again, with the same result.
         logged = max((int(line["generation"]) for line in lines), default=0)
         done = max(start, min(len(records), logged))
         for record in records[start:done]:
-            self.learner.apply(record)
+            self.worker.apply(record)
         self.run.rewind(done)
         self.history = [line for line in self.run.metrics() if "event" not in line]
         self.applied = done
@@ -140,8 +174,9 @@ class Loop:
         the last complete one, and a checkpoint of it is written. ``interrupted`` is true then.
         """
         began = time.perf_counter()
+        members = range(self.config.population_size)
         self.applied = start
-        with _terminate_as_interrupt():
+        with terminate_as_interrupt():
             try:
                 if start == 0:
                     self._log_start()
@@ -149,18 +184,18 @@ class Loop:
                 for generation in range(start, start if was_over else self.config.generations):
                     sigma = self.config.sigma_at(generation)
                     evaluate_start = time.perf_counter()
-                    evaluation = self.evaluate(generation, sigma)
+                    evaluation = self.worker.evaluate(generation, sigma, members)
                     seconds = time.perf_counter() - evaluate_start
                     metrics: dict[str, Any] = {}
                     try:
-                        with _uninterrupted():
+                        with uninterrupted():
                             metrics = self._update(generation, sigma, evaluation, seconds)
                         self._evaluate_when_due(metrics, generation + 1)
                     finally:
                         if metrics:  # the update has been taken, even if Ctrl-C has come since
                             metrics["elapsed_s"] = time.perf_counter() - began
                             self.history.append(metrics)
-                            with _uninterrupted():
+                            with uninterrupted():
                                 self._log(metrics)
                     if self._due(generation + 1, self.checkpoint_every):
                         self._checkpoint(generation + 1)
@@ -179,11 +214,11 @@ class Loop:
         """Shape, log, apply: from the log entry to the new weights and their metrics there is no way out half-way."""
         config, lr = self.config, self.config.lr_at(generation)
         start = time.perf_counter()
-        shaped = config.shape(evaluation.fitness)
-        record = UpdateRecord.make(generation, sigma, lr, shaped)
+        weights = config.shape(evaluation.fitness)
+        record = UpdateRecord.make(generation, sigma, lr, weights, totals=evaluation.totals)
         if self.run is not None:
             self.run.append_update(record)
-        norm = self.learner.apply(record)
+        norm = self.worker.apply(record)
         self.applied = generation + 1
         if self.run is not None and evaluation.samples:
             self.run.append_samples([{"generation": generation + 1, **row} for row in evaluation.samples])
@@ -198,16 +233,22 @@ class Loop:
             "evaluate_s": seconds,
             "update_s": time.perf_counter() - start,
             **evaluation.metrics,
+            **config.weight_metrics(weights),
+            **self._counts(evaluation.totals),
         }
+
+    def _counts(self, totals: Mapping[str, Any]) -> dict[str, float]:
+        """Totals that are numbers, counted from the beginning of the run."""
+        before = self.history[-1] if self.history else {}
+        return {name: before.get(name, 0.0) + float(value) for name, value in totals.items() if np.ndim(value) == 0}
 
     def _evaluate_when_due(self, metrics: dict[str, Any], generation: int) -> None:
         last = generation == self.config.generations
-        if self.heldout is not None and (last or self._due(generation, self.eval_every)):
+        if self.heldout and (last or self._due(generation, self.eval_every)):
             self._evaluate_heldout(metrics, generation)
 
     def _evaluate_heldout(self, metrics: dict[str, Any], generation: int) -> None:
-        assert self.heldout is not None
-        result = self.heldout()
+        result = self.worker.heldout(generation)
         if math.isfinite(result.reward):
             metrics["heldout_reward"] = result.reward
         metrics.update(result.metrics)
@@ -215,7 +256,7 @@ class Loop:
             self.run.append_samples([{"generation": generation, **row} for row in result.samples])
 
     def _log_start(self) -> None:
-        if self.heldout is None:
+        if not self.heldout:
             return
         metrics: dict[str, Any] = {"generation": 0, "event": "start"}
         self._evaluate_heldout(metrics, 0)
@@ -232,8 +273,8 @@ class Loop:
             return
         if self.run.has_checkpoint(generation):
             return
-        with _uninterrupted():
-            self.run.save_checkpoint(generation, self.learner.state_tensors(), {"config": self.config.to_dict()})
+        with uninterrupted():
+            self.run.save_checkpoint(generation, self.worker.state_tensors(), {"config": self.config.to_dict()})
 
     @staticmethod
     def _due(generation: int, every: int) -> bool:
@@ -262,39 +303,4 @@ def fitness_metrics(fitness: NDArray[np.floating[Any]]) -> dict[str, float]:
     }
 
 
-@contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """Handle signals in the block; outside the main thread, where none arrives, do nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block is done."""
-    pending: list[int] = []
-    with _handling(lambda number, frame: pending.append(number), signal.SIGINT, signal.SIGTERM):
-        yield
-    if pending:
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM (a scheduler's notice) ends a run as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    with _handling(interrupt, signal.SIGTERM):
-        yield
-
-
-__all__ = ["Evaluation", "Heldout", "Learner", "Listener", "Loop", "fitness_metrics"]
+__all__ = ["Evaluation", "Heldout", "Listener", "Loop", "Worker", "fitness_metrics"]

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from eggroll.cli.eval import EvalOptions, _Bar, _verdict
 from eggroll.errors import ConfigError
-from eggroll.llm.evaluate import Result, compare, draw_problems
-from eggroll.llm.evaluate import evaluate as answer
-from eggroll.llm.models import LoadedModel
+from eggroll.llm.measure.evaluate import Result, compare, draw_problems
+from eggroll.llm.measure.evaluate import evaluate as answer
+from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.tasks import get_task
 
 ZEROS = ["--task", "zeros", "--samples", "12", "--max-tokens", "4", "--dtype", "float32"]
@@ -114,7 +114,7 @@ class Scripted:
 
 
 def test_right_answers_are_counted(model_dir, monkeypatch):
-    from eggroll.llm.evaluators.hf import HFEvaluator
+    from eggroll.llm.backends.torch import TorchEvaluator
 
     task = get_task("countdown")
     problems = draw_problems(task, 4, 0)
@@ -122,10 +122,10 @@ def test_right_answers_are_counted(model_dir, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     loaded = LoadedModel(model, tokenizer, "tiny", "tiny", torch.float32, torch.device("cpu"))
-    config = EvalOptions(("tiny",), "countdown").config(task)
+    config = EvalOptions(models=("tiny",), task="countdown").config(task)
     results = []
     for texts in ([right[0], "no", "no", "<answer>1</answer>"], right):
-        monkeypatch.setattr(HFEvaluator, "complete", Scripted(texts))
+        monkeypatch.setattr(TorchEvaluator, "complete", Scripted(texts))
         seen = []
         results.append(
             answer(
@@ -214,8 +214,8 @@ def test_a_live_bar_on_a_terminal():
 
 def test_options_of_a_task():
     task = get_task("zeros")
-    assert EvalOptions(("m",), "zeros").config(task).max_tokens == 16
-    assert EvalOptions(("m",), "zeros", max_tokens=3, system="s").config(task).system == "s"
+    assert EvalOptions(models=("m",), task="zeros").config(task).max_tokens == 16
+    assert EvalOptions(models=("m",), task="zeros", max_tokens=3, system="s").config(task).system == "s"
     with pytest.raises(ConfigError, match="has 2 problems"):
         EvalOptions((), "zeros", batch_size=0).config(task)
 

@@ -152,7 +152,7 @@ def test_settings_that_cannot_work(run, model_directory):
 
 
 def test_outline_and_loaded_model_agree(model_directory):
-    from eggroll.llm.outline import Outline, look_up
+    from eggroll.llm.models.outline import Outline, look_up
 
     path = model_directory(tie_word_embeddings=True)
     found = look_up(str(path), dtype="bf16", device="cpu")

@@ -238,7 +238,7 @@ def test_flags_reach_the_run(eggroll):
         "noise_reuse": 2,
         "lr_decay": 0.9,
         "sigma_decay": 0.8,
-        "batch_members": 2,
+        "members_per_forward": 2,
         "lr_schedule": "cosine",
         "system": "Be brief.",
     }

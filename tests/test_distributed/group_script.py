@@ -63,7 +63,7 @@ def on_one_node(folder):
 
     settings = toys.config(population_size=SIZE)
     with LocalPool(toys.NumpyWorker, population_size=SIZE) as pool:
-        Loop(settings, learner=pool, evaluate=pool.evaluate).go()
+        Loop(settings, pool).go()
         expected = pool.state_tensors()["parameter/theta"].clone()
     told = []
     with RayPool(Seeing, workers=2, population_size=SIZE, gpus_per_worker=2, notify=told.append) as pool:
@@ -75,7 +75,7 @@ def on_one_node(folder):
                 os.kill(first[0], signal.SIGKILL)
             return False
 
-        Loop(settings, learner=pool, evaluate=pool.evaluate, stop=kill).go()
+        Loop(settings, pool, stop=kill).go()
         pool.wait_until_ready(2, WAIT_S)
         assert pool.state_tensors()["parameter/theta"].equal(expected)
         assert any("is gone" in text for text in told), told

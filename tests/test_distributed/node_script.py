@@ -14,7 +14,7 @@ def main():
     # The state is large enough to lie in the object store of the node that made it.
     factory, settings, told = (lambda: toys.NumpyWorker(100_000)), toys.config(population_size=8), []
     with LocalPool(factory, population_size=8) as pool:
-        Loop(settings, learner=pool, evaluate=pool.evaluate).go()
+        Loop(settings, pool).go()
         expected = pool.state_tensors()["parameter/theta"].clone()
     # Nothing fits on the head at first, so the lead is on the node that is lost.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -31,7 +31,7 @@ def main():
                 pool.add_worker()
             return False
 
-        Loop(settings, learner=pool, evaluate=pool.evaluate, stop=lose).go()
+        Loop(settings, pool, stop=lose).go()
         assert pool._crew.history.start()[:2] == (None, 0), "the state is lost: all records were replayed"
         assert pool.state_tensors()["parameter/theta"].equal(expected)
     assert any("is gone" in text for text in told), told

@@ -21,7 +21,7 @@ SIZE = 32
 
 def run(pool, settings, start=0, generations=None):
     settings = settings if generations is None else type(settings)(**settings.to_dict() | {"generations": generations})
-    return Loop(settings, learner=pool, evaluate=pool.evaluate).go(start)
+    return Loop(settings, pool).go(start)
 
 
 def theta(pool):
@@ -66,7 +66,7 @@ def test_results_do_not_depend_on_the_number_of_workers(toys, alone, workers):
 
 def test_one_evaluation_of_all_ranges(toys):
     with make(toys, range_size=8) as pool:
-        found = pool.evaluate(0, 0.1)
+        found = pool.evaluate(0, 0.1, range(SIZE))
         whole = toys.NumpyWorker().evaluate(0, 0.1, range(SIZE))
         assert np.array_equal(found.fitness, whole.fitness)
         assert found.tokens == SIZE
@@ -78,8 +78,8 @@ def test_one_evaluation_of_all_ranges(toys):
 
 def test_heldout_is_the_leads(toys):
     with make(toys) as pool:
-        found = pool.heldout()
-        assert found.reward == toys.NumpyWorker().evaluate_center().reward
+        found = pool.heldout(0)
+        assert found.reward == toys.NumpyWorker().heldout(0).reward
         assert (found.samples, found.metrics) == ([{"centre": True}], {"more": 1.0})
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_where_a_new_worker_starts(toys, alone):
         pool.wait_until_ready(2)
         assert applied == [6, 7]
         run(pool, settings, start=8)
-        pool._transport._processes[0].alive = False
+        pool.kill(pool.workers()[0]["number"])
         with pytest.warns(WorkerWarning):
             pool.evaluate(10, 0.1)  # the new one leads now
         assert np.array_equal(theta(pool), alone)
@@ -196,14 +196,14 @@ def test_without_comparisons_nothing_is_noticed(toys, tmp_path):
 
 def test_errors_of_a_worker_are_raised_as_they_are(toys):
     with make(toys, toys.Wrong) as pool, pytest.raises(RewardError, match=r"^the reward is wrong$"):
-        pool.evaluate(0, 0.1)
+        pool.evaluate(0, 0.1, range(SIZE))
     with make(toys, toys.Buggy) as pool, pytest.raises(KeyError, match="nothing"):
-        pool.evaluate(0, 0.1)
+        pool.evaluate(0, 0.1, range(SIZE))
     with (
         make(toys, toys.Miscounting) as pool,
         pytest.raises(RewardError, match=r"must return \(2,\) or \(2, prompts\)"),
     ):
-        pool.evaluate(0, 0.1)
+        pool.evaluate(0, 0.1, range(SIZE))
 
 
 def test_a_pool_is_usable_after_an_error(toys):
@@ -218,9 +218,9 @@ def test_a_pool_is_usable_after_an_error(toys):
 
     with make(toys, Once) as pool:
         with pytest.raises(RewardError):
-            pool.evaluate(0, 0.1)
+            pool.evaluate(0, 0.1, range(SIZE))
         expected = toys.NumpyWorker().evaluate(0, 0.1, range(SIZE)).fitness
-        assert np.array_equal(pool.evaluate(0, 0.1).fitness, expected)
+        assert np.array_equal(pool.evaluate(0, 0.1, range(SIZE)).fitness, expected)
 
 
 def test_different_numbers_of_prompts_are_refused(toys):
@@ -230,7 +230,7 @@ def test_different_numbers_of_prompts_are_refused(toys):
             return type(found)(np.stack([found.fitness] * (2 + (members.start > 6)), axis=1))
 
     with make(toys, Uneven) as pool, pytest.raises(RewardError, match="must be scored on the same prompts"):
-        pool.evaluate(0, 0.1)
+        pool.evaluate(0, 0.1, range(SIZE))
 
 
 def test_no_room_for_some_is_a_warning_and_for_all_an_error(toys, tmp_path):
@@ -263,7 +263,7 @@ def test_a_pool_without_workers_says_so(toys):
     with make(toys, workers=1) as pool:
         pool._crew.clear()
         with pytest.raises(RunError, match=r"the pool has no workers; add_worker\(\) adds one"):
-            pool.evaluate(0, 0.1)
+            pool.evaluate(0, 0.1, range(SIZE))
 
 
 def test_records_travel_without_loss():
@@ -326,7 +326,7 @@ def test_where_a_reward_raised_goes_along(toys, tmp_path):
 def test_a_worker_that_never_answers_is_neither_compared_nor_asked(toys):
     with make(toys, check_every=1) as pool:
         crew = pool._crew
-        pool.evaluate(0, 0.1)
+        pool.evaluate(0, 0.1, range(SIZE))
         stuck, sent = crew.ready()[0], []
         stuck.busy.add("a ticket that never comes back")
         real = crew.send
@@ -338,7 +338,7 @@ def test_a_worker_that_never_answers_is_neither_compared_nor_asked(toys):
         crew.send = send
         pool._compare()
         assert [(seat is stuck, method) for seat, method in sent] == [(False, "digest")] * 2
-        assert np.isfinite(pool.heldout().reward)
+        assert np.isfinite(pool.heldout(0).reward)
         assert sent[-1][0] is not stuck
 
 

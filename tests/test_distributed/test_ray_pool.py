@@ -18,7 +18,7 @@ SIZE = 32
 
 
 def run(pool, settings, **more):
-    return Loop(settings, learner=pool, evaluate=pool.evaluate, **more).go()
+    return Loop(settings, pool, **more).go()
 
 
 def state(pool):

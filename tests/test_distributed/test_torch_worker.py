@@ -41,7 +41,7 @@ def test_one_score_for_each_member_and_prompt(toys):
 @pytest.mark.parametrize(
     ("scores", "given"),
     [
-        (lambda active: torch.zeros(3), r"float64 \(3,\)"),
+        (lambda active: torch.zeros(3), r"float32 \(3,\)"),
         (lambda active: 1.0, r"returned 1\.0"),
         (lambda active: ["a"] * active.members, r"<U1 \(4,\)"),
     ],
@@ -54,7 +54,7 @@ def test_wrong_scores_are_told(toys, scores, given):
 
 def test_heldout_needs_its_function(toys):
     with pytest.raises(ConfigError, match="held-out scores need heldout_fn"):
-        TorchWorker(toys.make_model, toys.fitness, toys.config()).evaluate_center()
+        TorchWorker(toys.make_model, toys.fitness, toys.config()).heldout(0)
 
 
 def test_a_run_is_continued_and_a_wrong_one_refused(toys, tmp_path):

@@ -99,7 +99,7 @@ class NumpyWorker:
         samples = [{"member": 0}] if members.start == 0 else []
         return Evaluation(fitness, {"draw_s": 0.5, "share": float(members.start)}, tokens=len(members), samples=samples)
 
-    def evaluate_center(self):
+    def heldout(self, generation):
         return Heldout(-float(np.square(self.theta - self.target).sum()), [{"centre": True}], {"more": 1.0})
 
     def apply(self, record):

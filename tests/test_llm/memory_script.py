@@ -13,17 +13,16 @@ import numpy as np
 import torch
 import transformers
 
-import eggroll.llm.evaluators.hf as hf
+import eggroll.llm.backends.torch as hf
 from eggroll.core.records import UpdateRecord
+from eggroll.llm.backends.torch import TorchEvaluator, replica_for
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data import Example
+from eggroll.llm.data.examples import Example
 from eggroll.llm.estimate import Estimate, Workload
-from eggroll.llm.evaluators.hf import HFEvaluator
-from eggroll.llm.generation import Sampling
-from eggroll.llm.outline import Outline
+from eggroll.llm.generation.generate import Sampling
+from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.rewards.perplexity import PerplexityReward
-from eggroll.llm.trainer import replica_for
 
 END = 2
 MODELS = {
@@ -95,7 +94,7 @@ class Run:
         self.replica = replica_for(self.model, self.config)
         tokenizer = Tokenizer()
         reward = PerplexityReward(tokenizer) if scored else as_reward(lambda text: float(len(text)), tokenizer)
-        self.evaluator = HFEvaluator(self.replica.population, tokenizer, reward, self.config)
+        self.evaluator = TorchEvaluator(self.replica.population, tokenizer, reward, self.config)
         self.replica.population.mode = "rows"
         if scored:
             ids = torch.ones(rows, self.config.max_length, dtype=torch.long)

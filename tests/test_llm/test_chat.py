@@ -5,7 +5,7 @@ import re
 import pytest
 
 from eggroll.errors import DataError
-from eggroll.llm.chat import as_conversational, encode_prompts, format_prompts, plain_text
+from eggroll.llm.generation.chat import as_conversational, encode_prompts, format_prompts, plain_text
 
 USER = {"role": "user", "content": "hi"}
 GEMMA_LIKE = (

@@ -8,8 +8,9 @@ import datasets
 import pytest
 
 from eggroll.errors import DataError
-from eggroll.llm.data import Example, batches, columns_of, load_examples, prompts_of
-from eggroll.llm.files import paragraphs
+from eggroll.llm.data.batches import batches
+from eggroll.llm.data.examples import Example, columns_of, load_examples, prompts_of
+from eggroll.llm.data.files import paragraphs
 
 CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 

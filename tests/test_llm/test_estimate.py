@@ -15,10 +15,11 @@ from eggroll.core.fitness import shape_fitness
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import MemoryBudgetError, SelectionError
 from eggroll.llm import estimate as module
+from eggroll.llm.backends.torch import replica_for
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.estimate import Estimate, Workload, ensure_fits
-from eggroll.llm.outline import Outline
-from eggroll.llm.trainer import EggrollTrainer, replica_for
+from eggroll.llm.models.outline import Outline
+from eggroll.llm.trainer import EggrollTrainer
 
 # Without a prompt, texts are scored. Each run has another moment that needs most.
 RUNS = {
@@ -193,7 +194,7 @@ def test_what_cannot_fit_is_refused_with_ways_out(build_model):
 
 def test_trainer_refuses_before_it_allocates(tiny_model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(module, "machine_memory", lambda device: (1000, 1000))
-    monkeypatch.setattr("eggroll.llm.trainer.replica_for", lambda *_: pytest.fail("masters were made"))
+    monkeypatch.setattr("eggroll.llm.backends.build.replica_for", lambda *_: pytest.fail("masters were made"))
     with pytest.raises(MemoryBudgetError, match=r"this machine \(cpu\) has 1.0 kB"):
         EggrollTrainer(tiny_model, EggrollConfig(population_size=4), lambda text: 0.0, tiny_tokenizer)
 

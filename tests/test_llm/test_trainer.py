@@ -17,8 +17,8 @@ from eggroll import (
 )
 from eggroll.core.oracle import member_params
 from eggroll.errors import ConfigError, DataError, RewardError, RunError
-from eggroll.llm import generation as decoding
-from eggroll.llm.data import load_examples
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.generation import generate as decoding
 from eggroll.run.run_dir import RunDir
 
 PROMPTS = ["What is red?", "Name a fish.", "Say hi.", "Count to three.", "Who?"]
@@ -51,8 +51,8 @@ def unchanged(model, before):
 
 def scores_of(trainer, data, generation=0):
     """The table of raw scores of one generation."""
-    trainer.evaluator.choose_mode(load_examples(data))
-    return trainer.evaluator.evaluate(generation, trainer.config.sigma, load_examples(data)).fitness
+    trainer.worker.evaluator.choose_mode(load_examples(data))
+    return trainer.worker.evaluator.evaluate(generation, trainer.config.sigma, load_examples(data)).fitness
 
 
 def test_it_learns_from_generated_text(tiny_model, tiny_tokenizer):
@@ -76,12 +76,12 @@ def test_it_learns_the_likelihood_of_texts(tiny_model, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_results_do_not_depend_on_batch_members(build_model, tiny_tokenizer, temperature):
+def test_results_do_not_depend_on_members_per_forward(build_model, tiny_tokenizer, temperature):
     """Members in chunks of 1, 2, 4 or all: the same texts, so the same scores and the same run."""
     runs = []
-    for batch_members in (None, 1, 2, 4):
+    for members_per_forward in (None, 1, 2, 4):
         model = build_model("llama")
-        settings = config(batch_members=batch_members, temperature=temperature, generations=3)
+        settings = config(members_per_forward=members_per_forward, temperature=temperature, generations=3)
         trainer = EggrollTrainer(model, settings, checksum, tiny_tokenizer)
         history = trainer.evolve(PROMPTS)
         runs.append(([line["fitness_mean"] for line in history], centre(model)))
@@ -91,10 +91,10 @@ def test_results_do_not_depend_on_batch_members(build_model, tiny_tokenizer, tem
             torch.testing.assert_close(parameter, runs[0][1][name], rtol=1e-6, atol=1e-6)
 
 
-def test_likelihoods_do_not_depend_on_batch_members(build_model, tiny_tokenizer):
+def test_likelihoods_do_not_depend_on_members_per_forward(build_model, tiny_tokenizer):
     tables = []
-    for batch_members in (None, 1, 4):
-        settings = config(batch_members=batch_members)
+    for members_per_forward in (None, 1, 4):
+        settings = config(members_per_forward=members_per_forward)
         trainer = EggrollTrainer(build_model("llama"), settings, PerplexityReward(tiny_tokenizer), tiny_tokenizer)
         tables.append(scores_of(trainer, TEXTS))
     assert tables[0].shape == (6, 8)
@@ -109,9 +109,9 @@ def test_sampling_is_by_address(build_model, tiny_tokenizer):
         trainer = EggrollTrainer(
             build_model("llama"), config(seed=seed, temperature=temperature), reward, tiny_tokenizer
         )
-        trainer.evaluator.choose_mode(load_examples(PROMPTS))
+        trainer.worker.evaluator.choose_mode(load_examples(PROMPTS))
         for generation in (0, 1):
-            trainer.evaluator.evaluate(generation, 1e-8, load_examples(["Say hi."] * 3))
+            trainer.worker.evaluator.evaluate(generation, 1e-8, load_examples(["Say hi."] * 3))
         return seen
 
     first = texts(0)
@@ -143,7 +143,7 @@ def test_each_members_text_is_what_generate_gives(build_model, tiny_tokenizer, m
     settings = config(population_size=4, sigma=0.1, max_tokens=12, chat=False, embeddings=True)
     trainer = EggrollTrainer(model, settings, reward, tiny_tokenizer)
     # Every third token ends a text, so that rows end at all lengths.
-    trainer.evaluator.eos_ids = ends = list(range(0, 300, 3))
+    trainer.worker.evaluator.eos_ids = ends = list(range(0, 300, 3))
     scores_of(trainer, prompts, generation=1)
     assert len(seen) == 12
     assert len(spreads) == int(shares)
@@ -170,9 +170,9 @@ def test_each_members_text_is_what_generate_gives(build_model, tiny_tokenizer, m
 def test_the_centre_shares_the_beginning_of_prompts_too(tiny_model, tiny_tokenizer, monkeypatch):
     settings = config(population_size=4, max_tokens=12, chat=False)
     trainer = EggrollTrainer(tiny_model, settings, lambda text: float(len(text)), tiny_tokenizer)
-    shared = trainer.evaluator.evaluate_center(load_examples(ALIKE))
+    shared = trainer.worker.evaluator.heldout(load_examples(ALIKE))
     monkeypatch.setattr(decoding, "common_prefix", lambda ids, mask: 0)
-    alone = trainer.evaluator.evaluate_center(load_examples(ALIKE))
+    alone = trainer.worker.evaluator.heldout(load_examples(ALIKE))
     assert [sample["completion"] for sample in shared.samples] == [sample["completion"] for sample in alone.samples]
 
 
@@ -202,14 +202,14 @@ def test_a_model_without_rows_falls_back_and_says_so(build_model, tiny_tokenizer
     trainer = EggrollTrainer(model, config(generations=1), PerplexityReward(tiny_tokenizer), tiny_tokenizer)
     notes = Notes()
     trainer.evolve(TEXTS[:1], listeners=[notes])
-    assert trainer.replica.population.mode == "loop"
+    assert trainer.worker.learner.population.mode == "loop"
     assert notes.messages[0].startswith("members are evaluated one at a time, because: ")
     assert notes.messages[1:] == [1]
     plain = EggrollTrainer(
         build_model("llama"), config(generations=1), PerplexityReward(tiny_tokenizer), tiny_tokenizer
     )
-    assert plain.evaluator.choose_mode(load_examples(TEXTS)) == "rows"
-    assert plain.evaluator.mode_note == ""
+    assert plain.worker.evaluator.choose_mode(load_examples(TEXTS)) == "rows"
+    assert plain.worker.evaluator.note == ""
 
 
 def test_the_one_at_a_time_scores_are_those_of_rows(build_model, tiny_tokenizer):
@@ -217,7 +217,7 @@ def test_the_one_at_a_time_scores_are_those_of_rows(build_model, tiny_tokenizer)
     for mode in ("rows", "loop"):
         reward = MultiReward([(PerplexityReward(tiny_tokenizer), 0.3), (TextReward(tiny_tokenizer, checksum), 0.7)])
         trainer = EggrollTrainer(build_model("llama"), config(), reward, tiny_tokenizer)
-        trainer.replica.population.mode = mode
+        trainer.worker.learner.population.mode = mode
         tables.append(scores_of(trainer, PROMPTS))
     np.testing.assert_allclose(tables[0], tables[1], rtol=1e-5)
 
@@ -250,7 +250,7 @@ def test_mixtures_are_weighted_sums(build_model, tiny_tokenizer):
 
     def table(reward):
         trainer = EggrollTrainer(build_model("llama"), config(), reward, tiny_tokenizer)
-        trainer.replica.population.mode = "loop"
+        trainer.worker.learner.population.mode = "loop"
         return scores_of(trainer, PROMPTS)
 
     mixed = table(MultiReward([(text, 0.5), (tokens, 2.0), (custom, -1.0)]))
@@ -333,7 +333,7 @@ def test_the_centre_survives_a_reward_that_raises(tiny_model, tiny_tokenizer, wh
             raise ValueError("no")
         return [float(len(text)) for text in completions]
 
-    trainer = EggrollTrainer(tiny_model, config(batch_members=1), reward, tiny_tokenizer)
+    trainer = EggrollTrainer(tiny_model, config(members_per_forward=1), reward, tiny_tokenizer)
     with pytest.raises(RewardError, match=r"reward function 'reward' raised ValueError: no"):
         trainer.evolve(PROMPTS)
     assert unchanged(tiny_model, before)

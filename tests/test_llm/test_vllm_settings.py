@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from eggroll import EggrollConfig, PerplexityReward
+from eggroll import EggrollConfig, EggrollTrainer, PerplexityReward
 from eggroll.errors import ConfigError, MissingExtraError, ModelError
-from eggroll.llm.adapter import save_adapter
-from eggroll.llm.distributed import DistributedTrainer, _placement
-from eggroll.llm.evaluators import vllm_parallel
-from eggroll.llm.evaluators.passes import reduce_samples
-from eggroll.llm.evaluators.vllm_engine import check_vllm
-from eggroll.llm.evaluators.vllm_parallel import across_nodes, check_parallel, worker_engine_args
-from eggroll.llm.evaluators.vllm_worker import MemberAddress, check_equal
-from eggroll.llm.outline import Outline
+from eggroll.llm.backends import vllm_parallel
+from eggroll.llm.backends.passes import reduce_samples
+from eggroll.llm.backends.pool import placement_of
+from eggroll.llm.backends.vllm_engine import check_vllm
+from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel, worker_engine_args
+from eggroll.llm.backends.vllm_worker import MemberAddress, check_equal
+from eggroll.llm.models.adapter import save_adapter
+from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards.load import as_reward
 
 
@@ -208,14 +208,19 @@ def test_an_engine_in_a_placement_group_starts_its_own_processes():
 )
 def test_a_trainer_refuses_gpus_that_do_not_fit_before_it_looks_for_the_model(backend, engine_args, text):
     with pytest.raises(ConfigError, match=text):
-        DistributedTrainer(
+        EggrollTrainer.from_model_id(
             "nowhere", EggrollConfig(), score, workers=2, backend=backend, engine_args=engine_args, gpus_per_worker=2
         )
+
+
+def test_what_places_workers_needs_workers():
+    with pytest.raises(ConfigError, match=r"gpus_per_worker: these place workers; say how many with workers=N"):
+        EggrollTrainer.from_model_id("nowhere", EggrollConfig(), score, gpus_per_worker=1)
 
 
 def test_the_pool_of_engines_over_several_nodes_has_a_bundle_for_each_gpu():
     given = {"gpus_per_worker": 4, "address": "auto"}
     by_ray = {"tensor_parallel_size": 4, "distributed_executor_backend": "ray"}
-    assert _placement("vllm", by_ray, given) == {**given, "across_nodes": True}
-    assert _placement("vllm", {"tensor_parallel_size": 4}, given) == {**given, "across_nodes": False}
-    assert _placement("torch", {}, {"gpus_per_worker": True}) == {"gpus_per_worker": True}  # which the pool refuses
+    assert placement_of("vllm", by_ray, given) == {**given, "across_nodes": True}
+    assert placement_of("vllm", {"tensor_parallel_size": 4}, given) == {**given, "across_nodes": False}
+    assert placement_of("torch", {}, {"gpus_per_worker": True}) == {"gpus_per_worker": True}  # which the pool refuses

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eggroll.pretrain import library
+from eggroll.pretrain import PretrainOptions
+from eggroll.pretrain.engines import library
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +29,13 @@ def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"abcd efgh. " * 400)
     return path
+
+
+@pytest.fixture
+def options(text_file, tmp_path):
+    return PretrainOptions(
+        data=str(text_file), hidden=16, n_layers=1, population_size=64, generations=6, tokens=6, context=3,
+        eval_every=2, checkpoint_every=2, sample_every=2, sample_length=5, momentum_shift=2,
+        output=str(tmp_path / "run"),
+        noise_table_size=1 << 16, report_to="none",
+    )  # fmt: skip

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from eggroll.pretrain import engine, oracle, update
-from eggroll.pretrain.noise import Noise
-from eggroll.pretrain.shape import ModelShape
+from eggroll.pretrain import update
+from eggroll.pretrain.engines import base, choose
+from eggroll.pretrain.model import oracle
+from eggroll.pretrain.model.noise import Noise
+from eggroll.pretrain.model.shape import ModelShape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -16,13 +18,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_members_and_updates_are_those_of_the_oracle(hidden, rank, kind, triton):
     shape, noise = ModelShape(256, hidden, 2), Noise(7, rank, kind, 1 << 16)
     params = oracle.init_params(shape, 3)
-    made = engine.make_engine(params, noise, backend="torch", device="cuda", chunk=7)
+    made = choose.make_engine(params, noise, backend="torch", device="cuda", chunk=7)
     if not triton:
         made.fused = False
     tokens = np.random.default_rng(0).integers(0, 256, (2, 6)).astype(np.uint8)
     tokens[:, 3] = 0
     members, window = np.arange(20), np.arange(20) // 10
-    found = engine.run_members(made, 4, members, tokens, window, outputs=("fitness", "logits", "state"))
+    found = base.run_members(made, 4, members, tokens, window, outputs=("fitness", "logits", "state"))
     assert made.fused is triton
     for member in (0, 9, 19):
         drawn = {p.name: noise.draw(p, 4, [member // 2])[0] for p in shape.parameters}

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eggroll.errors import ConfigError, DataError
-from eggroll.pretrain import engine, engine_c, fixed_point, library, oracle, update
-from eggroll.pretrain.noise import Noise
-from eggroll.pretrain.shape import ModelShape
+from eggroll.pretrain import update
+from eggroll.pretrain.engines import base, choose, library
+from eggroll.pretrain.engines import c as engine_c
+from eggroll.pretrain.model import fixed_point, oracle
+from eggroll.pretrain.model.noise import Noise
+from eggroll.pretrain.model.shape import ModelShape
 from eggroll.torch.kernels import compile_c
 
 WITHOUT_VNNI = ("-mno-avx512vnni",)
@@ -78,8 +81,8 @@ def test_members_are_those_of_the_oracle(
     shift = oracle.noise_shift(rank, sigma_shift)
     expected = oracle.forward(params, tokens[window[row], :-1], state[window[row]], draws=draws, shift=shift)
     for backend in BACKENDS:
-        made = engine.make_engine(params, noise, sigma_shift=sigma_shift, backend=backend, threads=threads, chunk=chunk)
-        result = engine.run_members(made, 5, members, tokens, window, state, outputs=ALL)
+        made = choose.make_engine(params, noise, sigma_shift=sigma_shift, backend=backend, threads=threads, chunk=chunk)
+        result = base.run_members(made, 5, members, tokens, window, state, outputs=ALL)
         assert_equal(result, row, *expected, tokens[window[row]])
 
 
@@ -91,8 +94,8 @@ def test_the_model_itself_is_that_of_the_oracle(shape, values, backend):
     if values in ("zeros", "all 127"):
         params = {name: np.full_like(value, 0 if values == "zeros" else 127) for name, value in params.items()}
     tokens = some_windows(shape, 3, 6, 2)
-    made = engine.make_engine(params, backend=backend)
-    result = engine.run_centre(made, tokens, outputs=ALL)
+    made = choose.make_engine(params, backend=backend)
+    result = base.run_center(made, tokens, outputs=ALL)
     for row in range(3):
         assert_equal(result, row, *oracle.forward(params, tokens[row, :-1]), tokens[row])
 
@@ -103,11 +106,11 @@ def test_the_public_forward_is_that_of_the_oracle(backend):
     state = np.full((2, 64), -3, np.int8)
     for before in (None, state):
         expected = oracle.forward(params, tokens, before)
-        found = engine.forward(params, tokens, before, backend=backend)
+        found = choose.forward(params, tokens, before, backend=backend)
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     logits = expected[0]
     assert np.array_equal(
-        engine.log_likelihood(logits[:-1], tokens[1:]), oracle.log_likelihood(logits[:-1], tokens[1:])
+        oracle.log_likelihood(logits[:-1], tokens[1:]), oracle.log_likelihood(logits[:-1], tokens[1:])
     )
 
 
@@ -117,9 +120,9 @@ def test_results_do_not_depend_on_chunks_threads_or_blocks(backend):
     members = np.random.default_rng(0).permutation(90)
     found = []
     for chunk, threads, block in [(1, 1, 1), (7, 2, 3), (48, 1, 4), (128, 2, 16)]:
-        made = engine.make_engine(params, Noise(table_size=1 << 14), backend=backend, threads=threads, chunk=chunk)
+        made = choose.make_engine(params, Noise(table_size=1 << 14), backend=backend, threads=threads, chunk=chunk)
         made.block = block
-        found.append(engine.run_members(made, 2, members, tokens, members % 5, outputs=ALL))
+        found.append(base.run_members(made, 2, members, tokens, members % 5, outputs=ALL))
     for other in found[1:]:
         assert all(np.array_equal(getattr(found[0], name), getattr(other, name)) for name in ALL)
 
@@ -141,7 +144,7 @@ def test_updates_are_those_of_the_oracle(shape, rank, kind, pairs, shaping, sign
     params = random_params(shape, seed, extreme=seed % 2 == 0)
     noise = Noise(seed, rank, kind, 1 << 15)
     rng = np.random.default_rng(seed)
-    made = [engine.make_engine(params, noise, backend=backend, threads=2) for backend in BACKENDS]
+    made = [choose.make_engine(params, noise, backend=backend, threads=2) for backend in BACKENDS]
     momentum = {name: np.zeros(value.shape, np.int32) for name, value in params.items()}
     for generation in range(2):
         weights = update.shape_pairs(rng.integers(-40, -20, 2 * pairs), shaping)
@@ -161,25 +164,25 @@ def test_updates_are_those_of_the_oracle(shape, rank, kind, pairs, shaping, sign
 def test_an_engine_goes_on_with_what_it_has_moved(backend):
     shape = ModelShape(256, 16, 1)
     params, noise, tokens = oracle.init_params(shape, 1), Noise(table_size=1 << 14), some_windows(shape, 1, 4, 3)
-    made = engine.make_engine(params, noise, backend=backend)
+    made = choose.make_engine(params, noise, backend=backend)
     weights = np.full(40, 16, np.int8)
     moved = made.update(0, np.arange(40), weights, update.make_step(weights, 1.0, 1))
     assert moved > 0.9 * shape.size
-    again = engine.make_engine(made.params, noise, backend=backend)
-    first, second = (engine.run_centre(e, tokens, outputs=ALL) for e in (made, again))
+    again = choose.make_engine(made.params, noise, backend=backend)
+    first, second = (base.run_center(e, tokens, outputs=ALL) for e in (made, again))
     assert np.array_equal(first.logits, second.logits)
     assert not np.array_equal(first.logits[0], oracle.forward(params, tokens[0, :-1])[0])
 
 
 def test_products_without_integer_units_are_exact(monkeypatch):
-    from eggroll.pretrain import engine_torch
+    from eggroll.pretrain.engines import torch as torch_engine
 
-    monkeypatch.setattr(engine_torch, "_int_mm_is_exact", lambda: False)
+    monkeypatch.setattr(torch_engine, "_int_mm_is_exact", lambda: False)
     shape = ModelShape(256, 260, 1)  # 4 D = 1040: beyond what float32 holds exactly
     params = {p.name: np.full(p.shape, 127, np.int8) for p in shape.parameters}
     tokens = some_windows(shape, 1, 3, 0)
-    made = engine.make_engine(params, backend="torch")
-    assert_equal(engine.run_centre(made, tokens, outputs=ALL), 0, *oracle.forward(params, tokens[0, :-1]), tokens[0])
+    made = choose.make_engine(params, backend="torch")
+    assert_equal(base.run_center(made, tokens, outputs=ALL), 0, *oracle.forward(params, tokens[0, :-1]), tokens[0])
 
 
 @pytest.mark.parametrize("flags", [(), WITHOUT_VNNI], ids=["as it is here", "AVX2"])
@@ -216,9 +219,9 @@ def test_cpus_with_avx2_give_what_the_others_give(shape, rank):
     params, tokens = random_params(shape, 7), some_windows(shape, 2, 5, 7)
     members = np.arange(14)
     c = engine_c.CEngine(made, {k: v.copy() for k, v in params.items()}, shape, noise, 4, 1, None)
-    plain = engine.make_engine(params, noise, backend="torch")
+    plain = choose.make_engine(params, noise, backend="torch")
     for generation in range(2):
-        found = [engine.run_members(e, generation, members, tokens, members % 2, outputs=ALL) for e in (c, plain)]
+        found = [base.run_members(e, generation, members, tokens, members % 2, outputs=ALL) for e in (c, plain)]
         assert all(np.array_equal(getattr(found[0], name), getattr(found[1], name)) for name in ALL)
         weights = update.shape_pairs(found[0].fitness, "normalized")
         step = update.make_step(weights, 0.3, rank, generation=generation, momentum_shift=generation)
@@ -240,19 +243,19 @@ def test_the_source_compiles_for_all_units_wherever_it_is(units, tmp_path):
 def test_without_a_compiler_pytorch_takes_over(monkeypatch):
     monkeypatch.setattr(library, "load", lambda: "no C compiler found")
     params = oracle.init_params(ModelShape(256, 16, 1))
-    assert type(engine.make_engine(params)).__name__ == "TorchEngine"
+    assert type(choose.make_engine(params)).__name__ == "TorchEngine"
     with pytest.raises(ConfigError, match="backend='c' cannot be used here: no C compiler found; use backend='torch'"):
-        engine.make_engine(params, backend="c")
+        choose.make_engine(params, backend="c")
 
 
 def test_settings_that_cannot_work():
     params = oracle.init_params(ModelShape(256, 16, 1))
     with pytest.raises(ConfigError, match=r"backend .* must be one of: auto, c, torch"):
-        engine.make_engine(params, backend="cuda")
+        choose.make_engine(params, backend="cuda")
     with pytest.raises(ConfigError, match=r"chunk .* at least 1"):
-        engine.make_engine(params, chunk=0)
+        choose.make_engine(params, chunk=0)
     with pytest.raises(ConfigError, match="largest draw: emb takes 272 normals at rank 1; use at least 4367 "):
-        engine.make_engine(params, Noise(table_size=271))
+        choose.make_engine(params, Noise(table_size=271))
 
 
 def test_states_windows_and_tokens_that_do_not_fit_are_refused(backend):
@@ -261,16 +264,16 @@ def test_states_windows_and_tokens_that_do_not_fit_are_refused(backend):
     for state in (np.zeros((1, 16), np.int8), np.zeros((2, 15), np.int8), np.zeros((2, 16), np.int64)):
         refused = r"state must be int8 \(L, D\) = \(2, 16\); got " + str(state.dtype)
         with pytest.raises(DataError, match=refused):
-            engine.forward(params, [1, 2], state, backend=backend)
+            choose.forward(params, [1, 2], state, backend=backend)
         with pytest.raises(DataError, match=refused):
             oracle.forward(params, [1, 2], state)
-    made, tokens = engine.make_engine(params, backend=backend), np.ones((2, 4), np.uint8)
+    made, tokens = choose.make_engine(params, backend=backend), np.ones((2, 4), np.uint8)
     rows = np.arange(2)
     with pytest.raises(DataError, match="tokens must be from 0 to 19; got up to 200"):
-        engine.run_centre(made, np.uint8(200) * tokens, outputs=("logits",))
+        base.run_center(made, np.uint8(200) * tokens, outputs=("logits",))
     with pytest.raises(DataError, match="window must be from 0 to 1; got 0 to 2"):
-        engine.run_members(made, 0, rows, tokens, 2 * rows)
+        base.run_members(made, 0, rows, tokens, 2 * rows)
     with pytest.raises(DataError, match=r"tokens must be windows \(W, T \+ 1\) .* got \(2, 1\)"):
-        engine.run_centre(made, tokens[:, :1], outputs=("logits",))
+        base.run_center(made, tokens[:, :1], outputs=("logits",))
     with pytest.raises(DataError, match=r"state must be int8 \(W, L, D\) = \(2, 2, 16\); got int8 \(1, 2, 16\)"):
-        engine.run_members(made, 0, rows, tokens, rows, np.zeros((1, 2, 16), np.int8))
+        base.run_members(made, 0, rows, tokens, rows, np.zeros((1, 2, 16), np.int8))

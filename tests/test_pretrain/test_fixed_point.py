@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from eggroll.pretrain import fixed_point as fp
+from eggroll.pretrain.model import fixed_point as fp
 
 
 def test_divisors_of_powers_of_four_are_powers_of_two():

@@ -6,10 +6,11 @@ import pytest
 from eggroll.core import threefry
 from eggroll.core.address import parameter_key
 from eggroll.errors import ConfigError
-from eggroll.pretrain import fixed_point, library
-from eggroll.pretrain.noise import TABLE_NAME, Noise
-from eggroll.pretrain.oracle import normals
-from eggroll.pretrain.shape import ModelShape
+from eggroll.pretrain.engines import library
+from eggroll.pretrain.model import fixed_point
+from eggroll.pretrain.model.noise import TABLE_NAME, Noise
+from eggroll.pretrain.model.oracle import normals
+from eggroll.pretrain.model.shape import ModelShape
 
 SHAPE = ModelShape(256, 64, 1)
 BY_NAME = {p.name: p for p in SHAPE.parameters}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from eggroll.errors import DataError, ModelError
-from eggroll.pretrain import oracle
-from eggroll.pretrain.shape import ModelShape
+from eggroll.pretrain.model import oracle
+from eggroll.pretrain.model.shape import ModelShape
 
 SHAPE = ModelShape(7, 4, 2)
 

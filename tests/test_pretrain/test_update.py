@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from eggroll.pretrain import engine, oracle, update
+from eggroll.pretrain import update
 from eggroll.pretrain.config import PretrainOptions
-from eggroll.pretrain.noise import Noise
-from eggroll.pretrain.shape import ModelShape, Parameter
+from eggroll.pretrain.engines import choose
+from eggroll.pretrain.model import oracle
+from eggroll.pretrain.model.noise import Noise
+from eggroll.pretrain.model.shape import ModelShape, Parameter
 
 
 def test_signs_of_pairs():
@@ -43,7 +45,7 @@ def test_the_sum_is_a_product_of_factors():
 def test_without_a_signal_the_promised_share_moves(rank, shaping, alpha, sign_of_noise):
     shape, pairs = ModelShape(256, 64, 1), 500
     params = oracle.init_params(shape)
-    made = engine.make_engine(params, Noise(0, rank, table_size=1 << 20))
+    made = choose.make_engine(params, Noise(0, rank, table_size=1 << 20))
     weights = update.shape_pairs(np.random.default_rng(1).integers(0, 10**6, 2 * pairs), shaping)
     step = update.make_step(weights, alpha, rank, sign_of_noise=sign_of_noise)
     share = made.update(0, np.arange(pairs), weights, step) / shape.size
@@ -55,7 +57,7 @@ def test_without_a_signal_the_promised_share_moves(rank, shaping, alpha, sign_of
 def test_momentum_moves_the_promised_share_and_remembers():
     shape, pairs = ModelShape(256, 64, 1), 400
     rng, shares = np.random.default_rng(1), []
-    made = engine.make_engine(oracle.init_params(shape), Noise(0, 1, table_size=1 << 20))
+    made = choose.make_engine(oracle.init_params(shape), Noise(0, 1, table_size=1 << 20))
     for generation in range(12):
         weights = update.shape_pairs(rng.integers(0, 10**6, 2 * pairs))
         step = update.make_step(weights, 0.1, 1, generation=generation, momentum_shift=2)
@@ -70,7 +72,7 @@ def test_momentum_moves_the_promised_share_and_remembers():
 
 def test_weights_stay_within_their_range_and_ties_do_nothing():
     params = {p.name: np.full(p.shape, 127, np.int8) for p in ModelShape(256, 16, 1).parameters}
-    made = engine.make_engine(params, Noise(table_size=1 << 16))
+    made = choose.make_engine(params, Noise(table_size=1 << 16))
     weights = np.full(30, 16, np.int8)
     made.update(0, np.arange(30), weights, update.make_step(weights, 1.0, 1))
     assert {126, 127} == set(np.unique(np.concatenate([v.ravel() for v in made.params.values()])).tolist())

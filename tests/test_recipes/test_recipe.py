@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eggroll.cli.recipe import RECIPES, load
+from eggroll.cli import recipe as command
+from eggroll.cli.kinds import RECIPES, load_recipe
+from eggroll.cli.recipe import options_type
 from eggroll.errors import RunError
+from eggroll.lifecycle.opening import open_run
 from eggroll.recipes import cartpole, common, images, mnist
 from eggroll.run.run_dir import RunDir
 
@@ -22,19 +25,8 @@ SMALL = {
     "mnist_cnn": {**TRAIN, "--batch": "4"},
 }
 # A flag here is a promise to users: none may go, and a new one is added here on purpose.
-SHARED = {
-    "population",
-    "generations",
-    "rank",
-    "sigma",
-    "lr",
-    "members_per_forward",
-    "seed",
-    "device",
-    "output",
-    "resume",
-}
-SHARED |= {"report_to"}
+SHARED = {field.name for field in dataclasses.fields(common.Options)}
+PROMISED = "population_size generations rank sigma lr members_per_forward seed device output resume report_to workers"
 FLAGS = {
     "cartpole": SHARED | {"episodes"},
     "mnist": SHARED | {"batch", "data", "backprop"},
@@ -56,13 +48,14 @@ def _no_hub(monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_options_are_frozen_and_documented(name, recipe):
-    kind = getattr(load(name), RECIPES[name][0])
+    kind = options_type(load_recipe(name))
     assert {field.name for field in dataclasses.fields(kind)} == FLAGS[name]
+    assert set(PROMISED.split()) <= SHARED
     shown = recipe(name, "--help")
     assert shown.status == 0
     assert f"usage: eggroll recipe {name}" in shown.out
     words = " ".join(shown.out.replace("│", " ").split())
-    assert load(name).__doc__.splitlines()[0].split(": ")[1][:30] in words
+    assert load_recipe(name).__doc__.splitlines()[0].split(": ")[1][:30] in words
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -73,7 +66,7 @@ def test_a_recipe_from_start_to_end(name, recipe, tmp_path):
         assert text in done.out
     run = RunDir.open(tmp_path / "out")
     assert len(run.updates()) == 3
-    assert run.config["recipe"] == name
+    assert run.config["kind"] == f"recipe {name}"
     assert (tmp_path / "out" / "report.html").exists()
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     if name == "cartpole":
@@ -165,7 +158,7 @@ def test_profile(recipe):
 @pytest.mark.slow
 def test_hyperscale(recipe, tmp_path, monkeypatch):
     """Full-rank noise of 256 members is 0.26 GiB, so within 0.3 GiB it ends there and EGGROLL goes on."""
-    module = load("hyperscale")
+    module = load_recipe("hyperscale")
     monkeypatch.setattr(module, "LAST", 1024)
     done = recipe("hyperscale", "--memory-gib", "0.3", "-o", "out")
     assert (done.status, done.err) == (0, "")
@@ -180,8 +173,7 @@ def test_hyperscale(recipe, tmp_path, monkeypatch):
 def test_all_of_them_with_the_options_that_each_knows(recipe, tmp_path, monkeypatch):
     """Everything is checked before the first one starts; here only what would be run is looked at."""
     begun = {}
-    for name in RECIPES:
-        monkeypatch.setattr(load(name), "run", lambda options, name=name: begun.update({name: options}))
+    monkeypatch.setattr(command, "run", lambda module, options: begun.update({module.__doc__.split(":")[0]: options}))
     done = recipe("all", "--seed", "5", "-o", "out", "--device", "cpu")
     assert (done.status, done.err) == (0, "")
     assert list(begun) == list(RECIPES)
@@ -225,10 +217,10 @@ def test_a_run_is_continued_only_by_its_own_recipe_and_settings(recipe):
     for arguments, text in [
         (
             ["mnist", "--resume", "run"],
-            "run is a run of the recipe cartpole, so eggroll recipe mnist cannot continue it",
+            "run is a run of eggroll recipe cartpole, so eggroll recipe mnist cannot continue it",
         ),
         (["cartpole", "--resume", "run", "--sigma", "0.5"], "--sigma: 0.2 in the run, 0.5 now Leave them out"),
-        (["cartpole", "--resume", "run", "-p", "32"], "--population: 16 in the run, 32 now"),
+        (["cartpole", "--resume", "run", "-p", "32"], "--population-size: 16 in the run, 32 now"),
         (["cartpole", "--resume", "run", "-g", "2"], "has 3 finished generations already"),
         ([*small("cartpole"), "-o", "run"], "run already holds a run"),
     ]:
@@ -243,11 +235,12 @@ def test_a_run_is_resumed_only_with_options_that_change_no_result(recipe, tmp_pa
     refused = recipe("mnist", "--resume", "run", "--batch", "16", "--seed", "1")
     assert refused.status == 1
     assert refused.err == (
-        "error: the run in run was started with other options:\n"
+        "error: the run in run was started with other settings:\n"
         "  - --seed: 0 in the run, 1 now\n"
         "  - --batch: 8 in the run, 16 now\n"
         "Leave them out, as --resume takes them from the run, or start a new run in another directory (-o). Only "
-        "--output, --report-to, --device, --members-per-forward, --generations, --backprop may change.\n"
+        "--generations, --members-per-forward, --device, --output, --report-to, --workers, --ray-address, "
+        "--worker-cpus, --worker-gpus, --backprop may change.\n"
     )
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     allowed = ["--members-per-forward", "4", "--device", "cpu", "-g", "4", "--backprop"]
@@ -263,10 +256,11 @@ def test_a_run_is_resumed_only_with_options_that_change_no_result(recipe, tmp_pa
 def test_the_data_of_a_run_stay_the_same(tmp_path):
     """None is how an option is that was not given."""
     options = mnist.MnistOptions(output=str(tmp_path / "run"), device="cpu")
-    run = common._run_dir("mnist", options, mnist.replica_for(options).config, {})
+    plan = mnist.KIND.plan(options)
+    run = open_run(mnist.KIND, plan)
     now = dataclasses.replace(options, resume=str(run.path), data="elsewhere")
     with pytest.raises(RunError, match='--data: not given in the run, "elsewhere" now'):
-        common._run_dir("mnist", now, mnist.replica_for(now).config, {})
+        open_run(mnist.KIND, dataclasses.replace(plan, options=now))
 
 
 @pytest.mark.slow

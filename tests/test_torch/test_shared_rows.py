@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch import Population
 from eggroll.torch.ops.shared import SharedRows
-from eggroll.torch.values import MemberTensor, PerturbedWeight
+from eggroll.torch.perturbed import MemberTensor, PerturbedWeight
 
 
 class Layer(nn.Module):

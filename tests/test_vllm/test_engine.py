@@ -8,9 +8,9 @@ import torch
 
 from eggroll import EggrollConfig, EggrollTrainer
 from eggroll.errors import ConfigError, ModelError, RunError
-from eggroll.llm import models
-from eggroll.llm.data import load_examples
-from eggroll.llm.vllm_trainer import VllmEggrollTrainer
+from eggroll.llm.data.examples import load_examples
+from eggroll.llm.models import loading
+from eggroll.vllm_backend import VllmEggrollTrainer
 
 PROMPTS = ["What is red?", "Name a fish.", "Say hi.", "Count to three."]
 LONG = [("The cat sat on the mat and looked at the dog. " * 8) + end for end in ("Why?", "Who?", "When?")]
@@ -26,7 +26,7 @@ def reward(prompts, completions):
 
 def both(model, config, **options):
     dtype = options.pop("dtype", "float32")
-    loaded = models.load(str(model), dtype=dtype, device="cpu")
+    loaded = loading.load(str(model), dtype=dtype, device="cpu")
     plain = EggrollTrainer(loaded.model, config, reward, loaded.tokenizer)
     return VllmEggrollTrainer(str(model), config, reward, dtype=dtype, **options), plain
 
@@ -40,13 +40,15 @@ def trainers(tiny):
 
 def completions(trainer, examples, generation, members, sigma):
     """What members write, as token texts, by either trainer."""
-    if isinstance(trainer, VllmEggrollTrainer):
-        requests = [trainer.engine.request(generation, member, sigma) for member in members for _ in examples]
-        texts, _ = trainer.evaluator._complete(examples, len(members), generation, members.start, requests)
-        return [text for (text,) in texts]
-    trainer.evaluator.choose_mode(examples)
-    with trainer.replica.population.perturbed(generation, members, sigma=sigma) as active:
-        return trainer.evaluator.complete(examples, active, generation, members)[0]
+    evaluator = trainer.worker.evaluator
+    evaluator.choose_mode(examples)
+    with evaluator.perturbed(generation, members, sigma) as active:
+        return evaluator.complete(examples, active, generation, members)[0]
+
+
+def of_center(trainer, examples, requests=None):
+    """What the center writes, or an adapter."""
+    return trainer.worker.evaluator.complete(examples, requests, 0, range(1))[0]
 
 
 def weights(trainer, name):
@@ -55,7 +57,7 @@ def weights(trainer, name):
 
 def assert_same_weights(trainer, plain, tolerance=1e-6):
     parameters = dict(plain.model.named_parameters())
-    for spec in trainer.specs:
+    for spec in trainer.evolved:
         assert (weights(trainer, spec.name) - parameters[spec.name].float()).abs().max() <= tolerance, spec.name
 
 
@@ -69,16 +71,14 @@ def test_members_write_what_the_pytorch_evaluator_says(trainers, prompts):
     assert np.mean(equal) >= 0.95
     assert len(set(mine)) > len(prompts)  # members differ
     assert completions(made, examples, 2, range(8), 0.05) == mine  # and now from the cache
-    unperturbed = [text for (text,) in made.evaluator._complete(examples, 1, 0, 0, None)[0]]
-    plain_texts, _ = plain.evaluator.complete(examples, None, 0, range(1))
-    assert unperturbed == plain_texts
+    assert of_center(made, examples) == of_center(plain, examples)
 
 
 def test_an_engine_goes_on_after_an_interrupt(trainers, monkeypatch):
     """Requests that Ctrl-C left unfinished would be among the answers of the next call."""
     made, _ = trainers
     examples = load_examples(PROMPTS)
-    expected = made.evaluator.evaluate(7, 0.05, examples).fitness
+    expected = made.worker.evaluator.evaluate(7, 0.05, examples).fitness
     engine, calls = made.engine.llm.llm_engine, []
     step = engine.step
 
@@ -90,10 +90,10 @@ def test_an_engine_goes_on_after_an_interrupt(trainers, monkeypatch):
 
     monkeypatch.setattr(engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        made.evaluator.evaluate(7, 0.05, examples)
+        made.worker.evaluator.evaluate(7, 0.05, examples)
     assert not engine.has_unfinished_requests()
     monkeypatch.undo()
-    assert (made.evaluator.evaluate(7, 0.05, examples).fitness == expected).all()
+    assert (made.worker.evaluator.evaluate(7, 0.05, examples).fitness == expected).all()
 
 
 @pytest.mark.slow
@@ -119,15 +119,13 @@ def test_five_generations_give_the_same_weights_everywhere(trainers, tmp_path):
     assert [line["fitness_mean"] for line in mine] == [line["fitness_mean"] for line in theirs]
     assert mine[-1]["heldout_reward"] == theirs[-1]["heldout_reward"]
     assert_same_weights(made, plain)
-    saved = models.load(str(made.save(tmp_path / "saved")), dtype="float32", device="cpu").model
+    saved = loading.load(str(made.save(tmp_path / "saved")), dtype="float32", device="cpu").model
     parameters = dict(saved.named_parameters())
-    for spec in made.specs:
+    for spec in made.evolved:
         assert (weights(made, spec.name) - parameters[spec.name]).abs().max() <= 1e-6
     # the engine writes with its new weights what the saved model writes
     examples = load_examples(LONG)
-    assert [t for (t,) in made.evaluator._complete(examples, 1, 0, 0, None)[0]] == plain.evaluator.complete(
-        examples, None, 0, range(1)
-    )[0]
+    assert of_center(made, examples) == of_center(plain, examples)
 
 
 def test_the_adapter_is_the_change_and_says_what_it_loses(trainers, tmp_path):
@@ -138,9 +136,9 @@ def test_the_adapter_is_the_change_and_says_what_it_loses(trainers, tmp_path):
     report = made.save_best_adapter(tmp_path / "full", rank=96)
     assert report.relative_error < 1e-6
     factors = load_file(tmp_path / "full" / "adapter_model.safetensors")
-    merged = dict(models.load(str(tmp_path / "full" / "merged"), dtype="float32").model.named_parameters())
-    base = dict(made.load_base().named_parameters())
-    for spec in made.specs:
+    merged = dict(loading.load(str(tmp_path / "full" / "merged"), dtype="float32").model.named_parameters())
+    base = dict(made.worker.setup.load_base().named_parameters())
+    for spec in made.evolved:
         module = f"base_model.model.{spec.name.removesuffix('.weight')}"
         change = factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
         torch.testing.assert_close(base[spec.name] + change, merged[spec.name], atol=2e-6, rtol=0)
@@ -158,22 +156,19 @@ def test_an_adapter_that_was_saved_is_served_by_vllm(trainers, tmp_path):
 
     made, plain = trainers
     examples = load_examples(PROMPTS)
-    wanted, _ = plain.evaluator.complete(examples, None, 0, range(1))
+    wanted = of_center(plain, examples)
     before = made.engine.state_tensors()
     made.save_best_adapter(tmp_path / "adapter", rank=64, merged=False)  # 64 is the full rank of every matrix
-    base = dict(made.load_base().named_parameters())
+    base = dict(made.worker.setup.load_base().named_parameters())
     request = LoRARequest("saved", 2**20 + 5, str(tmp_path / "adapter"))
 
-    def written(requests):
-        return [text for (text,) in made.evaluator._complete(examples, 1, 0, 0, requests)[0]]
-
     try:
-        made.engine.load_state_tensors({**before, **{f"parameter/{s.name}": base[s.name] for s in made.specs}})
-        assert written(None) != wanted
-        assert written([request] * len(examples)) == wanted
+        made.engine.load_state_tensors({**before, **{f"parameter/{s.name}": base[s.name] for s in made.evolved}})
+        assert of_center(made, examples) != wanted
+        assert of_center(made, examples, [request]) == wanted
     finally:
         made.engine.load_state_tensors(before)
-    assert written(None) == wanted
+    assert of_center(made, examples) == wanted
 
 
 def test_nothing_to_save_yet(trainers, monkeypatch, tmp_path):
@@ -200,16 +195,16 @@ def test_updates_are_those_of_the_pytorch_replica(tiny, changes, dtype):
     made, plain = both(tiny, config, dtype=dtype)
     with made:
         examples = load_examples(PROMPTS)
-        scores = made.evaluator.evaluate(0, config.sigma, examples)
+        scores = made.worker.evaluator.evaluate(0, config.sigma, examples)
         assert scores.fitness.shape == (8, 4)
         assert len(np.unique(scores.fitness)) > 4
         made.evolve(prompts=PROMPTS)
         for record in made.engine.records:
-            plain.replica.apply(record)
+            plain.worker.learner.apply(record)
         assert_same_weights(made, plain)
         untouched = "model.layers.1.self_attn.k_proj.weight"
         if config.target_modules is not None:
-            assert untouched not in {spec.name for spec in made.specs}
+            assert untouched not in {spec.name for spec in made.evolved}
             layer = made.engine.llm.llm_engine.model_executor.driver_worker.worker.eggroll_groups
             rows, part = layer.layer_and_part("model.layers.1.self_attn.q_proj.weight")
             base = rows.base_layer
@@ -232,4 +227,4 @@ def test_an_engine_that_fails_says_so(trainers, monkeypatch):
 
     monkeypatch.setattr(made.engine.llm, "generate", broken)
     with pytest.raises(ModelError, match=r"engine died while it generated.*illegal memory access.*--resume"):
-        made.evaluator.evaluate(9, 0.05, load_examples(PROMPTS))
+        made.worker.evaluator.evaluate(9, 0.05, load_examples(PROMPTS))

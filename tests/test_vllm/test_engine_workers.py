@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from eggroll import EggrollConfig
+from eggroll import EggrollConfig, EggrollTrainer
 from eggroll.distributed.crew import WorkerWarning
-from eggroll.llm.distributed import DistributedTrainer
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # each worker loads vLLM, on whatever cores are free
@@ -42,11 +41,12 @@ def killing(marker):
 
 
 def evolve(model, config, reward, **options):
-    with DistributedTrainer(str(model), config, reward, backend="vllm", dtype="float32", **options) as trainer:
-        trainer.start(PROMPTS)
-        trainer.pool.wait_until_ready(options["workers"])
+    made = EggrollTrainer.from_model_id(str(model), config, reward, backend="vllm", dtype="float32", **options)
+    with made as trainer:
+        trainer.worker.use(PROMPTS)
+        trainer.worker.pool.wait_until_ready(options["workers"])
         history = trainer.evolve(PROMPTS)
-        state = {name: value.clone() for name, value in trainer.learner.state_tensors().items()}
+        state = {name: value.clone() for name, value in trainer.worker.state_tensors().items()}
     return [line["fitness_mean"] for line in history], state, sum(line["ranges_repeated"] for line in history)
 
 

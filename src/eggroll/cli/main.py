@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
-import tyro
 from rich.console import Console
 
-from eggroll.cli.eval import EvalOptions, evaluate
-from eggroll.cli.info import InfoOptions, info
-from eggroll.cli.pretrain import default_options as pretrain_defaults
-from eggroll.cli.pretrain import pretrain
-from eggroll.cli.recipe import recipe
-from eggroll.cli.replay import ReplayOptions, replay
-from eggroll.cli.report import ReportOptions, report
-from eggroll.cli.rl import default_options as rl_defaults
-from eggroll.cli.rl import rl
-from eggroll.cli.tune import TuneOptions, tune
-from eggroll.cli.tune import default_options as tune_defaults
+from eggroll.cli.parse import parse
 from eggroll.cli.watch import option_given
 from eggroll.errors import EggrollError, raised_at
-from eggroll.pretrain.config import PretrainOptions
-from eggroll.rl.config import RLConfig
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
-    "tune": (TuneOptions, tune),
-    "eval": (EvalOptions, evaluate),
-    "info": (InfoOptions, info),
-    "replay": (ReplayOptions, replay),
-    "report": (ReportOptions, report),
-    "rl": (RLConfig, rl),
-    "pretrain": (PretrainOptions, pretrain),
-}
-DEFAULTS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "tune": tune_defaults,
-    "rl": rl_defaults,
-    "pretrain": pretrain_defaults,
-}
-"""Commands whose defaults depend on what is typed: --resume takes the options that the run has, --task its own."""
+COMMANDS = ("tune", "eval", "info", "replay", "report", "rl", "pretrain")
+"""Each is a module of this package with ``OPTIONS`` (a dataclass), ``run(options)``, and perhaps
+``default_options(arguments)``: defaults that depend on what is typed, such as those of the run that --resume names."""
 NAMED = {"rl": "--env", "pretrain": "--data"}
 """Commands without positional arguments, and what one is likely to be."""
 USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
@@ -78,20 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if given[0] == "recipe":
+            from eggroll.cli.recipe import recipe
+
             return recipe(given[1:])
-        kind, run = COMMANDS[given[0]]
-        defaults = DEFAULTS.get(given[0])
-        default: Any = defaults(given[1:]) if defaults is not None else None
-        absent: Any = tyro.MISSING_NONPROP
+        command = load(given[0])
         with _hinting(given[0], given[1:]):
-            options = tyro.cli(
-                kind,
-                args=given[1:],
-                prog=f"eggroll {given[0]}",
-                description=run.__doc__,
-                default=absent if default is None else default,
-            )
-        return run(options)
+            options = options_of(command, given[1:], prog=f"eggroll {given[0]}")
+        status: int = command.run(options)
+        return status
     except EggrollError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"[bold red]error:[/] {_escaped(str(error))}")
@@ -102,6 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def load(name: str) -> ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f"eggroll.cli.{name}")
+
+
+def options_of(command: ModuleType, arguments: Sequence[str], *, prog: str) -> Any:
+    """What a command line says to a command."""
+    default = command.default_options(arguments) if hasattr(command, "default_options") else None
+    return parse(command.OPTIONS, arguments, prog=prog, description=command.run.__doc__ or "", default=default)
 
 
 @contextmanager

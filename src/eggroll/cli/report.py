@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from eggroll.core.settings import setting
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """What ``eggroll report`` can be told."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    run: str = setting(positional="RUN")
     """The run directory."""
 
 
-def report(options: ReportOptions) -> int:
+OPTIONS = ReportOptions
+
+
+def run(options: ReportOptions) -> int:
     """Write a run's report.html again, also while the run goes on."""
-    from eggroll.llm.export import load_line
+    from eggroll.cli.kinds import kind_of
+    from eggroll.errors import RunError
     from eggroll.run.report import write_report
     from eggroll.run.run_dir import RunDir
 
-    run = RunDir.open(options.run)
-    model = Path(run.path) / "model"
-    written = write_report(run, load_line=load_line(model) if model.exists() else None)
+    directory = RunDir.open(options.run)
+    try:
+        load_line = kind_of(directory).load_line(directory)
+    except RunError:  # of a program of the user's own
+        load_line = None
+    written = write_report(directory, load_line=load_line)
     Console(soft_wrap=True, highlight=False).print(f"report   {escape(str(written))}")
     return 0

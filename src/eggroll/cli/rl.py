@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,82 +12,80 @@ from rich.markup import escape
 from rich.table import Table
 
 from eggroll._optional import require
-from eggroll.cli.watch import Watch, resumed_run, show_result
+from eggroll.cli.watch import option_given, resumed_options, run_command
+from eggroll.errors import RunError
 from eggroll.rl.config import RLConfig
 
 if TYPE_CHECKING:
-    from eggroll.rl.envs.base import Environment
-    from eggroll.rl.learner import PolicyLearner
-    from eggroll.rl.trainer import Trained
-    from eggroll.run.run_dir import RunDir
+    from eggroll.lifecycle import Trained
 
 
-def rl(options: RLConfig) -> int:
+@dataclass(frozen=True, kw_only=True)
+class RLOptions(RLConfig):
+    """What ``eggroll rl`` can be told: the settings of a run, and what else it should do."""
+
+    render: bool = True
+    """Draw an episode of the trained policy, where the environment can."""
+    list: bool = False
+    """Show the environments and whether what they need is installed."""
+
+
+OPTIONS = RLOptions
+
+
+def run(options: RLOptions) -> int:
     """Evolve a policy for an environment; hyperparameters that are not given are the paper's for it."""
-    from eggroll.rl.envs import registry
-
-    console = Console(soft_wrap=True, highlight=False)
     if options.list:
-        _list(console, registry.listing())
+        _list()
         return 0
     require("jax", extra="rl")
     require("optax", extra="rl")
     if options.algo == "ppo":
         from eggroll.rl.baselines import ppo
 
-        ppo(options, console.print)
+        ppo(options, Console(soft_wrap=True, highlight=False).print)
         return 0
-    from eggroll.rl.trainer import train
+    from eggroll.rl.kind import KIND
 
-    with Watch(console, options.report_to, lambda run: str(run.config["env"])) as watch:
-        trained = train(options, listeners=watch.listeners, opened=lambda *what: _opened(console, *what))
-    if trained.interrupted:
-        command = f"eggroll rl --resume {shlex.quote(str(trained.run.path))}"
-        console.print(f"\ninterrupted after generation {trained.generation}; continue with\n         {command}")
-        return 130
-    _finish(console, trained, render=options.render)
-    return 0
+    return run_command(KIND, options, _drawing if options.render else _curve)
 
 
-def default_options(arguments: Sequence[str]) -> RLConfig | None:
+def default_options(arguments: Sequence[str]) -> RLOptions | None:
     """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
-    from eggroll.rl.trainer import options_of_run
+    from eggroll.core.settings import to_json_values
+    from eggroll.lifecycle import kind_name
+    from eggroll.rl.kind import KIND
+    from eggroll.run.run_dir import RunDir
 
-    path = resumed_run(arguments)
-    return None if path is None else dataclasses.replace(options_of_run(path), resume=path)
-
-
-def _opened(console: Console, run: RunDir, env: Environment, learner: PolicyLearner) -> None:
-    config, size = learner.config, sum(leaf.spec.size for leaf in learner.leaves)
-    console.print(
-        f"[bold]{escape(env.name)}[/]  {env.obs_size} observations, {escape(str(env.actions))}, episodes of at most "
-        f"{learner.max_steps} steps\npolicy   {size:,} parameters evolved\n"
-        f"search   population {config.population_size}, rank {config.rank}, sigma {config.sigma:g}, "
-        f"{config.optimizer} lr {config.lr:.4g}, seed {config.seed}\n[dim]run directory: {escape(str(run.path))}[/]\n"
-        "[dim]the first generation compiles, which takes some seconds to a minute[/]\n"
-    )
+    path = option_given(arguments, "--resume")
+    if path is None:
+        return None
+    if kind_name(RunDir.open(path).config) == "rl-ppo":
+        raise RunError(f"{path} is a run of PPO, which cannot be resumed or replayed; start it again")
+    return RLOptions(**to_json_values(resumed_options(KIND, arguments)))
 
 
-def _finish(console: Console, trained: Trained, *, render: bool) -> None:
-    from eggroll.run.report import write_report
+def _curve(console: Console, trained: Trained) -> None:
+    if not trained.interrupted:
+        console.print(f"curve    {escape(str(trained.run.path / 'curve.png'))}")
 
-    run, result = trained.run, trained.result
-    report = write_report(run)
-    show_result(console, result)
-    console.print(f"\ncurve    {escape(str(run.path / 'curve.png'))}\nreport   {escape(str(report))}")
-    if not render:
-        return
-    drawn = trained.learner.draw(Path(run.path) / "episode")
+
+def _drawing(console: Console, trained: Trained) -> None:
+    _curve(console, trained)
+    drawn = None if trained.interrupted else trained.worker.draw(Path(trained.run.path) / "episode")
     if drawn is not None:
         path, score = drawn
         console.print(f"episode  {escape(str(path))} (return {score:.4g})")
 
 
-def _list(console: Console, rows: Sequence[Sequence[str]]) -> None:
+def _list() -> None:
+    from eggroll.rl.envs import registry
+
+    console = Console(soft_wrap=True, highlight=False)
     table = Table(box=None, pad_edge=False)
     for title in ("environment", "library", "installed, or how to"):
         table.add_column(title)
-    for row in rows:
+    for row in registry.listing():
         table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
     console.print(

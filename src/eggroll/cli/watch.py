@@ -1,18 +1,23 @@
-"""What commands that train share: the run that ``--resume`` names, a live display with trackers, the result's lines."""
+"""What commands that train share: a live display while it goes on, warnings as lines, and the lines at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
+    from eggroll.lifecycle import Opened, RunKind, Trained
     from eggroll.loop import Listener
     from eggroll.run.console import Display
-    from eggroll.run.run_dir import RunDir
-    from eggroll.run.trackers import Tracker
+
+Show = Callable[[Console, "Trained"], None]
 
 
 def option_given(arguments: Sequence[str], name: str) -> str | None:
@@ -24,57 +29,111 @@ def option_given(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def resumed_run(arguments: Sequence[str]) -> str | None:
-    """The directory that ``--resume`` names; ``None`` without it."""
-    return option_given(arguments, "--resume")
+def resumed_options(kind: RunKind, arguments: Sequence[str]) -> Any | None:
+    """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
+    import dataclasses
+
+    from eggroll.lifecycle import options_of_run
+
+    path = option_given(arguments, "--resume")
+    return None if path is None else dataclasses.replace(options_of_run(kind, path), resume=path)
+
+
+def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
+    """Train on a terminal. Returns the exit status: 0, or 130 if it was interrupted.
+
+    Args:
+        kind: what is trained.
+        options: of the command line.
+        show: prints what came of it, below the figures of ``result.json``.
+    """
+    from eggroll.lifecycle import train
+    from eggroll.lifecycle.training import resume_command
+
+    console = Console(soft_wrap=True, highlight=False)
+    with Watch(console) as watch:
+        trained = train(kind, options, opened=watch.opened, notify=watch.say)
+    if trained.result:
+        show_result(console, trained.result)
+    if show is not None and trained.generation > 0:
+        show(console, trained)
+    report = trained.run.path / "report.html"
+    if report.exists() and not (trained.interrupted and not trained.plan.finish_interrupted):
+        console.print(f"report   {escape(str(report))}")
+    if not trained.interrupted:
+        return 0
+    if trained.generation == 0:
+        console.print("interrupted before the first generation was complete; nothing was saved")
+    else:
+        command = resume_command(kind, trained.plan, trained.run)
+        console.print(f"\ninterrupted after generation {trained.generation}; continue with\n         {escape(command)}")
+    return 130
 
 
 class Watch:
-    """The live display and the trackers of a run, from its first generation to the end of the ``with`` block.
+    """The live display of a run, from its first generation to the end of the ``with`` block.
 
-    Args:
-        console: where to show.
-        report_to: which trackers.
-        title: of the display, from the run.
-
-    Raises:
-        ConfigError: a tracker is not known; nothing has been written then.
+    Warnings within the block are lines above the display, without the place in the code that they came from.
     """
 
-    def __init__(self, console: Console, report_to: str, title: Callable[[RunDir], str]) -> None:
-        from eggroll.run.trackers import tracker_names
-
-        tracker_names(report_to)
-        self.console, self.report_to, self.title = console, report_to, title
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self._display: Display | None = None
-        self._tracker: Tracker | None = None
+        self._warnings = warnings.catch_warnings()
 
-    def listeners(self, run: RunDir, start: int) -> Sequence[Listener]:
-        """Open both, for a run of which ``start`` generations are done."""
+    def opened(self, run: Opened) -> list[Listener]:
+        """Print what is trained and open the display."""
         from eggroll.run.console import Display
-        from eggroll.run.trackers import TrackerListener, make_trackers
 
-        total = int(run.config["generations"])
-        self._tracker = make_trackers(self.report_to, run)
-        display = Display(total, start=start, title=self.title(run), history=run.metrics(), console=self.console)
+        for line in run.plan.describe(run.worker):
+            self.console.print(line)
+        self.console.print(f"[dim]run directory: {escape(str(run.run.path))}[/]\n")
+        display = Display(
+            run.plan.config.generations,
+            start=run.start,
+            title=run.plan.title,
+            history=run.run.metrics(),
+            console=self.console,
+        )
         self._display = display.__enter__()
-        return [display, TrackerListener(self._tracker)]
+        return [display]
+
+    def say(self, text: str) -> None:
+        """A line above the display."""
+        self.console.print(text, markup=False)
 
     def __enter__(self) -> Self:
+        self._warnings.__enter__()
+        warnings.showwarning = self._warn
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._warnings.__exit__(kind, error, trace)
         if self._display is not None:
             self._display.__exit__(kind, error, trace)
-        if self._tracker is not None:
-            self._tracker.close()
+
+    def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(str(message))}")
 
 
-def show_result(console: Console, result: Mapping[str, Any]) -> None:
+def show_result(console: Console, result: dict[str, Any]) -> None:
     """One line for each entry of ``result.json``."""
+    from eggroll.run.console import duration
+
     console.print()
     for key, value in result.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        console.print(f"  {key.replace('_', ' '):28} [bold]{shown}[/]")
+        is_time = key.endswith("_s") and not key.endswith("_per_s")
+        if is_time:
+            shown, key = duration(value), key.removesuffix("_s")
+        else:
+            is_count = isinstance(value, int) and not isinstance(value, bool)
+            shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if is_count else value
+        console.print(f"  {key.replace('_', ' '):32} [bold]{shown}[/]")
+    console.print()
+
+
+def quoted(path: Path | str) -> str:
+    """A path as it is typed on a command line, for rich."""
+    return escape(shlex.quote(str(path)))

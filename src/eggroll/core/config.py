@@ -16,6 +16,7 @@ from eggroll.core.fitness import Sampling as Sampling
 from eggroll.core.fitness import Shaping as Shaping
 from eggroll.core.fitness import ShapingName, shape_fitness, shaping_name
 from eggroll.core.schedules import Schedule, ScheduleName
+from eggroll.core.settings import setting, to_json_values
 from eggroll.errors import ConfigError
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
@@ -30,7 +31,7 @@ class ESConfig:
         ConfigError: one or several settings cannot work; the message lists all of them.
     """
 
-    population_size: int = 256
+    population_size: int = setting(256, flags=("-p", "--population", "--pop_size"))
     """Members per generation; both signs of an antithetic pair count."""
     rank: int = 8
     """Rank of a matrix's perturbation. 1 loses almost nothing in variance and is the fastest."""
@@ -38,9 +39,9 @@ class ESConfig:
     """Standard deviation of a perturbation's entries."""
     lr: float = 0.001
     """Learning rate; it absorbs 1/sigma: plain SGD is params + lr * es_gradient."""
-    generations: int = 100
+    generations: int = setting(100, flags=("-g",), resume=True)
     """Number of updates."""
-    antithetic: bool = True
+    antithetic: bool = setting(True, hidden=True)
     """Members 2k and 2k+1 share a draw with opposite signs. ``sampling`` overrides this when it is given."""
     sampling: Sampling | None = None
     """``antithetic``, or ``one_sided``: every member has a draw of its own, with a leave-one-out baseline."""
@@ -156,7 +157,7 @@ class ESConfig:
         )
 
     def weight_metrics(self, weights: NDArray[np.float32]) -> dict[str, float]:
-        """Further numbers for the log about a generation's weights; none here."""
+        """What the log says about a generation's weights, besides the metrics of its scores."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,8 +166,7 @@ class ESConfig:
         Raises:
             ConfigError: the shaping function cannot be found again by its name.
         """
-        values = dataclasses.asdict(self) | {"fitness_shaping": shaping_name(self.fitness_shaping)}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return to_json_values(self) | {"fitness_shaping": shaping_name(self.fitness_shaping)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -185,6 +185,14 @@ class ESConfig:
         if problems:
             raise ConfigError.from_problems(cls.__name__, problems)
         return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardOptions:
+    """How much is computed at once."""
+
+    members_per_forward: int | None = setting(None, flags=("--batch-members",), resume=True)
+    """Members evaluated together (default: as many as fit comfortably). Results do not depend on it."""
 
 
 def _decay_rates(**fields: Any) -> list[str]:

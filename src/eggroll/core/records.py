@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +22,30 @@ PACKED_FROM = 256
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """One generation's update: ``sigma`` and ``lr`` in force and the ``(N,)`` shaped fitness."""
+    """One generation's update: ``sigma`` and ``lr`` in force and the ``(N,)`` shaped fitness.
+
+    ``totals`` are sums over the generation's members that some replicas need as well (statistics of observations). They
+    travel to the replicas of a run, but are not in its log.
+    """
 
     generation: int
     sigma: float
     lr: float
     shaped_fitness: tuple[float, ...]
+    totals: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def make(cls, generation: int, sigma: float, lr: float, shaped_fitness: NDArray[np.float32]) -> UpdateRecord:
+    def make(
+        cls,
+        generation: int,
+        sigma: float,
+        lr: float,
+        shaped_fitness: NDArray[np.float32],
+        totals: Mapping[str, Any] | None = None,
+    ) -> UpdateRecord:
         """A record from an array: the shortest decimals that are the float32 values again, half as long in the log."""
         decimals = tuple(float(str(value)) for value in np.asarray(shaped_fitness, dtype=np.float32))
-        return cls(generation, float(sigma), float(lr), decimals)
+        return cls(generation, float(sigma), float(lr), decimals, totals or {})
 
     @property
     def weights(self) -> NDArray[np.float32]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from eggroll.core.config import ESConfig
+from eggroll.distributed.host import Factory
 from eggroll.distributed.local import LocalPool
 from eggroll.distributed.pool import Pool
 from eggroll.distributed.ray_pool import RayPool
-from eggroll.distributed.worker import Factory
 from eggroll.errors import ConfigError
 from eggroll.loop import Listener, Loop
 from eggroll.run.run_dir import RunDir
@@ -61,12 +61,12 @@ def evolve(
         >>> found = evolve(lambda: TorchWorker(make_model, fitness, config), config, workers=4, run="runs/cluster")
 
     Args:
-        factory: makes a :class:`~eggroll.distributed.worker.Worker`, in each worker's process.
+        factory: makes a :class:`~eggroll.loop.Worker`, in each worker's process.
         config: the settings of the algorithm, the same as the workers'.
         workers: processes.
         run: a run directory, or where to make one; ``None`` keeps nothing on disk.
         resume: go on with the run in that directory.
-        heldout: score the centre on held-out data before, during and after.
+        heldout: score the center on held-out data before, during and after.
         eval_every: generations between those scores.
         checkpoint_every: generations between checkpoints.
         listeners: told of each generation's metrics; their ``message(text)``, if they have one, of what happens to
@@ -104,11 +104,10 @@ def evolve(
         directory = run if run is None or isinstance(run, RunDir) else _directory(run, config, resume)
         loop = Loop(
             config=config,
-            learner=pool,
-            evaluate=pool.evaluate,
-            heldout=pool.heldout if heldout else None,
-            eval_every=eval_every,
+            worker=pool,
             run=directory,
+            heldout=heldout,
+            eval_every=eval_every,
             checkpoint_every=checkpoint_every,
             listeners=listeners,
             stop=None if callback is None else lambda metrics: callback(metrics) is False,

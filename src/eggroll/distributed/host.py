@@ -13,11 +13,13 @@ import numpy as np
 
 from eggroll.core.records import UpdateRecord
 from eggroll.distributed.state import Packed, digest, pack, unpack
-from eggroll.distributed.worker import Factory, Worker
 from eggroll.errors import EggrollError, RewardError, raised_at
+from eggroll.loop import Worker
 
-Message = tuple[int, float, float, bytes]
-"""A record on the wire: generation, sigma, lr, shaped fitness as float32."""
+Factory = Callable[[], Worker]
+"""Makes a worker; called in the worker's own process. Anything that cloudpickle can send: a closure will do."""
+Message = tuple[int, float, float, bytes, dict[str, Any]]
+"""A record on the wire: generation, sigma, lr, shaped fitness as float32, totals."""
 
 
 class StateLostError(Exception):
@@ -30,13 +32,13 @@ class OutOfStepError(Exception):
 
 def to_message(record: UpdateRecord) -> Message:
     """A record in 4 bytes a member."""
-    return record.generation, record.sigma, record.lr, record.weights.tobytes()
+    return record.generation, record.sigma, record.lr, record.weights.tobytes(), dict(record.totals)
 
 
 def from_message(message: Message) -> UpdateRecord:
     """The inverse of :func:`to_message`."""
-    generation, sigma, lr, weights = message
-    return UpdateRecord.make(generation, sigma, lr, np.frombuffer(weights, dtype=np.float32))
+    generation, sigma, lr, weights, totals = message
+    return UpdateRecord.make(generation, sigma, lr, np.frombuffer(weights, dtype=np.float32), totals)
 
 
 class Host:
@@ -107,7 +109,7 @@ class Host:
         return self._norm
 
     def evaluate(self, generation: int, sigma: float, start: int, stop: int) -> tuple[Any, ...]:
-        """Score the members of a range: fitness, metrics, tokens, samples.
+        """Score the members of a range: fitness, metrics, tokens, samples, totals.
 
         Raises:
             RewardError: the worker returned another number of scores.
@@ -125,11 +127,11 @@ class Host:
                 f"a worker's evaluate() must return ({stop - start},) or ({stop - start}, prompts) scores for members "
                 f"{start} to {stop - 1}; it returned {fitness.shape}"
             )
-        return fitness, found.metrics, found.tokens, found.samples
+        return fitness, found.metrics, found.tokens, found.samples, found.totals
 
-    def center(self) -> tuple[Any, ...]:
-        """The centre's held-out score: reward, samples, metrics."""
-        found = self.worker.evaluate_center()
+    def heldout(self, generation: int) -> tuple[Any, ...]:
+        """The center's held-out score: reward, samples, metrics."""
+        found = self.worker.heldout(generation)
         return found.reward, found.samples, found.metrics
 
     def state(self) -> Packed:

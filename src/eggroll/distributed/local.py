@@ -7,18 +7,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from eggroll.distributed.host import Host, StateLostError
+from eggroll.distributed.host import Factory, Host, StateLostError
 from eggroll.distributed.pool import Pool, check_counts
 from eggroll.distributed.state import Packed
 from eggroll.distributed.transport import WorkerLostError
-from eggroll.distributed.worker import Factory
 
 
 class LocalPool(Pool):
     """As :class:`RayPool`, with workers that take turns in this process. Needs no ray and gives the same results.
 
         >>> with LocalPool(factory, population_size=64) as pool:
-        ...     Loop(config, learner=pool, evaluate=pool.evaluate).go()
+        ...     Loop(config, pool).go()
 
     Args:
         factory: makes a worker.

@@ -26,19 +26,24 @@ def default_range_size(population_size: int, most: int = MOST_MEMBERS) -> int:
     return max(2, min(even, most - most % 2))
 
 
-def ranges(population_size: int, range_size: int | None = None) -> list[range]:
-    """The members ``0 .. population_size - 1`` in consecutive ranges of ``range_size``; the last may be shorter.
+def ranges(members: int | range, range_size: int | None = None) -> list[range]:
+    """Consecutive ranges of ``range_size`` members; the last may be shorter.
+
+    Args:
+        members: which, or how many from 0 on.
+        range_size: ``None`` takes :func:`default_range_size`.
 
     Raises:
         ConfigError: the range size is not an even number of at least 2.
     """
-    size = default_range_size(population_size) if range_size is None else range_size
+    members = range(members) if isinstance(members, int) else members
+    size = default_range_size(len(members)) if range_size is None else range_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 2 or size % 2:
         raise ConfigError(
             f"range_size (={range_size!r}) must be an even number of at least 2, so that pairs stay together; "
-            f"use None for the default ({default_range_size(population_size)})"
+            f"use None for the default ({default_range_size(len(members))})"
         )
-    return [range(start, min(start + size, population_size)) for start in range(0, population_size, size)]
+    return [range(start, min(start + size, members.stop)) for start in range(members.start, members.stop, size)]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +28,7 @@ from eggroll.loop import Evaluation, Heldout
 class Pool:
     """Workers and what they have to do. Made as :class:`RayPool` or :class:`LocalPool`, which say what arguments mean.
 
-    ``evaluate`` and ``heldout`` go into :class:`eggroll.loop.Loop` as they are, and the pool itself is its ``learner``.
+    A pool is a :class:`eggroll.loop.Worker` itself, so that a loop runs on it as on any other.
     """
 
     def __init__(
@@ -65,17 +65,19 @@ class Pool:
 
     # -- what the loop calls
 
-    def evaluate(self, generation: int, sigma: float) -> Evaluation:
-        """Score all members of a generation.
+    def evaluate(self, generation: int, sigma: float, members: range | None = None) -> Evaluation:
+        """Score members of a generation; all by default.
 
-        Its metrics say what it took: ``workers`` (that scored anything), ``ranges_repeated``, and ``sent_bytes`` and
-        ``received_bytes`` since the last generation.
+        They are cut into ranges whose size does not depend on the number of workers. The metrics say what it took:
+        ``workers`` (that scored anything), ``ranges_repeated``, and ``sent_bytes`` and ``received_bytes`` since the
+        last generation.
 
         Raises:
             EggrollError: what a worker's evaluation raised, as it was.
             RunError: workers die again and again.
         """
-        ledger = self._ledger = Ledger(self._ranges, patience_s=self._straggler_s)
+        cut = self._ranges if members is None else ranges(members, len(self._ranges[0]))
+        ledger = self._ledger = Ledger(cut, patience_s=self._straggler_s)
         try:
             while not ledger.done:
                 self._crew.wait_for_lead()
@@ -93,9 +95,9 @@ class Pool:
             self._ledger = None
         return self._merged(ledger)
 
-    def heldout(self) -> Heldout:
-        """The lead's centre on held-out data."""
-        reward, samples, metrics = self._crew.ask_lead("center")[0]
+    def heldout(self, generation: int) -> Heldout:
+        """The lead's center on held-out data."""
+        reward, samples, metrics = self._crew.ask_lead("heldout", generation)[0]
         return Heldout(reward, samples, metrics)
 
     def apply(self, record: UpdateRecord) -> float:
@@ -142,6 +144,12 @@ class Pool:
         """Who is there: ``number``, ``phase`` (waiting, building, joining, ready), ``node`` and ``pid`` when known."""
         return [{"number": seat.number, "phase": seat.phase, **seat.info} for seat in self._crew.seats()]
 
+    def kill(self, number: int) -> None:
+        """End a worker's process, as if it had died; another one takes its place. For tests and for drills."""
+        for seat in self._crew.seats():
+            if seat.number == number:
+                self._transport.stop(seat.handle)
+
     def wait_until_ready(self, workers: int, timeout_s: float = 600.0) -> None:
         """Wait for so many workers to be ready. A run does not need it; a measurement may.
 
@@ -175,7 +183,7 @@ class Pool:
         index = ledger.take(seat.number, time.monotonic())
         if index is None:
             return False
-        members = self._ranges[index]
+        members = ledger.ranges[index]
 
         def scored(answer: Any) -> None:
             seat.deaths = 0
@@ -194,6 +202,10 @@ class Pool:
         """One evaluation of those of all ranges, in the order of members."""
         results = ledger.assemble()
         tables = [fitness for _, fitness, *_ in results]
+        totals: dict[str, Any] = {}
+        for *_, found in results:
+            for name, value in found.items():
+                totals[name] = totals[name] + value if name in totals else value
         shapes = {table.shape[1:] for table in tables}
         if len(shapes) > 1:
             raise RewardError(
@@ -201,16 +213,16 @@ class Pool:
                 "generation must be scored on the same prompts"
             )
         sent, received = self._transport.sent_bytes, self._transport.received_bytes
-        metrics = _merged_metrics(results, self._ranges) | {
+        metrics = _merged_metrics(results, ledger.ranges) | {
             "workers": len({worker for worker, *_ in results}),
             "ranges_repeated": ledger.repeated,
             "sent_bytes": sent - self._counted[0],
             "received_bytes": received - self._counted[1],
         }
         self._counted = (sent, received)
-        samples = [row for *_, rows in results for row in rows]
-        tokens = sum(tokens for *_, tokens, _ in results)
-        return Evaluation(np.concatenate(tables), metrics, tokens, samples)
+        samples = [row for *_, rows, _ in results for row in rows]
+        tokens = sum(tokens for *_, tokens, _, _ in results)
+        return Evaluation(np.concatenate(tables), metrics, tokens, samples, totals)
 
     def _compare(self) -> None:
         """Compare the workers' weights; whoever differs from the lead gets the lead's."""
@@ -237,7 +249,7 @@ class Pool:
                 crew.rejoin(seat)
 
 
-def _merged_metrics(results: list[Any], members: list[range]) -> dict[str, float]:
+def _merged_metrics(results: list[Any], members: Sequence[range]) -> dict[str, float]:
     """Seconds (names that end in ``_s``) of the worker that spent most; of anything else, the mean over members."""
     spent: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     sums: dict[str, list[tuple[float, int]]] = defaultdict(list)

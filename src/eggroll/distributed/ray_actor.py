@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from eggroll._optional import require
-from eggroll.distributed.host import Host, StateLostError, set_threads
+from eggroll.distributed.host import Factory, Host, StateLostError, set_threads
 from eggroll.distributed.ray_place import Place, release
 from eggroll.distributed.state import Packed
 from eggroll.distributed.transport import WorkerLostError
-from eggroll.distributed.worker import Factory
 from eggroll.errors import ConfigError, EggrollError, EngineDiedError
 
 TAIL = 2000

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from eggroll._optional import require
+from eggroll.distributed.host import Factory
 from eggroll.distributed.pool import Pool, check_counts
 from eggroll.distributed.ray_actor import RayTransport
 from eggroll.distributed.ray_cluster import connect
 from eggroll.distributed.ray_place import Place
-from eggroll.distributed.worker import Factory
 from eggroll.errors import ConfigError
 
 
@@ -17,13 +17,13 @@ class RayPool(Pool):
     """Evaluates a generation on many workers and keeps their replicas the same. Results do not depend on how many.
 
         >>> with RayPool(factory, workers=4, population_size=64) as pool:
-        ...     Loop(config, learner=pool, evaluate=pool.evaluate).go()
+        ...     Loop(config, pool).go()
 
     A worker that dies (a kill, a lost machine) costs the run its range, which another one scores; a new process is
     started and catches up. Workers that have no place in the cluster yet join when there is one.
 
     Args:
-        factory: makes a :class:`~eggroll.distributed.worker.Worker`, called in each worker's process.
+        factory: makes a :class:`~eggroll.loop.Worker`, called in each worker's process.
         workers: how many to start; :meth:`add_worker` adds to them.
         population_size: members of a generation.
         range_size: members that are evaluated together, even; ``None`` derives it from the population alone (a

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
-from eggroll.errors import ConfigError, RewardError
+from eggroll.errors import ConfigError
 from eggroll.loop import Evaluation, Heldout
-from eggroll.torch.es import MATRIX_KINDS, Replica
 from eggroll.torch.population import Active
+from eggroll.torch.replica import MATRIX_KINDS, Replica
 
 Fitness = Callable[[nn.Module, Active, int], Any]
 
@@ -34,8 +32,10 @@ class TorchWorker:
             ``split`` put members into a batch and take them out again, ``members`` counts them), and with the
             generation, which may choose the data. Returns ``(members,)`` or ``(members, prompts)`` scores.
         config: the settings of the algorithm.
-        heldout_fn: the centre's score, given the plain model.
+        heldout_fn: the center's score, given the plain model.
         kinds: kinds of parameters that are evolved when ``config.target_modules`` is ``None``.
+        members_per_forward: members that are evaluated at once; ``None`` is all of a range. As many as keep their
+            activations in cache are the fastest.
 
     Raises:
         ConfigError: settings that cannot work.
@@ -49,34 +49,34 @@ class TorchWorker:
         *,
         heldout_fn: Callable[[nn.Module], Any] | None = None,
         kinds: Sequence[str] = MATRIX_KINDS,
+        members_per_forward: int | None = None,
     ) -> None:
         self.replica = Replica(make_model().eval(), config, kinds=kinds)
+        self.members_per_forward = members_per_forward
         self._fitness, self._heldout = fitness_fn, heldout_fn
 
-    @torch.no_grad()
+    @property
+    def model(self) -> nn.Module:
+        """The center."""
+        return self.replica.model
+
     def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
         """Scores of some members.
 
         Raises:
             RewardError: ``fitness_fn`` returned something else than a score for each of them.
         """
-        population = self.replica.population
-        # All of the generation's noise: the update of this replica needs every pair of it anyway.
-        population.noise.prepare(generation, population.num_pairs, population.device)
-        with population.perturbed(generation, members, sigma=sigma) as active:
-            scores = self._fitness(self.replica.model, active, generation)
-        table = scores.detach().double().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores)
-        if table.ndim not in (1, 2) or len(table) != len(members) or table.dtype.kind not in "fiub":
-            given = f"{table.dtype} {table.shape}" if table.shape else repr(scores)
-            raise RewardError(
-                f"fitness_fn must return ({len(members)},) scores, one for each member (active.members), or "
-                f"({len(members)}, prompts); it returned {given}. active.split(y) gives (members, batch, ...)"
-            )
-        return Evaluation(table.astype(np.float64))
+        scores = self.replica.evaluate(
+            lambda model, active: self._fitness(model, active, generation),
+            generation=generation,
+            sigma=sigma,
+            members=members,
+            members_per_forward=self.members_per_forward,
+        )
+        return Evaluation(scores.double().cpu().numpy())
 
-    @torch.no_grad()
-    def evaluate_center(self) -> Heldout:
-        """The centre's score.
+    def heldout(self, generation: int) -> Heldout:
+        """The center's score.
 
         Raises:
             ConfigError: there is no ``heldout_fn``.

@@ -41,7 +41,7 @@ class State:
 def optimizer_for(config: ESConfig) -> optax.GradientTransformation:
     """The optax rule that ``config.optimizer`` names, for a learning rate of 1; its steps are scaled by ``lr``.
 
-    The rules of :mod:`eggroll.torch.optim`: weight decay is decoupled for adamw and added to the gradient elsewhere.
+    The rules of :mod:`eggroll.torch.updater`: weight decay is decoupled for adamw and added to the gradient elsewhere.
     """
     decay = optax.add_decayed_weights(config.weight_decay)
     first, second = config.betas

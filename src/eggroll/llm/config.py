@@ -5,13 +5,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from eggroll.core.config import ESConfig, OptimizerName
+from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName
+from eggroll.core.settings import setting
+from eggroll.run.options import DeviceOptions
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EggrollConfig(ESConfig):
+class ModelOptions(DeviceOptions):
+    """How a model is loaded."""
+
+    dtype: Dtype = "auto"
+    """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How a model answers."""
+
+    max_tokens: int = 128
+    """Longest completion, in tokens."""
+    max_length: int = 512
+    """Longest prompt or text, in tokens; longer prompts lose their beginning, longer texts their end."""
+    temperature: float = 0.0
+    """0 is greedy; above it, tokens are sampled by address, the same for any split of the members."""
+    chat: bool | None = None
+    """Whether string prompts go through the chat template; ``None``: if the tokenizer has one."""
+    system: str | None = None
+    """A system prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EggrollConfig(GenerationOptions, ForwardOptions, ESConfig):
     """How a language model is evolved.
 
     ``target_modules=None`` evolves all matrices but the embedding and the output head; ``embeddings``, ``head`` and
@@ -24,35 +52,23 @@ class EggrollConfig(ESConfig):
     optimizer: OptimizerName = "adam"
     """How the estimate becomes a step. Adam's step does not depend on the scale of scores or the population's size, so
     the default ``lr`` is a size per entry; it keeps two float32 numbers per evolved entry, ``sgd`` keeps none."""
-    max_tokens: int = 128
-    """Longest completion, in tokens."""
-    temperature: float = 0.0
-    """0 is greedy; above it, tokens are sampled by address, the same for any split of the members."""
     samples_per_prompt: int = 1
     """Completions of each prompt that a member is scored on; more than one needs a temperature above 0."""
     pass_at: int = 0
     """0 scores a prompt by the mean over its samples; k by the expected best of k of them (pass@k)."""
-    prompts_per_generation: int = 8
+    prompts_per_generation: int = setting(8, flags=("--batch-size",))
     """Prompts (or texts) that every member is scored on in a generation."""
-    max_length: int = 512
-    """Longest prompt or text, in tokens; longer prompts lose their beginning, longer texts their end."""
-    batch_members: int | None = None
-    """Members evaluated together; ``None`` takes as many as fit comfortably. Results do not depend on it."""
-    chat: bool | None = None
-    """Whether string prompts go through the chat template; ``None``: if the tokenizer has one."""
-    system: str | None = None
-    """A system prompt."""
     embeddings: bool = False
     """Evolve the token embedding too (with a tied head, both)."""
     head: bool = False
     """Evolve an output head of its own too."""
     vectors: bool = False
     """Evolve norm scales and biases too."""
-    eval_every: int = 10
-    """Generations between evaluations of the centre on held-out data."""
-    checkpoint_every: int = 50
+    eval_every: int = setting(10, resume=True)
+    """Generations between evaluations of the center on held-out data."""
+    checkpoint_every: int = setting(50, resume=True)
     """Generations between checkpoints. A resumed run rebuilds what came after one from the update log."""
-    samples_per_generation: int = 2
+    samples_per_generation: int = setting(2, resume=True)
     """Members' completions per generation that go to ``samples.jsonl``."""
 
     def problems(self) -> list[str]:
@@ -72,8 +88,9 @@ class EggrollConfig(ESConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
                 found.append(f"{name} (={value!r}) must be a whole number of at least {minimum}")
-        if self.batch_members is not None and self.batch_members < 1:
-            found.append(f"batch_members (={self.batch_members}) must be at least 1, or None to choose by memory")
+        at_once = self.members_per_forward
+        if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
+            found.append(f"members_per_forward (={at_once}) must be at least 1, or None to choose by memory")
         if not self.temperature >= 0.0:
             found.append(f"temperature (={self.temperature!r}) must be 0 (greedy) or above")
         elif not found:

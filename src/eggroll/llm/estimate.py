@@ -21,8 +21,8 @@ from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
 from eggroll.errors import MemoryBudgetError
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.generation import COMPACT_FRACTION
-from eggroll.llm.outline import Outline
+from eggroll.llm.generation.generate import COMPACT_FRACTION
+from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards.perplexity import LOGITS_BUDGET
 from eggroll.torch.noise import CACHE_BYTES, CHUNK_BYTES
 
@@ -169,7 +169,7 @@ class Estimate:
 
     def memory(self, workload: Workload, members: int | None = None) -> Memory:
         """Everything that a run needs with ``members`` evaluated together (by default as many as it would take)."""
-        chosen = members or self.config.batch_members or self.members_that_fit(workload)
+        chosen = members or self.config.members_per_forward or self.members_that_fit(workload)
         chosen = min(chosen, self.config.population_size)
         moments = (*self._evaluation(workload, chosen), self._update())
         return Memory(chosen, self.fixed(), moments)

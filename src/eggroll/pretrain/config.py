@@ -1,70 +1,57 @@
-"""The settings of ``eggroll pretrain``."""
+"""The settings of pretraining: ``PretrainOptions`` of a run, ``PretrainConfig`` of the algorithm."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
+import numpy as np
+from numpy.typing import NDArray
 
 from eggroll.core.check import is_number, numbers, whole
 from eggroll.core.config import ESConfig
 from eggroll.core.schedules import Schedule
+from eggroll.core.settings import setting, to_json_values
+from eggroll.distributed.options import WorkerOptions
 from eggroll.errors import ConfigError
-from eggroll.pretrain.engine import Backend
-from eggroll.pretrain.noise import DEFAULT_TABLE_SIZE, Noise, NoiseKind
-from eggroll.pretrain.shape import ModelShape
-from eggroll.pretrain.update import Shaping, alpha_at
+from eggroll.pretrain.engines.base import Backend
+from eggroll.pretrain.model.fixed_point import ONE
+from eggroll.pretrain.model.noise import DEFAULT_TABLE_SIZE, Noise, NoiseKind
+from eggroll.pretrain.model.shape import ModelShape
+from eggroll.pretrain.update import Shaping, alpha_at, shape_pairs
+from eggroll.run.options import RunOptions
 
 Precision = Literal["int8", "fp32", "bf16"]
 AlphaSchedule = Literal["hyperbolic", "exponential"]
 
-FREE = (
-    "generations", "minutes", "output", "resume", "report_to", "backend", "device", "threads", "members_per_forward",
-    "eval_every", "eval_tokens", "sample_every", "sample_length", "sample", "prompt", "temperature",
-)  # fmt: skip
-"""Options that a resumed run may have other values of: they change no weight."""
-
 LEAST_ALPHA = 1e-9
-INTEGER_ONLY = ("alpha", "alpha_schedule", "alpha_decay", "alpha_final", "fitness", "sign_of_noise", "momentum_shift")
-"""Options of the integer update."""
 
-arg = tyro.conf.arg
+
+def _is_integer(options: PretrainOptions) -> bool:
+    """In floating point the device and the batch change the last bits."""
+    return options.precision == "int8"
+
+
+def _has_open_end(options: PretrainOptions) -> bool:
+    """Whether no schedule ends with the last generation."""
+    return options.precision == "int8" and options.alpha_schedule != "exponential"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions:
-    """Train a language model from scratch in int8, without gradients; or sample from one."""
+class WindowOptions:
+    """What a member reads."""
 
-    data: Annotated[str, arg(aliases=["-d"])] = "minipile"
-    """minipile, a hub text data set, a .txt, a folder of .txt, or a .npy of bytes (a byte 0 begins a document)."""
-    text_column: str = "text"
-    """Column of a hub data set that holds the documents."""
-    pop_size: Annotated[int, arg(aliases=["-p"])] = 4096
-    """Members per generation; both signs of a pair count."""
-    rank: int = 1
-    """Rank of the perturbations."""
-    n_layers: int = 6
-    """Blocks of the model."""
-    hidden: int = 256
-    """Width of the model; powers of four are the fastest."""
-    precision: Precision = "int8"
-    """int8; fp32 and bf16 train the same network in floating point."""
-    generations: Annotated[int, arg(aliases=["-g"])] = 1000
-    """Updates."""
-    minutes: float | None = None
-    """End the run after so many minutes, if its generations are not over before."""
     tokens: int = 16
-    """Bytes of a window that a member is scored on. Short windows make more members of the same time."""
+    """Bytes of a window that a member is scored on. With short windows the same time is enough for more members."""
     context: int = 16
     """Bytes before the window that the model itself reads first: a member begins with the state after them."""
-    group_size: int = 2
-    """Members that share a window; the two of a pair always do."""
-    sigma_shift: int = 4
-    """The perturbations' standard deviation is 2^-sigma_shift, where that of the first weights is 1."""
-    alpha: float = 1.0
-    """Share of the weights that an update would move if fitness were noise, in the first generation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerUpdateOptions:
+    """How scores become steps of the integer weights."""
+
     alpha_schedule: AlphaSchedule = "hyperbolic"
     """hyperbolic: alpha / (alpha_decay t + 1), as in the paper; exponential: from alpha to alpha_final."""
     alpha_decay: float = 0.015
@@ -77,6 +64,84 @@ class PretrainOptions:
     """Use the signs of the noise alone in the update."""
     momentum_shift: int = 0
     """k > 0 tests an accumulator that loses 2^-k of itself a generation instead of the update's sum alone."""
+
+
+@dataclass(frozen=True)
+class Alpha(Schedule):
+    """The share of weights that moves, as a function of the generation; the paper's schedule is not one of the loop's.
+
+    ``decay`` is the 0.015 of ``start / (0.015 t + 1)``.
+    """
+
+    hyperbolic: bool = True
+
+    def __call__(self, generation: int) -> float:
+        """The share in a generation."""
+        if self.hyperbolic:
+            return alpha_at(generation, self.start, self.decay)
+        progress = min(generation, self.generations) / max(self.generations, 1)
+        return float(self.start * self.final_fraction**progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(WindowOptions, IntegerUpdateOptions, ESConfig):
+    """The loop's settings: ``sigma`` is the perturbations' standard deviation, ``lr`` the share of weights to move."""
+
+    def shape(self, fitness: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """The weights of the pairs, ``(P,)``, from all members' scores ``(2 P,)`` in bits per byte.
+
+        The weights are computed from the whole numbers that the model has counted, which the scores are exact for.
+        """
+        unit = ONE * self.tokens
+        scores = np.rint(np.asarray(fitness, np.float64) * unit)
+        assert np.array_equal(scores / unit, fitness), "scores of the integer model are whole sixteenths of a bit"
+        return (shape_pairs(scores.astype(np.int64), self.fitness) / ONE).astype(np.float32)
+
+    def weight_metrics(self, weights: NDArray[np.float32]) -> dict[str, float]:
+        """The share of pairs whose members have equal scores."""
+        return {"ties": float((weights == 0).mean())}
+
+    @property
+    def lr_at(self) -> Schedule:
+        """The share of weights as a function of the generation."""
+        final = self.alpha_final / self.lr
+        hyperbolic = self.alpha_schedule == "hyperbolic"
+        return Alpha("constant", self.lr, self.alpha_decay, self.generations, final, hyperbolic)
+
+    @property
+    def sigma_at(self) -> Schedule:
+        """Constant."""
+        return Schedule("constant", self.sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOptions):
+    """Train a language model from scratch in int8, without gradients."""
+
+    data: str = setting("minipile", flags=("-d",))
+    """minipile, a hub text data set, a .txt, a folder of .txt, or a .npy of bytes (a byte 0 begins a document)."""
+    text_column: str = "text"
+    """Column of a hub data set that holds the documents."""
+    population_size: int = setting(4096, flags=("-p", "--pop_size"))
+    """Members per generation; both signs of a pair count."""
+    rank: int = 1
+    """Rank of the perturbations."""
+    n_layers: int = 6
+    """Blocks of the model."""
+    hidden: int = 256
+    """Width of the model; powers of four are the fastest."""
+    precision: Precision = "int8"
+    """int8; fp32 and bf16 train the same network in floating point."""
+    generations: int = setting(1000, flags=("-g",), resume=_has_open_end)
+    """Updates."""
+    minutes: float | None = setting(None, resume=True)
+    """End the run after this many minutes, even if generations are left."""
+    group_size: int = 2
+    """Members that share a window; the two of a pair always do."""
+    sigma_shift: int = 4
+    """The perturbations' standard deviation is 2^-sigma_shift, where that of the first weights is 1."""
+    alpha: float = 1.0
+    """Share of the weights that an update would move if fitness were noise, in the first generation."""
     lr: float = 0.01
     """Learning rate of fp32 and bf16 (Adam, cosine); alpha takes its place in int8."""
     noise: NoiseKind = "table"
@@ -87,36 +152,26 @@ class PretrainOptions:
     """Generations that share the same noise."""
     seed: int = 0
     """Seed of everything random."""
-    eval_every: int = 20
+    eval_every: int = setting(20, resume=True)
     """Generations between validations."""
-    eval_tokens: int = 32768
+    eval_tokens: int = setting(32768, resume=True)
     """Bytes of held-out text, spread over all of it, that a validation reads; the last one reads everything."""
     checkpoint_every: int = 100
     """Generations between checkpoints."""
-    sample_every: int = 100
+    sample_every: int = setting(100, resume=True)
     """Generations between samples of text; 0: none."""
-    sample_length: int = 200
+    sample_length: int = setting(200, resume=True)
     """Bytes of a sample."""
-    output: Annotated[str | None, arg(aliases=["-o"])] = None
-    """Run directory (default: runs/pretrain-<data>-<time>)."""
-    resume: str | None = None
-    """Continue the run in this directory with the settings it has."""
-    sample: str | None = None
-    """Print text of the model in this run's directory instead of training."""
-    prompt: str = ""
+    prompt: str = setting("", resume=True)
     """What a sample begins with."""
-    temperature: float = 1.0
-    """Of samples; 0 is greedy."""
-    backend: Backend = "auto"
+    backend: Backend = setting("auto", resume=True)
     """c (AVX2 or AVX-512 VNNI), torch, or the fastest here."""
-    device: str = "auto"
+    device: str = setting("auto", resume=_is_integer)
     """cpu, cuda, cuda:1; auto takes the CPU if it has AVX-512 VNNI, else a GPU if there is one, else the CPU."""
-    threads: int | None = None
+    threads: int | None = setting(None, resume=True)
     """CPU threads (default: all)."""
-    members_per_forward: int | None = None
-    """Members evaluated at once; results do not depend on it."""
-    report_to: str = "tensorboard"
-    """tensorboard, wandb, none, or several separated by commas."""
+    members_per_forward: int | None = setting(None, resume=_is_integer)
+    """Members evaluated at once; int8 results do not depend on it."""
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -126,20 +181,23 @@ class PretrainOptions:
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
         found = [
-            *whole(self, pop_size=2, rank=1, n_layers=1, hidden=1, generations=0, tokens=1, context=0, group_size=2),
-            *whole(self, sigma_shift=0, momentum_shift=0, noise_table_size=1, noise_reuse=1, seed=0, eval_tokens=1),
-            *whole(self, eval_every=1, checkpoint_every=1, sample_every=0, sample_length=1),
+            *whole(
+                self, population_size=2, rank=1, n_layers=1, hidden=1, generations=0, tokens=1, context=0, group_size=2
+            ),
+            *whole(self, sigma_shift=0, momentum_shift=0, noise_table_size=1, noise_reuse=1, seed=0),
+            *whole(self, eval_tokens=1, eval_every=1, checkpoint_every=1, sample_every=0, sample_length=1),
             *numbers(self, alpha=(0.0, False), alpha_decay=(0.0, True), alpha_final=(0.0, False)),
-            *numbers(self, temperature=(0.0, True), lr=(0.0, False)),
+            *numbers(self, lr=(0.0, False)),
         ]
         if found:
             return found
-        if self.pop_size % 2:
-            found.append(f"pop_size (={self.pop_size}) must be even: members come in pairs; use {self.pop_size + 1}")
-        if self.group_size % 2 or self.pop_size % self.group_size:
+        size = self.population_size
+        if size % 2:
+            found.append(f"population_size (={size}) must be even: members come in pairs; use {size + 1}")
+        if self.group_size % 2 or size % self.group_size:
             found.append(
-                f"group_size (={self.group_size}) must be even and divide pop_size (={self.pop_size}): "
-                "the two of a pair read the same window"
+                f"group_size (={self.group_size}) must be even and divide population_size (={size}): the two of a pair "
+                "read the same window"
             )
         for name in ("alpha", "alpha_final"):
             if getattr(self, name) > 1:
@@ -161,11 +219,12 @@ class PretrainOptions:
             found.append(f"backend='c' runs on the CPU, not on device={self.device!r}; use backend='torch'")
         if self.precision != "int8":
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            given = [name for name in INTEGER_ONLY if getattr(self, name) != defaults[name]]
+            integer_only = ("alpha", *(field.name for field in dataclasses.fields(IntegerUpdateOptions)))
+            given = [name for name in integer_only if getattr(self, name) != defaults[name]]
             if given:
                 found.append(
-                    f"precision (={self.precision!r}) has Adam and centred ranks: {', '.join(given)} would do nothing; "
-                    "leave them out, or use precision='int8'"
+                    f"precision (={self.precision!r}) has Adam and centered ranks: {', '.join(given)} would do "
+                    "nothing; leave them out, or use precision='int8'"
                 )
         if self.seed >= 2**64:
             found.append(f"seed (={self.seed}) must be below 2**64")
@@ -186,63 +245,13 @@ class PretrainOptions:
         """Where the draws come from."""
         return Noise(self.seed, self.rank, self.noise, self.noise_table_size, self.noise_reuse)
 
-    def es(self) -> PretrainConfig:
+    def es(self) -> ESConfig:
         """What the generation loop needs to know."""
-        return PretrainConfig(
-            population_size=self.pop_size,
-            rank=self.rank,
-            sigma=2.0**-self.sigma_shift,
-            lr=self.alpha,
-            generations=self.generations,
-            fitness_shaping="raw",  # pairs are shaped before the loop sees them
-            noise_reuse=self.noise_reuse,
-            seed=self.seed,
-            alpha_schedule=self.alpha_schedule,
-            alpha_decay=self.alpha_decay,
-            alpha_final=self.alpha_final,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON values."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Alpha(Schedule):
-    """The share of weights that moves, as a function of the generation; the paper's schedule is not one of the loop's.
-
-    ``decay`` is the 0.015 of ``start / (0.015 t + 1)``.
-    """
-
-    hyperbolic: bool = True
-
-    def __call__(self, generation: int) -> float:
-        """The share in a generation."""
-        if self.hyperbolic:
-            return alpha_at(generation, self.start, self.decay)
-        progress = min(generation, self.generations) / max(self.generations, 1)
-        return float(self.start * self.final_fraction**progress)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(ESConfig):
-    """The loop's settings: ``sigma`` is the perturbations' standard deviation, ``lr`` the share of weights to move."""
-
-    alpha_schedule: AlphaSchedule = "hyperbolic"
-    """Course of ``lr``."""
-    alpha_decay: float = 0.015
-    """Of the hyperbolic one."""
-    alpha_final: float = 0.02
-    """Last value of the exponential one."""
-
-    @property
-    def lr_at(self) -> Schedule:
-        """The share of weights as a function of the generation."""
-        final = self.alpha_final / self.lr
-        hyperbolic = self.alpha_schedule == "hyperbolic"
-        return Alpha("constant", self.lr, self.alpha_decay, self.generations, final, hyperbolic)
-
-    @property
-    def sigma_at(self) -> Schedule:
-        """Constant."""
-        return Schedule("constant", self.sigma)
+        shared: dict[str, Any] = {
+            "population_size": self.population_size, "rank": self.rank, "sigma": 2.0**-self.sigma_shift,
+            "generations": self.generations, "noise_reuse": self.noise_reuse, "seed": self.seed,
+        }  # fmt: skip
+        if self.precision != "int8":
+            return ESConfig(**shared, lr=self.lr, lr_schedule="cosine", optimizer="adam")
+        update = {**to_json_values(self, WindowOptions), **to_json_values(self, IntegerUpdateOptions)}
+        return PretrainConfig(**shared, lr=self.alpha, fitness_shaping="raw", **update)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eggroll._environment import cache_directory
 from eggroll._optional import require
 from eggroll.core import threefry
 from eggroll.core.address import parameter_key
@@ -26,10 +27,11 @@ from eggroll.errors import DataError
 BOUNDARY = 0
 """The byte before every document, at which the hidden state is reset."""
 HUB_ALIASES = {"minipile": "JeanKaddour/minipile", "tinystories": "roneneldan/TinyStories"}
-CACHE_VARIABLE = "EGGROLL_CACHE_DIR"
 VALIDATION_SHARE = 10
 """The last tenth is held out where the data do not say."""
 WINDOWS_NAME = "pretrain/windows"
+CACHED = "pretrain"
+"""The folder of the cache that holds joined streams."""
 _SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "test")}
 
 
@@ -106,8 +108,10 @@ def load_hub(source: str, *, text_column: str = "text") -> Corpus:
         MissingExtraError: ``datasets`` is not installed.
     """
     name, _, config = source.partition(":")
-    folder = cache_directory() / (
-        "hub-" + hashlib.blake2b(f"{source}:{text_column}".encode(), digest_size=8).hexdigest()
+    folder = (
+        cache_directory()
+        / CACHED
+        / ("hub-" + hashlib.blake2b(f"{source}:{text_column}".encode(), digest_size=8).hexdigest())
     )
     parts: dict[str, NDArray[np.uint8]] = {}
     for part in _SPLITS:
@@ -148,11 +152,6 @@ def _documents(source: str, split: Any, text_column: str) -> Iterator[bytes]:
         yield (text or "").encode(errors="replace")
 
 
-def cache_directory() -> Path:
-    """Where joined streams are kept: ``$EGGROLL_CACHE_DIR``, or ``~/.cache/eggroll``."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "eggroll").expanduser() / "pretrain"
-
-
 def write_stream(path: Path, documents: Iterable[bytes]) -> NDArray[np.uint8]:
     """Write documents as one ``.npy`` of bytes, a 0 before each, atomically; returns it memory-mapped."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +177,7 @@ def write_stream(path: Path, documents: Iterable[bytes]) -> NDArray[np.uint8]:
 
 
 def window_starts(
-    stream: NDArray[np.uint8], count: int, length: int, *, seed: int, generation: int
+    stream: NDArray[np.uint8], count: int, length: int, *, seed: int, generation: int, first: int = 0
 ) -> NDArray[np.int64]:
     """Where the windows of a generation begin: ``(count,)``, hashed from ``(seed, generation, number)``.
 
@@ -188,9 +187,10 @@ def window_starts(
         length: of a window.
         seed: of the run.
         generation: which.
+        first: number of the first window.
     """
     key = threefry.fold_in(parameter_key(seed, WINDOWS_NAME), generation)
-    numbers = np.arange(count, dtype=np.uint32)
+    numbers = np.arange(first, first + count, dtype=np.uint32)
     hi, lo = threefry.threefry2x32(key, np.zeros(count, np.uint32), numbers)
     places = len(stream) - length + 1
     if places < 2**32:
@@ -258,6 +258,6 @@ def _folder(name: str, path: Path) -> Corpus:
         raise DataError(f"data {name!r}: the folder has neither train.npy nor train.txt nor any .txt file")
     facts = repr([(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     digest = hashlib.blake2b(f"{path.resolve()}{facts}".encode(), digest_size=8).hexdigest()
-    cached = cache_directory() / f"folder-{digest}.npy"
+    cached = cache_directory() / CACHED / f"folder-{digest}.npy"
     stream = _stream(cached) if cached.exists() else write_stream(cached, (file.read_bytes() for file in files))
     return _halves(name, stream)

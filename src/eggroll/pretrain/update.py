@@ -19,21 +19,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eggroll.pretrain.engine import Step
-from eggroll.pretrain.fixed_point import FIXED_POINT, LIMIT, ONE, i8, threshold_sixteenths
-from eggroll.pretrain.shape import Parameter
+from eggroll.pretrain.engines.base import MOMENTUM_ONE, Step
+from eggroll.pretrain.model.fixed_point import FIXED_POINT, LIMIT, ONE, i8, threshold_sixteenths
+from eggroll.pretrain.model.shape import Parameter
 
 Shaping = Literal["sign", "normalized"]
-
-MOMENTUM_ONE = 256
-"""One standard deviation of Z in the momentum."""
 
 
 def shape_pairs(fitness: NDArray[np.integer[Any]], shaping: Shaping = "sign") -> NDArray[np.int8]:
     """The weight of each antithetic pair, in sixteenths: ``(P,)`` int8 from ``(2 P,)`` scores.
 
     Args:
-        fitness: whole numbers; those of the members ``2k`` (sign +1) and ``2k + 1`` (sign -1) are neighbours.
+        fitness: whole numbers; those of the members ``2k`` (sign +1) and ``2k + 1`` (sign -1) are neighbors.
         shaping: ``sign`` (16, 0 or -16), or ``normalized``: the difference over the root of its mean square.
     """
     scores = np.asarray(fitness, np.int64).reshape(-1, 2)
@@ -111,9 +108,9 @@ def move(weights: NDArray[np.int8], z: NDArray[np.int32], step: Step, momentum: 
     total = z.astype(np.int64)
     if step.momentum_shift:
         assert momentum is not None, "momentum_shift asks for momentum"
-        normalised = (2 * MOMENTUM_ONE * total + step.unit) // (2 * step.unit)
+        normalized = (2 * MOMENTUM_ONE * total + step.unit) // (2 * step.unit)
         total = momentum - ((momentum.astype(np.int64) + (1 << (step.momentum_shift - 1))) >> step.momentum_shift)
-        total += normalised
+        total += normalized
         momentum[...] = total
     steps = np.sign(total) * (np.abs(total) >= step.limit)
     moved = np.clip(weights + steps, -LIMIT, LIMIT).astype(np.int8)

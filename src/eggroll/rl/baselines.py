@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eggroll._optional import require
+from eggroll.core.settings import flag_of, to_json_values
 from eggroll.errors import ConfigError
 from eggroll.rl.config import RLConfig
 from eggroll.rl.envs import registry
@@ -30,8 +31,8 @@ PPO_SETTINGS: dict[str, Any] = {
 
 
 OF_EVOLUTION = (
-    "pop_size", "rank", "sigma", "lr", "optimizer", "lr_decay", "sigma_decay", "rank_transform", "episodes", "noiser",
-    "generations", "devices", "members_per_forward",
+    "population_size", "rank", "sigma", "lr", "optimizer", "lr_decay", "sigma_decay", "rank_transform", "episodes",
+    "noiser", "generations", "devices", "members_per_forward", "workers", "ray_address", "worker_cpus", "worker_gpus",
 )  # fmt: skip
 """Options that PPO has no use for."""
 
@@ -147,7 +148,7 @@ def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
         raise ConfigError("--algo ppo cannot be resumed; start it again with another directory (-o)")
     problems = [*config.problems()]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    given = [f"--{name}" for name in OF_EVOLUTION if getattr(config, name) != defaults[name]]
+    given = [flag_of(name) for name in OF_EVOLUTION if getattr(config, name) != defaults[name]]
     if given:
         problems.append(
             f"{', '.join(given)} would do nothing with --algo ppo, whose settings are fixed; leave them out"
@@ -162,7 +163,7 @@ def ppo(config: RLConfig, say: Callable[[str], Any]) -> dict[str, Any]:
     agent = {"activation": "relu", "hidden_layer_sizes": (config.hidden,) * config.layers}
     algorithm = PPO.create(env=view, agent_kwargs=agent, total_timesteps=steps, **settings)
     path = Path(config.output or f"runs/ppo-{env.name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
-    run = RunDir.create(path, {"kind": "rl-ppo", **dataclasses.asdict(config), "env": env.name, **settings})
+    run = RunDir.create(path, {"kind": "rl-ppo", **to_json_values(config, RLConfig), "env": env.name, **settings})
     per_iteration = PPO_SETTINGS["num_envs"] * PPO_SETTINGS["num_steps"]
     iterations = max(1, steps // per_iteration)
     say(f"{env.name}: PPO, {iterations} iterations of {per_iteration:,} steps; run directory {path}")

@@ -1,4 +1,4 @@
-"""The learning curve of a run as a PNG: the centre's held-out return and the members' returns, over steps."""
+"""The learning curve of a run as a PNG: the center's held-out return and the members' returns, over steps."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def write_curve(metrics: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
     axes.plot(steps, [line["fitness_mean"] for line in members], color="#9db8d9", label="members, mean")
     axes.plot(steps, [line["fitness_max"] for line in members], color="#d7dfe9", label="members, best")
     at = {line["generation"]: line["env_steps"] for line in members} | {0: 0.0}
-    centre = [
+    center = [
         (at[line["generation"]], line["heldout_reward"])
         for line in metrics
         if line.get("heldout_reward") is not None and line["generation"] in at
     ]
-    if centre:
+    if center:
         axes.plot(
-            *zip(*centre, strict=True), color="#c8692b", marker="o", markersize=3, label="centre, held-out episodes"
+            *zip(*center, strict=True), color="#c8692b", marker="o", markersize=3, label="center, held-out episodes"
         )
     axes.set(title=title, xlabel="environment steps", ylabel="return")
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Policies: layers of relu(layer norm), a head for each kind of action, and running normalisation of observations."""
+"""Policies: layers of relu(layer norm), a head for each kind of action, and running normalization of observations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eggroll.rl.envs.base import ActionSpace, Continuous, Discrete, MultiDiscret
 EPSILON = 1e-5
 """In layer norm (the paper's networks) and under the root of a variance."""
 CLIP = 10.0
-"""Bound of a normalised observation, as is usual with running statistics."""
+"""Bound of a normalized observation, as is usual with running statistics."""
 LARGEST = 1e15
 """Observations beyond this, or not finite, are left out of the statistics: one would spoil them for good."""
 
@@ -40,13 +40,13 @@ def init_policy(key: Any, obs_size: int, actions: ActionSpace, *, hidden: int, l
 
 
 def forward(params: Any, observations: Any) -> Any:
-    """``(..., obs_size)`` normalised observations to ``(..., num_outputs)``; then ``log_std`` behind them, if any."""
+    """``(..., obs_size)`` normalized observations to ``(..., num_outputs)``; then ``log_std`` behind them, if any."""
     x = observations
     for index in range(len([name for name in params if name.startswith("layer_")])):
         layer = params[f"layer_{index}"]
         x = x @ layer["weight"].T + layer["bias"]
-        centred = x - x.mean(-1, keepdims=True)
-        x = jax.nn.relu(centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + EPSILON))
+        centered = x - x.mean(-1, keepdims=True)
+        x = jax.nn.relu(centered * jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + EPSILON))
     outputs = x @ params["head"]["weight"].T + params["head"]["bias"]
     if "log_std" in params:
         spread = jnp.broadcast_to(params["log_std"], (*outputs.shape[:-1], params["log_std"].shape[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 COLUMNS = (
-    "optimizer", "lr", "lr_decay", "sigma", "sigma_decay", "rank", "pop_size", "episodes", "rank_transform",
+    "optimizer", "lr", "lr_decay", "sigma", "sigma_decay", "rank", "population_size", "episodes", "rank_transform",
 )  # fmt: skip
 """``episodes`` is the paper's n_parallel_evals: episodes of each member in a generation."""
 

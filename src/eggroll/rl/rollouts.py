@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from eggroll.jax.noise import Leaf, draw_pairs, seed_key
-from eggroll.jax.transform import MemberNoise, Perturbed, perturb
+from eggroll.jax.noise import Leaf
+from eggroll.jax.strategy import Strategy
+from eggroll.jax.transform import MemberNoise
 from eggroll.rl.envs.base import Environment
 from eggroll.rl.policies import LARGEST, ObsStats, act, forward
 
@@ -23,8 +26,8 @@ class Played:
     """What episodes gave.
 
     Attributes:
-        returns: ``(..., episodes)`` float32, sums of rewards.
-        lengths: ``(..., episodes)`` int32, steps.
+        returns: ``(..., episodes)``, sums of rewards.
+        lengths: ``(..., episodes)`` integers, steps.
         count, total, squares: of the observations, shifted by the running mean: ``(parts,)`` and ``(parts, obs_size)``,
             one for each part of the members that was played at once.
     """
@@ -37,66 +40,86 @@ class Played:
 
 
 class Rollouts:
-    """Episodes in a JAX environment, for a population and for its centre.
+    """Episodes in a JAX environment, for a population and for its center.
 
     Args:
         env: the environment.
-        rank: of the perturbations.
-        seed: of the noise and of the episodes.
+        strategy: how the policy's members are made, and the devices that share them.
         episodes: of each member. Both members of a pair play the same ones; pairs play different ones.
         max_steps: steps after which an episode is cut off.
         sampling: whether actions are sampled.
-        normalize: whether observations are normalised.
-        low_rank: false perturbs matrices densely.
+        normalize: whether observations are normalized.
         members_per_forward: members played at once; 0 is all.
     """
 
     def __init__(
         self,
         env: Environment,
+        strategy: Strategy,
         *,
-        rank: int,
-        seed: int,
         episodes: int,
         max_steps: int,
         sampling: bool = False,
         normalize: bool = True,
-        low_rank: bool = True,
         members_per_forward: int = 0,
     ) -> None:
-        self.env, self.rank, self.seed, self.episodes = env, rank, seed, episodes
-        self.max_steps, self.sampling, self.normalize = max_steps, sampling, normalize
+        self.env, self.policy, self.episodes, self.max_steps = env, strategy.apply, episodes, max_steps
+        self.sampling, self.normalize = sampling, normalize
+        self.seed = strategy.config.seed
         self.pairs_at_once = max(1, members_per_forward // 2) if members_per_forward else 0
-        self.policy: Perturbed = perturb(forward, rank=rank, seed=seed, low_rank=low_rank)
         self.example = jnp.zeros((episodes, env.obs_size), jnp.float32)
-        self._words = seed_key(seed)
+        spread = strategy.spread(lambda *given: self._pairs(*given[:-1]), shared_out=(4,))
+        self._population: Callable[..., Played] = jax.jit(spread)
+        self._center = jax.jit(self._heldout, static_argnums=2)
+
+    def population(self, params: Any, stats: ObsStats, generation: int, sigma: float, pairs: Any) -> Played:
+        """All episodes of some pairs: arrays ``(pairs, 2, episodes)``; compiled for each number of pairs."""
+        return self._population(params, stats, jnp.int32(generation), jnp.float32(sigma), jnp.asarray(pairs, jnp.int32))
+
+    def center(self, params: Any, stats: ObsStats, count: int) -> Played:
+        """Held-out episodes of the unperturbed policy, the same ones each time: arrays ``(count,)``."""
+        return self._center(params, stats, count)
+
+    def draw(self, params: Any, stats: ObsStats, path: Path) -> tuple[Path, float] | None:
+        """Write an animation of one held-out episode; its file and return, or ``None`` where nothing can be drawn."""
+        states, score = self.episode(params, stats)
+        written = self.env.render(states, path)
+        return None if written is None else (written, score)
 
     def leaves(self, params: Any) -> list[Leaf]:
         """What is evolved."""
         return self.policy.leaves(params, self.example)
 
-    def population(self, params: Any, stats: ObsStats, generation: Any, sigma: Any, pairs: Any) -> Played:
-        """All episodes of some pairs: arrays ``(pairs, 2, episodes)``."""
-        leaves, count = self.leaves(params), pairs.shape[0]
+    def draws(self, params: Any, generation: Any, pairs: Any) -> Any:
+        """The noise of some pairs."""
+        return self.policy.draw(self.leaves(params), generation, pairs)
+
+    def keys(self, generation: Any, pair: Any) -> Any:
+        """``(episodes,)`` keys of the episodes that both members of a pair play."""
+        key = jax.random.fold_in(jax.random.fold_in(self._key(), generation), pair)
+        return jax.random.split(key, self.episodes)
+
+    def outputs(self, params: Any, draws: Any, sigma: Any, observations: Any) -> Any:
+        """``(pairs, 2, episodes, obs_size)`` to network outputs: each member's own network on its episodes."""
+
+        def member(noise: Any, scale: Any, rows: Any) -> Any:
+            return self.policy(params, rows, MemberNoise(noise, scale))
+
+        both = jax.vmap(member, in_axes=(None, 0, 0))
+        return jax.vmap(both, in_axes=(0, None, 0))(draws, jnp.array([sigma, -sigma]), observations)
+
+    def _pairs(self, params: Any, stats: ObsStats, generation: Any, sigma: Any, pairs: Any) -> Played:
+        count = pairs.shape[0]
         # Parts of one size, at most what was asked for; the last one may be filled up with pairs that do not play.
         parts = -(-count // min(self.pairs_at_once or count, count))
         step = -(-count // parts)
 
         def part(arguments: tuple[Any, Any]) -> Played:
             numbers, real = arguments
-            draws = draw_pairs(self._words, leaves, self.rank, generation, numbers)
-            key = jax.random.fold_in(self._key(), generation)
-            keys = jax.vmap(lambda pair: jax.random.split(jax.random.fold_in(key, pair), self.episodes))(numbers)
-            keys = jnp.repeat(keys[:, None], 2, axis=1)
-            signs = jnp.array([sigma, -sigma])
-
-            def outputs(observations: Any) -> Any:
-                """``(pairs, 2, episodes, obs)``: each member's own network on its episodes."""
-                member = lambda noise, scale, x: self.policy(params, x, MemberNoise(noise, scale))  # noqa: E731
-                both = jax.vmap(member, in_axes=(None, 0, 0))
-                return jax.vmap(both, in_axes=(0, None, 0))(draws, signs, observations)
-
-            return self._play(outputs, keys, stats, jnp.broadcast_to(real[:, None, None], keys.shape).reshape(-1))
+            draws = self.draws(params, generation, numbers)
+            keys = jnp.repeat(jax.vmap(lambda pair: self.keys(generation, pair))(numbers)[:, None], 2, axis=1)
+            playing = jnp.broadcast_to(real[:, None, None], keys.shape).reshape(-1)
+            return self.play(lambda x: self.outputs(params, draws, sigma, x), keys, stats, playing)
 
         if parts == 1:
             return part((pairs, jnp.ones(count, bool)))
@@ -109,10 +132,9 @@ class Rollouts:
             played.squares.reshape(-1, self.env.obs_size),
         )  # fmt: skip
 
-    def centre(self, params: Any, stats: ObsStats, count: int) -> Played:
-        """Held-out episodes of the unperturbed policy, the same ones each time: arrays ``(count,)``."""
+    def _heldout(self, params: Any, stats: ObsStats, count: int) -> Played:
         keys = jax.random.split(jax.random.fold_in(self._key(), HELDOUT), count)
-        return self._play(lambda observations: forward(params, observations), keys, stats)
+        return self.play(lambda observations: forward(params, observations), keys, stats)
 
     def episode(self, params: Any, stats: ObsStats, index: int = 0) -> tuple[list[Any], float]:
         """The states of one held-out episode, and its return."""
@@ -139,7 +161,7 @@ class Rollouts:
     def _key(self) -> Any:
         return jax.random.fold_in(jax.random.key(self.seed % 2**32), 0x5EED)
 
-    def _play(self, outputs: Any, keys: Any, stats: ObsStats, playing: Any = None) -> Played:
+    def play(self, outputs: Any, keys: Any, stats: ObsStats, playing: Any = None) -> Played:
         """Play until every episode is over; ``outputs`` maps observations of the keys' shape.
 
         Only episodes of which the flat ``playing`` is true take part; ``None`` is all.

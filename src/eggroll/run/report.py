@@ -44,7 +44,7 @@ def write_report(run: RunDir, *, load_line: str | None = None) -> Path:
     metrics = run.metrics()
     drawn = curves(metrics)
     finished = len(run.updates())
-    total = run.config.get("generations")
+    total = run.setting("generations")
     values = {
         "title": _escape(f"eggroll run {run.path.resolve().name}"),
         "subtitle": _escape(_subtitle(run)),
@@ -57,7 +57,7 @@ def write_report(run: RunDir, *, load_line: str | None = None) -> Path:
         "load": _load(run, load_line, finished),
         "replay": _escape(f"eggroll replay {shlex.quote(str(run.path))} --to {finished}"),
         "command": _escape(shlex.join(str(word) for word in run.environment.get("command", [])) or "not recorded"),
-        "config": _facts(run.config),
+        "config": _facts(_flat(run.config)),
         "environment": _facts({key: value for key, value in run.environment.items() if key != "command"}),
     }
     template = resources.files("eggroll.run").joinpath("templates", REPORT).read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def _escape(value: Any) -> str:
 
 
 def _subtitle(run: RunDir) -> str:
-    facts = [run.environment.get("model") or run.config.get("model"), run.environment.get("started_utc")]
+    facts = [run.environment.get("model") or run.setting("model"), run.environment.get("started_utc")]
     hardware = run.environment.get("gpus") or [run.environment.get("cpu")]
     return ", ".join(str(fact) for fact in [*facts, *hardware] if fact)
 
@@ -96,9 +96,9 @@ def _cards(run: RunDir, metrics: Sequence[Sample], finished: int, total: Any) ->
     _, fitness = series(metrics, "fitness_mean")
     if fitness:
         cards.append(card(f"{number(fitness[0])} → {number(fitness[-1])}", "mean fitness, first → last"))
-    size = run.config.get("population_size")
+    size = run.setting("population_size")
     if size is not None:
-        cards.append(card(str(size), f"members, rank {run.config.get('rank', '?')}"))
+        cards.append(card(str(size), f"members, rank {run.setting('rank', '?')}"))
     _, speed = series(metrics, "members_per_s")
     if speed:
         cards.append(card(rate(sum(speed) / len(speed)), "members per second, mean"))
@@ -190,6 +190,13 @@ def _load(run: RunDir, load_line: str | None, finished: int) -> str:
     if run.checkpoints.exists():
         text += f", and the last checkpoints are in {run.checkpoints}"
     return f"<p>{_escape(text)}.</p>"
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a run in one table; the algorithm's own come last."""
+    parts = {key: value for key, value in config.items() if key not in ("options", "config")}
+    options, algorithm = config.get("options") or {}, config.get("config") or {}
+    return {**parts, **options, **algorithm}
 
 
 def _facts(values: Mapping[str, Any]) -> str:

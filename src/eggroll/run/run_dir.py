@@ -104,6 +104,13 @@ class RunDir:
         environment = _read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else {}
         return cls(path, _read_json(path / CONFIG), environment)
 
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A setting of the run, wherever in its config it is: at the top, among the options or the algorithm's."""
+        for values in (self.config, self.config.get("options"), self.config.get("config")):
+            if isinstance(values, dict) and name in values:
+                return values[name]
+        return default
+
     def check_config(self, config: Mapping[str, Any], *, may_change: Collection[str] = ()) -> None:
         """Compare ``config`` with the run's own, apart from the keys in ``may_change``.
 

@@ -1,32 +1,27 @@
-"""EGGROLL for PyTorch: noise, perturbed weights, populations and the update."""
+"""EGGROLL for PyTorch: noise, perturbed weights, populations and the update.
+
+Names are loaded on first use: importing this package does not load torch.
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from eggroll._lazy import attach
 
 if TYPE_CHECKING:
-    from eggroll.torch.es import Replica
-    from eggroll.torch.population import Population
-    from eggroll.torch.trainer import EGGROLL
+    from eggroll.torch.active import Active as Active
+    from eggroll.torch.optimizer import EGGROLL as EGGROLL
+    from eggroll.torch.population import Population as Population
+    from eggroll.torch.replica import Replica as Replica
 
-# The library is loaded with the first of these names, so that reading eggroll.torch costs nothing.
-_LOCATIONS = {
-    "EGGROLL": "eggroll.torch.trainer",
-    "Population": "eggroll.torch.population",
-    "Replica": "eggroll.torch.es",
-}
-
-__all__ = ["EGGROLL", "Population", "Replica"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LOCATIONS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LOCATIONS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Active": "eggroll.torch.active",
+        "EGGROLL": "eggroll.torch.optimizer",
+        "Population": "eggroll.torch.population",
+        "Replica": "eggroll.torch.replica",
+    },
+    extra="torch",
+)

@@ -28,6 +28,11 @@ class Reward:
         """The rewards that this one is a weighted sum of; a simple reward is its own only part."""
         return [(self, 1.0)]
 
+    @property
+    def reads(self) -> Literal["text", "prompts"]:
+        """What its data are: texts whose likelihood counts, or prompts to answer."""
+        return "text" if all(part.needs == "tokens" for part, _ in self.parts) else "prompts"
+
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None
     ) -> list[float]:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from eggroll.errors import DataError, RewardError
-from eggroll.llm.chat import as_conversational
+from eggroll.llm.generation.chat import as_conversational
 from eggroll.llm.rewards.base import Need, Prompt, Reward, as_scores, function_name, shown
 
 RewardFunction = Callable[..., Any]

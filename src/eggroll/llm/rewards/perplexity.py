@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eggroll.errors import ConfigError, DataError, RewardError
-from eggroll.llm.chat import format_prompts
-from eggroll.llm.data import Example
+from eggroll.llm.data.examples import Example
+from eggroll.llm.generation.chat import format_prompts
 from eggroll.llm.rewards.base import Need, Reward
 from eggroll.llm.rewards.logits import chunked_logits
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from eggroll.errors import ConfigError
-from eggroll.torch.population import Population
-from eggroll.torch.rows import addresses, plain_outputs
-from eggroll.torch.values import MemberContext, PerturbedWeight
+from eggroll.torch.active import Active, PerturbedModel
+from eggroll.torch.hazards import refuse_hazards
+from eggroll.torch.layout.rows import addresses, plain_outputs
+from eggroll.torch.perturbed import MemberContext, PerturbedWeight
 
 MEMBERS_OF_CHECK = 24
 """Members of the population with which a module's first call is checked; more than any check needs."""
@@ -46,7 +47,7 @@ class PerturbedForward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._populations: dict[frozenset[str], Population] = {}
+        self._populations: dict[frozenset[str], PerturbedModel] = {}
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter((self, self.clean))
@@ -81,12 +82,12 @@ class PerturbedForward:
                 f"params has {unknown[:3]}, which the module does not have; its parameters are "
                 f"{', '.join(list(population.sites)[:8])}{', ...' if len(population.sites) > 8 else ''}"
             )
-        population.refuse_hazards(members)
+        refuse_hazards(self.module, members)
         context = population.context(None if single else members, None if single else rows)
         # Other parameters than the module's own are the same for all members as well.
         context.constants |= addresses(list(params.values()))
         values = self._values(population, params, perts, context)
-        with population.standing_in(values, context, members) as active:
+        with population.standing_in(Active(population, values, context, members)) as active:
             inputs = active.expand(x[0]) if x.shape[0] == 1 else x.flatten(0, 1)
             outputs = self.module(inputs)
         if single:
@@ -102,7 +103,7 @@ class PerturbedForward:
 
         return tree_map(split, outputs)
 
-    def _population(self, keys: frozenset[str]) -> Population:
+    def _population(self, keys: frozenset[str]) -> PerturbedModel:
         """The population that knows where the perturbed parameters are, made once for each set of them."""
         found = self._populations.get(keys)
         if found is None:
@@ -114,13 +115,13 @@ class PerturbedForward:
                     f"{', ...' if len(names) > 8 else ''}"
                 )
             exclude = [name for name in names if name not in keys]
-            found = Population(self.module, population_size=MEMBERS_OF_CHECK, exclude=exclude)
+            found = PerturbedModel(self.module, population_size=MEMBERS_OF_CHECK, exclude=exclude)
             self._populations[keys] = found
         return found
 
     def _values(
         self,
-        population: Population,
+        population: PerturbedModel,
         params: Mapping[str, Tensor],
         perts: Mapping[str, Mapping[str, Tensor]],
         context: MemberContext,

@@ -17,7 +17,7 @@ from eggroll.torch.functional.perturbations import (
     get_weight_shapes,
     split_perturbations,
 )
-from eggroll.torch.optim import round_stochastically
+from eggroll.torch.updater import round_stochastically
 
 FitnessFn = Callable[[Mapping[str, Tensor], Perturbations], Tensor]
 

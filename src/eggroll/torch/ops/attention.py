@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from eggroll.torch.ops.products import linear_rows
 from eggroll.torch.ops.registry import context_of, rule
-from eggroll.torch.values import MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import MemberTensor, PerturbedWeight, Value
 
 
 def _part(value: Any, index: int, size: int) -> Any:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from eggroll.torch.layout.rules import layout_of
 from eggroll.torch.low_rank_conv import CONVOLUTIONS, convolution
 from eggroll.torch.ops.elementwise import per_channel
-from eggroll.torch.ops.layout import layout_of
 from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.registry import RULES, Rule
-from eggroll.torch.values import MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import MemberTensor, PerturbedWeight, Value
 
 
 def _convolution(func: Callable[..., Tensor], dims: int) -> Rule:

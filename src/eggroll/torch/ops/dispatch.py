@@ -11,7 +11,7 @@ from eggroll.torch.ops import shared
 from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.registry import METADATA, RULES
 from eggroll.torch.ops.shared import SharedRows
-from eggroll.torch.values import set_handler
+from eggroll.torch.perturbed import set_handler
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eggroll.torch.ops.layout import ambiguous, layout_in_broadcast, learn
+from eggroll.torch.layout.rules import ambiguous, layout_in_broadcast, learn
 from eggroll.torch.ops.registry import RULES, Rule, flatten_rows, rule
-from eggroll.torch.values import MemberTensor, Value
+from eggroll.torch.perturbed import MemberTensor, Value
 
 
 def spread(value: MemberTensor, x: Tensor) -> Tensor:

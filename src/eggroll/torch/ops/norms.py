@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.ops.elementwise import per_channel
 from eggroll.torch.ops.registry import rule
-from eggroll.torch.values import Value
+from eggroll.torch.perturbed import Value
 
 
 def _affine(x: Tensor, weight: Any, bias: Any) -> Any:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.ops.layout import is_constant, layout_in_broadcast, layout_of, layout_of_ids
+from eggroll.torch.layout.rules import is_constant, layout_in_broadcast, layout_of, layout_of_ids
 from eggroll.torch.ops.registry import as_member_tensor, flatten_rows, name_of
-from eggroll.torch.values import WAYS_OUT, Layout, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import WAYS_OUT, Layout, MemberTensor, PerturbedWeight, Value
 
 
 def per_member(

@@ -1,6 +1,6 @@
 """Rules for matrix products and embeddings.
 
-Which dimension of an activation holds the population is decided per product (:mod:`eggroll.torch.ops.layout`): the
+Which dimension of an activation holds the population is decided per product (:mod:`eggroll.torch.layout.rules`): the
 leading one (rows), the second one (time-major recurrent layouts), or none (an input that is the same for all members).
 """
 
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch import low_rank
+from eggroll.torch.layout.rules import layout_of, layout_of_ids
 from eggroll.torch.ops.elementwise import with_rows
-from eggroll.torch.ops.layout import layout_of, layout_of_ids
 from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.registry import context_of, rule
-from eggroll.torch.values import WAYS_OUT, MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import WAYS_OUT, MemberContext, MemberTensor, PerturbedWeight, Value
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.products import linear_rows
 from eggroll.torch.ops.registry import context_of, rule
-from eggroll.torch.values import WAYS_OUT, Value
+from eggroll.torch.perturbed import WAYS_OUT, Value
 
 Step = Callable[[Tensor, Tensor, "tuple[Tensor, ...]"], "tuple[Tensor, ...]"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eggroll.torch.values import MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}

@@ -23,7 +23,7 @@ from eggroll.torch import low_rank
 from eggroll.torch.low_rank_conv import CONVOLUTIONS, convolution
 from eggroll.torch.ops.per_member import is_write
 from eggroll.torch.ops.registry import METADATA, Rule, name_of
-from eggroll.torch.values import MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
 
 
 class SharedRows(Value):

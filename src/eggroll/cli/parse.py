@@ -1,0 +1,81 @@
+"""From a dataclass of settings to a command line: flags, their other names and their texts are those of its fields."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+
+from eggroll.core.settings import about
+
+Options = TypeVar("Options")
+
+
+def parse(
+    kind: type[Options], arguments: Sequence[str], *, prog: str, description: str, default: Options | None = None
+) -> Options:
+    """The options that a command line gives, in the place of those of ``default``.
+
+    Raises:
+        SystemExit: --help was asked for, or the command line is wrong, which has been said then.
+        ConfigError: settings that cannot work.
+    """
+    command: Any = command_type(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    absent: Any = tyro.MISSING_NONPROP
+    if default is not None:
+        absent = command(**{name: getattr(default, name) for name in names})
+    given = tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
+    # Checked here, so that what cannot work is said in the words of the settings.
+    return kind(**{name: getattr(given, name) for name in names})
+
+
+@cache
+def command_type(kind: Any) -> type[Any]:
+    """A dataclass with the fields of ``kind``, annotated for tyro, that checks nothing."""
+    hints: dict[str, Any] = get_type_hints(kind, include_extras=True)
+    texts = field_texts(kind)
+    namespace: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    for field in dataclasses.fields(kind):
+        hint, told = hints[field.name], about(kind, field.name)
+        if told.get("positional"):
+            hint = tyro.conf.Positional[hint]  # type: ignore[misc,valid-type]
+        if told.get("hidden"):
+            hint = tyro.conf.Suppress[hint]  # type: ignore[misc,valid-type]
+        argument = tyro.conf.arg(
+            help=texts.get(field.name, ""),
+            aliases=[flag.replace("_", "-") for flag in told.get("flags", ())] or None,  # tyro takes both for these
+            metavar=told.get("positional") or None,
+        )
+        namespace["__annotations__"][field.name] = Annotated[hint, argument]
+        namespace[field.name] = dataclasses.field(
+            default=field.default, default_factory=field.default_factory, metadata=field.metadata
+        )  # type: ignore[call-overload]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type(kind.__name__, (), namespace))
+
+
+@cache
+def field_texts(kind: Any) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass and of its bases; a field without one has its base's."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError):  # no source is installed
+            continue
+        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        for one, after in pairwise(body):
+            if not (isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                found[one.target.id] = " ".join(str(after.value.value).split())
+    return found

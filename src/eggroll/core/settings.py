@@ -1,0 +1,109 @@
+"""How a setting is declared: once, with its default, its other names, and whether a resumed run may change it.
+
+A configuration is a dataclass; command lines are built of configurations by inheritance. The docstring below a field is
+its text, in Python and in ``--help``::
+
+    population_size: int = setting(256, flags=("-p", "--population"))
+    \"\"\"Members per generation; both signs of an antithetic pair count.\"\"\"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from eggroll.errors import ConfigError, RunError
+
+OnResume = bool | Callable[[Any], bool]
+"""Whether a resumed run may have another value: yes, no, or asked of the options."""
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    flags: Sequence[str] = (),
+    resume: OnResume = False,
+    positional: str = "",
+    hidden: bool = False,
+) -> Any:
+    """A dataclass field with what a command line and a resumed run need to know about it.
+
+    Args:
+        default: the field's default; without one the field is required.
+        flags: further names on the command line, such as ``-p``. A long one is also a name that old runs may have
+            stored the setting under.
+        resume: whether the value may change when a run is resumed, because it changes no result.
+        positional: given without a flag; this is the word for it in the usage line.
+        hidden: not on the command line.
+    """
+    metadata = {"flags": tuple(flags), "resume": resume, "positional": positional, "hidden": hidden}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def about(kind: type[Any], name: str) -> Mapping[str, Any]:
+    """What :func:`setting` was told about a field. A subclass that only gives another default need not repeat it."""
+    for base in kind.__mro__:
+        field = getattr(base, "__dataclass_fields__", {}).get(name)
+        if field is not None and field.metadata:
+            return field.metadata
+    return {}
+
+
+def may_change(options: Any) -> set[str]:
+    """Names of the fields of ``options`` that a resumed run may change."""
+    found = set()
+    for field in dataclasses.fields(options):
+        rule = about(type(options), field.name).get("resume", False)
+        if rule(options) if callable(rule) else rule:
+            found.add(field.name)
+    return found
+
+
+def to_json_values(options: Any, kind: type[Any] | None = None) -> dict[str, Any]:
+    """Fields of ``options`` as JSON values: tuples become lists.
+
+    Args:
+        options: a dataclass instance.
+        kind: only the fields of this base class of it; ``None`` takes all.
+    """
+    names = (field.name for field in dataclasses.fields(kind or options))
+    values = ((name, getattr(options, name)) for name in names)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+
+def narrowed(options: Any, kind: type[Any]) -> Any:
+    """``options`` as an instance of one of their bases: the part of them that ``kind`` knows."""
+    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+
+
+def from_json_values(kind: type[Any], stored: Mapping[str, Any], *, ignored: Sequence[str] = (), source: str) -> Any:
+    """The options that :func:`to_json_values` stored, under today's names.
+
+    Args:
+        kind: the dataclass.
+        stored: its values; names that old runs used (``flags``) are understood.
+        ignored: names that are no settings (any more).
+        source: where the values come from, for the message.
+
+    Raises:
+        RunError: settings that this version does not know.
+        ConfigError: values that cannot work.
+    """
+    names: dict[str, str] = {}
+    for field in dataclasses.fields(kind):
+        for name in (field.name, *(flag.removeprefix("--") for flag in about(kind, field.name).get("flags", ()))):
+            names.setdefault(name.replace("-", "_"), field.name)
+    unknown = sorted(name for name in stored if name not in names and name not in ignored)
+    if unknown:
+        raise RunError(f"{source} has settings that this version does not know: {', '.join(unknown)}")
+    values = {names[name]: value for name, value in stored.items() if name in names}
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except TypeError as error:
+        raise ConfigError(f"{source} cannot be read as settings: {error}") from None
+
+
+def flag_of(name: str) -> str:
+    """The command line's name of a field: ``batch_size`` is ``--batch-size``."""
+    return f"--{name.replace('_', '-')}"

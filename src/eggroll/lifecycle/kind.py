@@ -1,0 +1,114 @@
+"""What a kind of run is: its options, and how they become a worker and a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eggroll.core.config import ESConfig
+from eggroll.loop import Worker
+from eggroll.run.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """What this process has done of a run.
+
+    Attributes:
+        start: updates that were done before.
+        generation: updates that are done now.
+        seconds: spent in the loop.
+        interrupted: Ctrl-C or SIGTERM ended it.
+    """
+
+    start: int
+    generation: int
+    seconds: float
+    interrupted: bool
+
+
+def _no_result(worker: Any, run: RunDir, sitting: Sitting) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run before anything of it is on disk. Whatever cannot work has failed by now.
+
+    Attributes:
+        options: as given, with everything that was chosen automatically filled in: what ``config.json`` keeps.
+        config: the algorithm's settings.
+        make_worker: makes the worker, in this process or in another one (it travels by cloudpickle).
+        finish: ``finish(worker, run, sitting)`` with the trained worker in this process; returns what ``result.json``
+            holds.
+        title: of the display.
+        name: of the default run directory, without the time.
+        heldout: whether there is held-out data.
+        eval_every: generations between held-out scores.
+        checkpoint_every: generations between checkpoints.
+        stop: asked after each generation, given the metrics of all that are done; true ends the run.
+        describe: lines about the run, given the worker (or the pool of workers).
+        command: the command line up to ``--resume``.
+        facts: more entries for ``environment.json``.
+        fingerprints: digests of what the run reads, such as its data; a resumed run must have the same ones.
+        placement: more arguments of :class:`eggroll.distributed.RayPool`.
+        final_worker: makes the worker that ``finish`` gets after a run on a pool; ``None`` is ``make_worker``.
+        pools_itself: ``make_worker`` makes a pool where the options ask for workers.
+        finish_interrupted: whether ``finish`` is called after an interrupt, too.
+    """
+
+    options: Any
+    config: ESConfig
+    make_worker: Callable[[], Worker]
+    finish: Callable[[Any, RunDir, Sitting], dict[str, Any]] = _no_result
+    title: str
+    name: str
+    heldout: bool = True
+    eval_every: int = 10
+    checkpoint_every: int = 10
+    stop: Callable[[list[dict[str, Any]]], bool] | None = None
+    describe: Callable[[Any], Sequence[str]] = lambda worker: ()
+    command: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    final_worker: Callable[[], Worker] | None = None
+    pools_itself: bool = False
+    finish_interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Weights on disk: what they are (``model``, ``policy``, ...), where, and the Python lines that load them."""
+
+    what: str
+    path: Path
+    load: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunKind:
+    """One kind of run, such as ``tune``, ``rl`` or ``recipe mnist``.
+
+    Attributes:
+        name: what follows ``eggroll`` on the command line; stored in ``config.json``.
+        options: a dataclass that composes the algorithm's config, ``RunOptions`` and ``WorkerOptions``.
+        plan: loads and checks what the options name; raises before anything is on disk.
+        base: the worker as the run began with it, for a replay; it needs no data. Given the options and the run.
+        save: ``save(worker, directory, generation)`` writes a replayed worker's weights.
+        load_line: Python that loads what a run has saved, or ``None``.
+        retired: names in old runs' settings that are no settings any more.
+        from_checkpoint: its updates need more than the log's records, so a resumed run goes back to its newest
+            checkpoint.
+    """
+
+    name: str
+    options: type[Any]
+    plan: Callable[[Any], Plan]
+    base: Callable[[Any, RunDir], Worker]
+    save: Callable[[Any, Path, int], Saved]
+    load_line: Callable[[RunDir], str | None] = lambda run: None
+    retired: Sequence[str] = ()
+    from_checkpoint: bool = False

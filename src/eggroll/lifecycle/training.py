@@ -1,0 +1,168 @@
+"""Train or resume a run of any kind."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from eggroll.core.settings import flag_of
+from eggroll.distributed import RayPool
+from eggroll.distributed.options import WorkerOptions
+from eggroll.distributed.pool import Pool
+from eggroll.errors import ConfigError, EggrollError
+from eggroll.lifecycle.kind import Plan, RunKind, Sitting
+from eggroll.lifecycle.opening import check_not_taken, open_run
+from eggroll.loop import Listener, Loop, Worker
+from eggroll.run.report import write_report
+from eggroll.run.run_dir import RunDir
+from eggroll.run.trackers import TrackerListener, make_trackers, tracker_names
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that is about to go on: its plan, directory, worker, and the updates that are done."""
+
+    kind: RunKind
+    plan: Plan
+    run: RunDir
+    worker: Worker
+    start: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run after this process is done with it.
+
+    Attributes:
+        plan: what was trained.
+        run: its directory.
+        worker: the trained worker, in this process; after an interrupted run on a pool ``None``.
+        result: what is in ``result.json``; empty if the run was interrupted.
+        interrupted: whether it ended before its last generation.
+        generation: updates done.
+    """
+
+    plan: Plan
+    run: RunDir
+    worker: Any
+    result: dict[str, Any]
+    interrupted: bool
+    generation: int
+
+
+def train(
+    kind: RunKind,
+    options: Any,
+    *,
+    opened: Callable[[Opened], Iterable[Listener] | None] | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Trained:
+    """Run all generations of a new run, or those that are left of the one that ``options.resume`` names.
+
+    Args:
+        kind: what is trained.
+        options: an instance of ``kind.options``.
+        opened: told when everything is set up, before the first generation; returns who is told of each generation.
+        notify: told what happens to worker processes; ``None`` warns.
+
+    Raises:
+        EggrollError: the plan, the worker or the run directory cannot be had; or what a score raised.
+    """
+    tracker_names(options.report_to)
+    check_not_taken(options)
+    plan = kind.plan(options)
+    with make_worker(plan, notify) as worker:
+        run = open_run(kind, plan)
+        with _way_on(kind, plan, run):
+            loop = Loop(
+                plan.config, worker, run, plan.heldout,
+                eval_every=plan.eval_every, checkpoint_every=plan.checkpoint_every,
+            )  # fmt: skip
+            if plan.stop is not None:
+                over = plan.stop
+                loop.stop = lambda _: over(loop.history)
+            start = loop.resume(from_checkpoint=kind.from_checkpoint) if options.resume is not None else 0
+            tracker = make_trackers(options.report_to, run)
+            try:
+                listeners = opened(Opened(kind, plan, run, worker, start)) if opened is not None else None
+                loop.listeners = [*(listeners or ()), TrackerListener(tracker)]
+                began = time.perf_counter()
+                if start < plan.config.generations:
+                    loop.go(start)
+                sitting = Sitting(start, max(loop.applied, start), time.perf_counter() - began, loop.interrupted)
+            finally:
+                tracker.close()
+            return _finish(kind, plan, run, worker, sitting)
+
+
+@contextmanager
+def make_worker(plan: Plan, notify: Callable[[str], None] | None = None) -> Iterator[Worker]:
+    """The worker of a plan, or a pool of them, for the length of the block.
+
+    Raises:
+        ConfigError: options about workers without any.
+    """
+    options = plan.options
+    if options.workers is None:
+        for name in ("ray_address", "worker_cpus", "worker_gpus"):
+            if getattr(options, name) != getattr(WorkerOptions, name):
+                raise ConfigError(f"{flag_of(name)} is for runs on workers; say how many with --workers N")
+        worker: Any = plan.make_worker()
+    elif plan.pools_itself:
+        worker = plan.make_worker()
+    else:
+        worker = RayPool(
+            plan.make_worker,
+            workers=options.workers,
+            population_size=plan.config.population_size,
+            address=options.ray_address,
+            cpus_per_worker=options.worker_cpus,
+            gpus_per_worker=options.worker_gpus,
+            notify=notify,
+            **plan.placement,
+        )
+    try:
+        yield worker
+    finally:
+        if hasattr(worker, "close"):
+            worker.close()
+
+
+def _finish(kind: RunKind, plan: Plan, run: RunDir, worker: Any, sitting: Sitting) -> Trained:
+    result: dict[str, Any] = {}
+    if not sitting.interrupted or (plan.finish_interrupted and sitting.generation > 0):
+        if isinstance(worker, Pool):
+            state = worker.state_tensors()
+            worker = (plan.final_worker or plan.make_worker)()
+            worker.load_state_tensors(state)
+        result = plan.finish(worker, run, sitting)
+        if result:
+            run.write_file(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+        write_report(run, load_line=kind.load_line(run))
+    return Trained(plan, run, worker, result, sitting.interrupted, sitting.generation)
+
+
+@contextmanager
+def _way_on(kind: RunKind, plan: Plan, run: RunDir) -> Iterator[None]:
+    """Add to an error what is left of the run, and how it goes on."""
+    try:
+        yield
+    except EggrollError as error:
+        finished = len(run.updates())
+        error.add_note(
+            f"The run in {run.path} is intact, with {finished} finished generation{'' if finished == 1 else 's'}. When "
+            f"the cause is gone, continue it: {resume_command(kind, plan, run)}"
+        )
+        raise
+
+
+def resume_command(kind: RunKind, plan: Plan, run: RunDir) -> str:
+    """The command that goes on with a run."""
+    return f"{plan.command or f'eggroll {kind.name}'} --resume {shlex.quote(str(run.path))}"

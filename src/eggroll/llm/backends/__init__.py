@@ -1,0 +1,1 @@
+"""Backends: who writes and scores. PyTorch in this process, a vLLM engine, or a pool of workers."""

@@ -1,0 +1,203 @@
+"""From what members write to their scores: what the evaluators of all backends share."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eggroll.llm.backends.passes import reduce_samples
+from eggroll.llm.config import EggrollConfig
+from eggroll.llm.data.batches import Batch
+from eggroll.llm.data.examples import Example, columns_of, prompts_of
+from eggroll.llm.generation.chat import encode_prompts, format_prompts, plain_text
+from eggroll.llm.rewards import Reward
+from eggroll.loop import Evaluation, Heldout
+
+HELDOUT_MEMBER = -1
+"""The center in the place of a member in ``samples.jsonl``."""
+
+
+@dataclass
+class Scores:
+    """Scores of some rows: ``values (rows,)``, what was written (text rewards only), tokens processed."""
+
+    values: NDArray[np.float64]
+    completions: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+class Evaluator(ABC):
+    """Scores members and the center on a batch. A backend says how they write (:meth:`complete`).
+
+    Args:
+        tokenizer: the model's tokenizer, padding on the left.
+        reward: what is scored.
+        config: the run's settings.
+        eos_ids: tokens that end a completion.
+    """
+
+    def __init__(self, tokenizer: Any, reward: Reward, config: EggrollConfig, eos_ids: Sequence[int]) -> None:
+        self.tokenizer, self.reward, self.config, self.eos_ids = tokenizer, reward, config, list(eos_ids)
+        self.note = ""
+
+    # -- what a backend does
+
+    @abstractmethod
+    def choose_mode(self, batch: Batch) -> str:
+        """How members are evaluated, settled on the first batch of a run. ``note`` says why it is a slow way."""
+
+    @abstractmethod
+    def prepare(self, generation: int) -> None:
+        """Draw the generation's noise, if it is small enough to be kept."""
+
+    @abstractmethod
+    def groups(self, members: range, batch: Batch) -> Iterator[range]:
+        """Members that are evaluated together, in order."""
+
+    @abstractmethod
+    def perturbed(self, generation: int, members: range, sigma: float) -> AbstractContextManager[Any]:
+        """Makes the members ready for the length of a block; what it gives is handed to :meth:`complete`."""
+
+    @abstractmethod
+    def complete(self, batch: Sequence[Example], active: Any, generation: int, members: range) -> tuple[list[str], int]:
+        """Completions of all rows of a batch by all members, member by member, and how many tokens were made.
+
+        A prompt's samples are consecutive rows of the batch. Without ``active`` it is the center that writes.
+        """
+
+    @abstractmethod
+    def center_prompts(self, batch: Sequence[Example]) -> int:
+        """Held-out prompts that the center answers together."""
+
+    def beyond_text(self, part: Reward, batch: Batch, active: Any, members: int) -> tuple[NDArray[np.float64], int]:
+        """Scores by a reward that reads more than text, and tokens processed."""
+        raise AssertionError(f"{type(self).__name__} has text only; reward {part.name!r} was to be refused before")
+
+    # -- what all share
+
+    @torch.no_grad()
+    def evaluate(self, generation: int, sigma: float, batch: Batch, members: range | None = None) -> Evaluation:
+        """Scores of members (all by default) on a batch: ``(N, prompts)``, or ``(N, 1)`` for rewards of the model."""
+        members = range(self.config.population_size) if members is None else members
+        batch = self._repeated(batch)
+        start = time.perf_counter()
+        self.prepare(generation)
+        drawn = time.perf_counter() - start
+        tables, samples, tokens = [], [], 0
+        for group in self.groups(members, batch):
+            with self.perturbed(generation, group, sigma) as active:
+                scores = self._score(batch, active, generation, group)
+            table = scores.values.reshape(len(group), -1)
+            tables.append(self._reduced(table))
+            tokens += scores.tokens
+            if isinstance(batch, Sequence) and scores.completions:
+                samples += self._samples(batch, group, table, scores.completions, generation)
+        return Evaluation(np.concatenate(tables), {"draw_s": drawn}, tokens, samples)
+
+    @torch.no_grad()
+    def heldout(self, batch: Batch) -> Heldout:
+        """Mean score of the center, with its completions as samples."""
+        if isinstance(batch, dict):
+            return Heldout(float(np.nanmean(self._score(batch, None, 0, range(1)).values)))
+        together, times = self.center_prompts(batch), self.config.samples_per_prompt
+        values, samples = [], []
+        for start in range(0, len(batch), together):
+            part = batch[start : start + together]
+            scores = self._score(self._repeated(part), None, 0, range(1))
+            reduced = self._reduced(scores.values.reshape(1, -1))[0]
+            values.append(reduced)
+            for example, completion, value in zip(part, scores.completions[::times], reduced, strict=False):
+                samples.append(_sample(HELDOUT_MEMBER, example, completion, value, "heldout"))
+        table = np.concatenate(values)
+        finite = table[np.isfinite(table)]
+        return Heldout(float(finite.mean()) if finite.size else float("nan"), samples)
+
+    def encode(self, batch: Sequence[Example], **settings: Any) -> Any:
+        """Prompts as token ids."""
+        config = self.config
+        texts = format_prompts(self.tokenizer, prompts_of(batch), chat=config.chat, system=config.system)
+        return encode_prompts(self.tokenizer, texts, config.max_length, **settings)
+
+    def needs(self, kind: str) -> bool:
+        """Whether a part of the reward needs ``text``, ``tokens`` or the ``model``."""
+        return any(part.needs == kind for part, _ in self.reward.parts)
+
+    def _score(self, batch: Batch, active: Any, generation: int, members: range) -> Scores:
+        """Weighted scores of ``len(members)`` members (or the center) on a batch, member by member."""
+        total: NDArray[np.float64] | float = 0.0
+        completions: list[str] = []
+        tokens = 0
+        if self.needs("text"):
+            if isinstance(batch, dict):
+                batch = _examples_of(batch, self.tokenizer)
+            completions, tokens = self.complete(batch, active, generation, members)
+        for part, weight in self.reward.parts:
+            if part.needs == "text":
+                assert not isinstance(batch, dict)
+                prompts = prompts_of(batch) * len(members)
+                columns = {key: values * len(members) for key, values in columns_of(batch).items()}
+                values = np.asarray(part.score(prompts, completions, columns), dtype=np.float64)
+            else:
+                values, used = self.beyond_text(part, batch, active, len(members))
+                tokens += used
+            total = total + weight * values
+        return Scores(np.asarray(total), completions, tokens)
+
+    def _repeated(self, batch: Batch) -> Batch:
+        """Each prompt as often as it is sampled, one after the other."""
+        times = self.config.samples_per_prompt
+        if times == 1 or isinstance(batch, dict) or not self.needs("text"):
+            return batch
+        return [example for example in batch for _ in range(times)]
+
+    def _reduced(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scores of samples ``(members, prompts * samples)`` as scores of prompts."""
+        times = self.config.samples_per_prompt
+        if times == 1 or not self.needs("text") or table.shape[1] % times:
+            return table
+        return reduce_samples(table.reshape(len(table), -1, times), self.config.pass_at)
+
+    def _samples(
+        self, batch: Sequence[Example], members: range, table: NDArray[Any], completions: list[str], generation: int
+    ) -> list[dict[str, Any]]:
+        """One completion of each of the first members, of another row in each generation."""
+        index = generation % len(batch)
+        return [
+            _sample(member, batch[index], completions[row * len(batch) + index], table[row, index], "train")
+            for row, member in enumerate(members)
+            if member < self.config.samples_per_generation
+        ]
+
+
+def _sample(member: int, example: Example, completion: str, score: float, split: str) -> dict[str, Any]:
+    """A row of ``samples.jsonl``."""
+    return {
+        "member": member,
+        "prompt": plain_text(example.prompt or ""),
+        "completion": completion,
+        "reward": float(score),
+        "split": split,
+    }
+
+
+def _examples_of(batch: dict[str, Any], tokenizer: Any) -> list[Example]:
+    """Prompts of a tokenized batch, for rewards that read text."""
+    return [Example(text) for text in tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)]
+
+
+def eos_ids(*sources: Any) -> list[int]:
+    """The tokens that end a completion, after a generation config, a model's config and a tokenizer."""
+    found: list[int] = []
+    for source in sources:
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            found += list(value) if isinstance(value, list | tuple) else [value]
+    return sorted(set(found))

@@ -1,0 +1,217 @@
+"""The Hugging Face model itself is the population: members are rows of one batch, or come one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eggroll.errors import UnsupportedOperationError
+from eggroll.llm.backends.scoring import Evaluator, eos_ids
+from eggroll.llm.config import EggrollConfig
+from eggroll.llm.data.batches import Batch
+from eggroll.llm.data.examples import Example
+from eggroll.llm.estimate import Estimate, Workload, rows_budget
+from eggroll.llm.generation.chat import plain_text
+from eggroll.llm.generation.generate import Sampling, generate
+from eggroll.llm.models.outline import Outline, exclude_of, separate_head
+from eggroll.llm.rewards import Reward
+from eggroll.torch.population import Active, Population
+from eggroll.torch.replica import Replica
+
+MOST_CENTER_ROWS = 64
+"""Held-out rows that the center is evaluated on together, at most."""
+
+
+def replica_for(model: Any, config: EggrollConfig) -> Replica:
+    """The replica that a run with these settings has: which parameters it evolves, and how they are updated."""
+    exclude = exclude_of(config, separate_head(model))
+    return Replica(model.eval(), dataclasses.replace(config, exclude=exclude), kinds=config.kinds)
+
+
+class TorchEvaluator(Evaluator):
+    """Evaluates members and the center of a population with any mixture of rewards.
+
+    Every kind of parameter can be perturbed. ``members_per_forward`` members at a time are rows of one batch;
+    if this model cannot be evaluated so (checked once, :meth:`choose_mode`), one after the other.
+
+    Args:
+        population: the members.
+        tokenizer: the model's tokenizer, padding on the left.
+        reward: what is scored.
+        config: the run's settings.
+    """
+
+    def __init__(self, population: Population, tokenizer: Any, reward: Reward, config: EggrollConfig) -> None:
+        self.population = population
+        self.model: Any = population.model
+        ends = eos_ids(getattr(self.model, "generation_config", None), self.model.config, tokenizer)
+        super().__init__(tokenizer, reward, config, ends)
+        first = next(self.model.parameters())
+        self.device = first.device
+        self.estimate = Estimate(Outline.of(self.model), config, first.dtype, tuple(population.specs))
+
+    def choose_mode(self, batch: Batch) -> str:
+        """Check on a small input that rows hold the members; otherwise settle on one member at a time.
+
+        Returns the mode, ``rows`` or ``loop``; ``note`` says why it is the slow one.
+        """
+        if self.population.mode != "auto":
+            return self.population.mode
+        if all(part.needs == "model" for part, _ in self.reward.parts):
+            self.population.mode = "loop"
+            self.note = "the reward takes the model itself, so members are evaluated one at a time"
+            return "loop"
+        inputs = self._probe(batch)
+        members = range(min(4, self.population.population_size))
+        inputs = {key: x.repeat(len(members), *([1] * (x.ndim - 1))) for key, x in inputs.items()}
+        try:
+            self.population.verify(**inputs, members=members)
+            self.population.mode = "rows"
+        except (UnsupportedOperationError, RuntimeError, ValueError, IndexError) as error:
+            self.population.mode = "loop"
+            self.note = f"members are evaluated one at a time, because: {error}"
+        return self.population.mode
+
+    def _probe(self, batch: Batch) -> dict[str, Any]:
+        if isinstance(batch, dict):
+            ids = torch.as_tensor(batch["input_ids"])[:1, :32].to(self.device)
+        else:
+            text = plain_text(batch[0].prompt) if batch[0].prompt is not None else str(batch[0].text)
+            ids = self.tokenizer(text or "a", return_tensors="pt").input_ids[:, :32].to(self.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids
+        return inputs
+
+    def prepare(self, generation: int) -> None:
+        """Draw the generation's noise, of all members: an update needs every pair of it anyway."""
+        self.population.noise.prepare(generation, self.population.num_pairs, self.device)
+
+    @contextlib.contextmanager
+    def perturbed(self, generation: int, members: range, sigma: float) -> Iterator[Active | None]:
+        """Puts the members into the model: as rows of the batch, or the only one in the place of the center."""
+        if self.population.mode == "loop":
+            with self.population.member(generation, members[0], sigma=sigma):
+                yield None
+        else:
+            with self.population.perturbed(generation, members, sigma=sigma) as active:
+                yield active
+
+    def groups(self, members: range, batch: Batch) -> Iterator[range]:
+        """As many members at a time as the settings say, or as fit."""
+        if self.population.mode == "loop":
+            step = 1
+        else:
+            step = self.config.members_per_forward or self.members_that_fit(batch)
+        for start in range(members.start, members.stop, step):
+            yield range(start, min(start + step, members.stop))
+
+    def members_that_fit(self, batch: Batch) -> int:
+        """Members evaluated together by default: an even number whose caches, activations and noise fit a budget.
+
+        It does not depend on the memory that is free, so that a resumed run evaluates as it did before.
+        """
+        return min(self.estimate.members_that_fit(load, rows_budget(self.device)) for load in self._workloads(batch))
+
+    def center_prompts(self, batch: Sequence[Example]) -> int:
+        """Held-out prompts that fit the same budget."""
+        per_row = max(map(self.estimate.row_bytes, self._workloads(batch)))
+        return max(1, min(MOST_CENTER_ROWS, rows_budget(self.device) // per_row) // self.config.samples_per_prompt)
+
+    def _workloads(self, batch: Batch) -> list[Workload]:
+        """What a member is evaluated on, for each way of evaluating that the reward needs."""
+        rows, found = len(batch["input_ids"]) if isinstance(batch, dict) else len(batch), []
+        if self.needs("text"):
+            found.append(Workload(rows, self._prompt_length(batch), self.config.max_tokens))
+        if self.needs("tokens"):
+            length = batch["input_ids"].shape[1] if isinstance(batch, dict) else self.config.max_length
+            found.append(Workload(rows, length))
+        return found or [Workload(rows, self.config.max_length)]
+
+    def _prompt_length(self, batch: Batch) -> int:
+        """Tokens of the longest prompt."""
+        if isinstance(batch, dict):
+            return int(batch["input_ids"].shape[1])
+        return int(self._encoded(batch).input_ids.shape[1])
+
+    def _encoded(self, batch: Sequence[Example]) -> Any:
+        """Prompts as token ids, padded on the left."""
+        return self.encode(batch, return_tensors="pt", padding=True, padding_side="left")
+
+    def complete(
+        self, batch: Sequence[Example], active: Active | None, generation: int, members: range
+    ) -> tuple[list[str], int]:
+        """Completions of all rows by all members, member by member, and how many tokens were made."""
+        config = self.config
+        encoded = self._encoded(batch)
+        ids, mask = encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
+        select = None
+        if active is not None:
+            ids, mask = active.expand(ids), active.expand(mask)
+            select = _RowSelection(active, len(batch))
+        rows = [member * len(batch) + index for member in members for index in range(len(batch))]
+        made = generate(
+            self.model,
+            ids,
+            mask,
+            max_tokens=config.max_tokens,
+            eos_ids=self.eos_ids,
+            pad_id=int(self.tokenizer.pad_token_id or 0),
+            sampling=Sampling.for_rows(config.temperature, config.seed, generation, rows),
+            select_rows=select,
+            prompts=len(batch),
+        )
+        return self.tokenizer.batch_decode(made, skip_special_tokens=True), sum(map(len, made))
+
+    def beyond_text(
+        self, part: Reward, batch: Batch, active: Active | None, members: int
+    ) -> tuple[NDArray[np.float64], int]:
+        """Scores by the likelihood of given texts, or by the model itself, and tokens processed."""
+        if part.needs == "tokens":
+            return self._log_likelihood(part, batch, active)
+        values = np.asarray([self._of_model(part, batch)], dtype=np.float64)
+        if isinstance(batch, Sequence) and len(self.reward.parts) > 1:
+            values = np.repeat(values, len(batch))
+        return values, 0
+
+    def _of_model(self, part: Reward, batch: Batch) -> float:
+        if isinstance(batch, dict):
+            inputs: Any = {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+        else:
+            texts = [e.text if e.text is not None else plain_text(e.prompt or "") for e in batch]
+            encoded = self.tokenizer(
+                texts, return_tensors="pt", padding=True, truncation=True, max_length=self.config.max_length
+            )
+            inputs = dict(encoded.to(self.device))
+            inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        return part.evaluate(self.model, inputs)
+
+    def _log_likelihood(self, part: Any, batch: Batch, active: Active | None) -> tuple[NDArray[np.float64], int]:
+        if isinstance(batch, dict):
+            inputs = {key: torch.as_tensor(x).to(self.device) for key, x in batch.items()}
+        else:
+            is_encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+            inputs = part.encode(batch, device=self.device, encoder_decoder=is_encoder_decoder)
+        if active is not None:
+            inputs = {key: active.expand(x) for key, x in inputs.items()}
+        values = part.log_likelihood(self.model, inputs)
+        return values.double().cpu().numpy(), int(inputs["input_ids"].numel())
+
+
+class _RowSelection:
+    """Keeps track of which member each remaining row belongs to."""
+
+    def __init__(self, active: Active, rows_per_member: int) -> None:
+        self.active = active
+        self.member_of_row = torch.arange(active.members).repeat_interleave(rows_per_member)
+
+    def __call__(self, keep: Tensor) -> None:
+        self.member_of_row = self.member_of_row[keep.cpu()]
+        self.active.select_rows(self.member_of_row.to(keep.device))

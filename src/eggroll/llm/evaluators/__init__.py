@@ -1,1 +1,0 @@
-"""Evaluators: who computes the members' scores. ``hf`` runs the Hugging Face model itself as a population."""

@@ -1,0 +1,209 @@
+"""Generated text for a whole population, without computing rows that have finished.
+
+The members' rows are decoded together with a KV cache. A beginning that all prompts share (a system prompt, worked
+examples) is computed once per member, not once per prompt. When enough rows have ended, they are cut out of the cache,
+the mask and the population's factors, so a member that says little costs little. Models that are not decoders with a
+cache of that kind (T5, Mamba) go through their own ``generate``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eggroll.core.threefry import fold_in, seed_key
+from eggroll.llm.generation.prefix import common_prefix, plain_cache, spread
+from eggroll.torch.threefry import random_bits
+
+COMPACT_FRACTION = 0.2
+"""Finished rows are cut out when they are this part of the computed ones: each cut copies the cache once."""
+SAMPLING_STREAM = 0x5A3F1E
+"""Keeps the bits of sampled tokens apart from those of the perturbations."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedy at temperature 0, else by inverse distribution function at an addressed uniform.
+
+    ``keys`` is ``(rows, 2)``: one key per row, so that a row's tokens do not depend on its neighbours.
+    """
+
+    temperature: float = 0.0
+    keys: np.ndarray | None = None
+
+    @classmethod
+    def for_rows(cls, temperature: float, seed: int, generation: int, rows: Sequence[int]) -> Sampling:
+        """Keys for rows that are numbered through a generation (member times prompts plus prompt)."""
+        if temperature == 0.0:
+            return cls()
+        base = fold_in(fold_in(seed_key(seed), SAMPLING_STREAM), generation)
+        return cls(temperature, np.array([fold_in(base, row) for row in rows], dtype=np.uint32))
+
+    def choose(self, logits_RV: Tensor, step: int, rows: Tensor) -> Tensor:
+        """The next token of each row: ``(R,)``."""
+        if self.keys is None:
+            return logits_RV.argmax(dim=-1)
+        bits = random_bits(self.keys[rows.cpu().numpy()], 1, device=logits_RV.device, start=step)
+        uniform = ((bits.to(torch.int64) & 0xFFFFFFFF).double() + 0.5) / 2**32
+        probabilities = torch.softmax(logits_RV.double() / self.temperature, dim=-1)
+        chosen = torch.searchsorted(probabilities.cumsum(-1), uniform).squeeze(-1)
+        return chosen.clamp_max(logits_RV.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    max_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    sampling: Sampling | None = None,
+    select_rows: Callable[[Tensor], None] | None = None,
+    prompts: int | None = None,
+) -> list[list[int]]:
+    """Continue every row until it ends or ``max_tokens`` are made.
+
+    Args:
+        model: a Hugging Face model with a generation head, its parameters possibly standing for a population.
+        input_ids: ``(R, T)`` prompts, padded on the left.
+        attention_mask: ``(R, T)``, 0 for padding.
+        max_tokens: longest continuation.
+        eos_ids: tokens that end a row; they are not part of the result.
+        pad_id: filler for ended rows.
+        sampling: how tokens are chosen; greedy by default.
+        select_rows: told the indices (into the rows computed before) that are still computed from now on; ``None``
+            computes all rows to the end.
+        prompts: the rows are so many prompts, the same ones for each member in turn; what these have in common at
+            their beginning is then computed once per member. ``None`` computes every row by itself.
+
+    Returns:
+        One list of token ids per row, without the prompt.
+    """
+    sampling = sampling or Sampling()
+    if not _decodes_with_cache(model):
+        return _generate_by_model(model, input_ids, attention_mask, max_tokens, eos_ids, pad_id, sampling)
+    rows, device = input_ids.shape[0], input_ids.device
+    made = torch.full((rows, max_tokens), pad_id, dtype=torch.long, device=device)
+    lengths = torch.full((rows,), max_tokens, dtype=torch.long, device=device)
+    ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    alive = torch.arange(rows, device=device)
+    open_rows = torch.ones(rows, dtype=torch.bool, device=device)
+    mask, tokens = attention_mask, input_ids
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    parameters = inspect.signature(model.forward).parameters
+    # An index, not the number 1: it gathers the last hidden states side by side, where a slice would leave them
+    # strided, and a product of strided rows copies the output head once per row in bfloat16 (a gigabyte for 20 rows).
+    extra: dict[str, Any] = {}
+    if "logits_to_keep" in parameters:
+        extra["logits_to_keep"] = torch.tensor([-1], device=device)
+
+    def forward(**given: Any) -> Any:
+        if "position_ids" not in parameters:
+            given.pop("position_ids")
+        return model(use_cache=True, **given, **extra)
+
+    cache: Any = None
+    shared = common_prefix(tokens[:prompts], mask[:prompts]) if prompts else 0
+    if shared and prompts and (empty := plain_cache(model)) is not None:
+        cache = _shared_cache(forward, empty, tokens, mask, prompts, shared)
+        tokens, positions = tokens[:, shared:], positions[:, shared:]
+    for step in range(max_tokens):
+        out = forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, position_ids=positions)
+        cache = out.past_key_values
+        chosen = sampling.choose(out.logits[:, -1].float(), step, alive)
+        ended = torch.isin(chosen, ends) & open_rows
+        lengths[alive[ended]] = step
+        made[alive[open_rows], step] = chosen[open_rows]
+        open_rows = open_rows & ~ended
+        remaining = int(open_rows.sum())
+        if remaining == 0 or step + 1 == max_tokens:
+            break
+        if select_rows is not None and len(alive) - remaining >= COMPACT_FRACTION * len(alive):
+            keep = open_rows.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            select_rows(keep)
+            alive, chosen, mask, positions = alive[keep], chosen[keep], mask[keep], positions[keep]
+            open_rows = open_rows[keep]
+        tokens = chosen.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [row[:length] for row, length in zip(made.tolist(), lengths.tolist(), strict=True)]
+
+
+def _shared_cache(
+    forward: Callable[..., Any], empty: Any, tokens: Tensor, mask: Tensor, prompts: int, shared: int
+) -> Any:
+    """The cache of the first ``shared`` columns of all rows."""
+    begin = int(mask.shape[1] - mask[0].sum())
+    prefix = tokens[::prompts, begin : begin + shared]
+    places = torch.arange(shared, device=tokens.device).expand(len(prefix), -1)
+    ones = torch.ones_like(prefix)
+    cache = forward(input_ids=prefix, attention_mask=ones, past_key_values=empty, position_ids=places).past_key_values
+    padding = (mask.shape[1] - mask.sum(-1)).to(torch.long)
+    return spread(cache, torch.arange(len(tokens), device=tokens.device) // prompts, padding)
+
+
+def _decodes_with_cache(model: Any) -> bool:
+    """Whether a model is a decoder whose cache can be cut by rows (attention, not a recurrent state)."""
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    accepts = inspect.signature(model.forward).parameters
+    kinds = getattr(config, "layer_types", None) or []
+    recurrent = getattr(model, "_is_stateful", False) or any("attention" not in kind for kind in kinds)
+    return "past_key_values" in accepts and not recurrent
+
+
+def _generate_by_model(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    max_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    sampling: Sampling,
+) -> list[list[int]]:
+    if sampling.keys is not None:
+        from transformers import LogitsProcessorList
+
+        sampler = LogitsProcessorList([_AddressedSampler(sampling)])
+    else:
+        sampler = None
+    out = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=pad_id,
+        logits_processor=sampler,
+    )
+    start = 1 if getattr(model.config, "is_encoder_decoder", False) else input_ids.shape[1]
+    ends = set(eos_ids)
+    results = []
+    for row in out[:, start:].tolist():
+        stop = next((index for index, token in enumerate(row) if token in ends), len(row))
+        results.append(row[:stop])
+    return results
+
+
+class _AddressedSampler:
+    """A logits processor that leaves only the sampled token, so that greedy search picks it."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling, self.step = sampling, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = torch.arange(scores.shape[0])
+        chosen = self.sampling.choose(scores, self.step, rows)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen.unsqueeze(1), 0.0)

@@ -1,0 +1,207 @@
+"""A run of ``eggroll tune``: its data, its reward, its worker, and the model that it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from eggroll.core.settings import narrowed
+from eggroll.errors import ConfigError, DataError
+from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
+from eggroll.llm.backends.build import torch_worker
+from eggroll.llm.backends.worker import ModelWorker, save
+from eggroll.llm.config import EggrollConfig
+from eggroll.llm.data.examples import Example, load_examples
+from eggroll.llm.models.export import load_line, save_pretrained
+from eggroll.llm.options import TuneOptions
+from eggroll.llm.tasks import get_task, row_check
+from eggroll.llm.trainer import EggrollTrainer
+from eggroll.run.run_dir import RunDir
+
+DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
+MODEL = "model"
+"""The folder of a run that holds its result."""
+
+
+def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None, list[str]]:
+    """Training data, held-out data, and what was chosen.
+
+    Raises:
+        ConfigError: two sources are given, or worked examples that would not be shown everywhere.
+        DataError: data cannot be read.
+    """
+    _check_shots(options)
+    if options.dataset is not None and options.prompts is not None:
+        raise ConfigError("--dataset and --prompts mean the same; give one of them")
+    source = options.dataset or options.prompts
+    if options.task is not None:
+        task = get_task(options.task, shots=options.shots)
+        train = load_examples(task.train) if source is None else _load(source, options)
+        if options.eval_prompts is None:
+            return train, load_examples(task.heldout), []
+        return train, _load(options.eval_prompts, options), []
+    heldout = None if options.eval_prompts is None else _load(options.eval_prompts, options)
+    if source is not None or options.reward in (None, "perplexity"):
+        return _load(source or DEFAULT_DATASET, options), heldout, []
+    try:
+        train = _load(DEFAULT_DATASET, options)
+    except DataError as error:
+        raise DataError(
+            f"--reward {options.reward} needs prompts to answer: give --prompts with a .jsonl or .txt file, a "
+            f"folder or a hub id. Without it wikitext-2 would be taken, but {error}"
+        ) from error
+    return train, heldout, ["no --prompts given: the lines of wikitext-2 are the prompts"]
+
+
+def _load(source: str, options: TuneOptions) -> list[Example]:
+    is_text = options.reward in (None, "perplexity") and options.task is None
+    check = row_check(options.task or options.reward)
+    return load_examples(source, purpose="text" if is_text else "prompts", check=check)
+
+
+def _check_shots(options: TuneOptions) -> None:
+    """Refuse worked examples of no task, or of a task whose problems are not what is read."""
+    if options.task is None and options.shots:
+        raise ConfigError(f"--shots {options.shots} needs a --task whose worked examples are shown; none is given")
+    for given in ("dataset", "prompts", "eval_prompts"):
+        if options.shots and (file := getattr(options, given)) is not None:
+            raise ConfigError(
+                f"--shots {options.shots} shows worked examples before the task's own problems, and --"
+                f"{given.replace('_', '-')} {file} takes their place as it is: training and held-out prompts would "
+                "differ. Leave one of the two out, or write the examples into the file's conversations"
+            )
+
+
+def make_worker(options: TuneOptions) -> ModelWorker:
+    """The worker of a run: in this process, with a vLLM engine, or a pool of workers; it is not told its data yet.
+
+    Raises:
+        EggrollError: the model, the reward or the engine cannot be had, or do not fit each other.
+    """
+    placement: dict[str, Any] = {}
+    if options.workers is not None:
+        placement = {
+            "address": options.ray_address, "cpus_per_worker": options.worker_cpus,
+            "gpus_per_worker": options.worker_gpus,
+        }  # fmt: skip
+    trainer = EggrollTrainer.from_model_id(
+        options.model,
+        narrowed(options, EggrollConfig),
+        options.reward or options.task or "perplexity",
+        backend=options.backend,
+        workers=options.workers,
+        dtype=options.dtype,
+        device=options.device,
+        engine_args=engine_args(options),
+        trust_remote_code=options.trust_remote_code,
+        **placement,
+    )
+    return trainer.worker
+
+
+def engine_args(options: TuneOptions) -> dict[str, Any]:
+    """``--engine-args`` as a dict.
+
+    Raises:
+        ConfigError: it is no JSON object, or the run is not on vLLM.
+    """
+    if options.engine_args is None:
+        return {}
+    if options.backend != "vllm":
+        raise ConfigError("--engine-args are arguments of vllm.LLM; they need --backend vllm")
+    try:
+        values = json.loads(options.engine_args)
+    except ValueError as error:
+        values, reason = None, f": {error}"
+    else:
+        reason = f", it is a {type(values).__name__}"
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--engine-args (={options.engine_args!r}) must be a JSON object{reason}; "
+            'for example --engine-args \'{"max_loras": 16, "tensor_parallel_size": 2}\''
+        )
+    return values
+
+
+def _plan(options: TuneOptions) -> Plan:
+    train, heldout, notes = load_data(options)
+    engine_args(options)
+    worker = make_worker(options)
+    worker.use(train, heldout)
+    # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
+    options = dataclasses.replace(options, dtype=worker.setup.dtype_name)  # type: ignore[arg-type]
+    what = options.task or options.reward or "perplexity"
+    stem = "lambda" if what.startswith("lambda") else Path(what).stem
+
+    def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
+        about = {"base_model": options.model, "generations": sitting.generation}
+        save(worker, run.path / MODEL, about)
+        return {}
+
+    return Plan(
+        options=options,
+        config=worker.setup.config,
+        make_worker=lambda: worker,
+        finish=finish,
+        title=f"{Path(options.model).name} on {what}",
+        name=re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(options.model).name}-{stem}").strip("-").lower(),
+        heldout=heldout is not None,
+        eval_every=options.eval_every,
+        checkpoint_every=options.checkpoint_every,
+        describe=lambda worker: _describe(worker, len(train), notes),
+        command=f"eggroll tune {shlex.quote(options.model)}",
+        facts={"model": options.model, "device": worker.setup.place},
+        pools_itself=True,
+        finish_interrupted=True,
+    )
+
+
+def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str]) -> list[str]:
+    setup = worker.setup
+    config, evolved = setup.config, sum(spec.size for spec in setup.specs)
+    texts = setup.reward.reads == "text"
+    each = min(config.prompts_per_generation, prompts)
+    slow = [worker.note] if worker.note else []
+    return [
+        *notes,
+        f"[bold]{escape(setup.name)}[/]  {count(setup.parameters)} parameters, {count(evolved)} evolved in "
+        f"{len(setup.specs)} tensors, {setup.dtype_name} on {setup.place}",
+        f"reward {escape(setup.reward.name)}, {prompts} {'texts' if texts else 'prompts'}, {each} a generation",
+        f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
+        f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}",
+        *(f"[dim]{escape(note)}[/]" for note in (*setup.notes, *slow)),
+    ]
+
+
+def count(parameters: int) -> str:
+    """A number of parameters as people say it: 860, 12.3 k, 134.5 M, 8.03 B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if parameters >= limit:
+            return f"{parameters / limit:.4g} {unit}"
+    return str(parameters)
+
+
+def _base(options: TuneOptions, run: RunDir) -> ModelWorker:
+    return torch_worker(
+        options.model, narrowed(options, EggrollConfig), lambda text: 0.0, dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+
+
+def _save(worker: ModelWorker, directory: Path, generation: int) -> Saved:
+    save_pretrained(worker.model(), worker.setup.tokenizer, directory, metadata={"replayed_generations": generation})
+    return Saved("model", directory, [load_line(directory)])
+
+
+def _load_line(run: RunDir) -> str | None:
+    return load_line(run.path / MODEL) if (run.path / MODEL).exists() else None
+
+
+KIND = RunKind(name="tune", options=TuneOptions, plan=_plan, base=_base, save=_save, load_line=_load_line)

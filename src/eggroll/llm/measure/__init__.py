@@ -1,0 +1,1 @@
+"""What a model scores on test problems, and how sure that is."""

@@ -1,0 +1,1 @@
+"""Language models on disk and in memory: finding, loading, counting, saving."""

@@ -1,0 +1,158 @@
+"""Writing a model as a plain Hugging Face directory, with a card that says how it came to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+from eggroll.errors import ModelError
+from eggroll.llm.models.hub import quiet_progress
+
+METADATA_FILE = "eggroll.json"
+
+
+def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metadata: Mapping[str, Any]) -> Path:
+    """Write weights, configuration, tokenizer, a model card and ``eggroll.json``.
+
+    Everything is written beside the directory first and moved in at the end, so that a full disk or an interruption
+    leaves what was there before.
+
+    Args:
+        model: a transformers model.
+        tokenizer: its tokenizer, or ``None``.
+        directory: where to; made if it does not exist. Files of the same names are replaced.
+        metadata: how the model was trained, as JSON values. ``base_model`` names what it started from; ``reward``,
+            ``heldout_before``, ``heldout_after`` and ``config`` are shown in the card.
+
+    Returns:
+        The directory. ``AutoModelForCausalLM.from_pretrained(directory)`` loads it.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    target = Path(directory).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"the model cannot be saved to {target}: it is a file; give a directory")
+    drop_quantization(model)
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        with quiet_progress():
+            model.save_pretrained(staging)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+        details = {"eggroll_version": _version(), **metadata}
+        (staging / METADATA_FILE).write_text(json.dumps(details, indent=2, default=str) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(_card(model, target, details), encoding="utf-8")
+        target.mkdir(exist_ok=True)
+        for file in sorted(staging.iterdir()):
+            _readable(file)
+            os.replace(file, target / file.name)
+    except OSError as error:
+        raise ModelError(f"the model cannot be saved to {target}: {error}. Give another directory") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def drop_quantization(model: Any) -> None:
+    """Forget that a model was read from quantised weights.
+
+    A GGUF file is turned into ordinary weights while it is read, but the model keeps the quantiser, and then neither
+    saves nor loads again.
+    """
+    config: Any = getattr(model, "config", None)
+    quantization = getattr(config, "quantization_config", None)
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", "")
+    )
+    if "gguf" not in str(getattr(method, "value", method)).lower():
+        return
+    del config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
+
+
+def load_line(directory: str | Path, *, encoder_decoder: bool = False) -> str:
+    """The line of Python that loads a saved model."""
+    auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    return f'{auto}.from_pretrained("{directory}")'
+
+
+def _readable(path: Path) -> None:
+    """Temporary directories, and the weights in them, are private to the user; a model is as readable as any file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _version() -> str:
+    try:
+        return packages.version("eggroll-es")
+    except packages.PackageNotFoundError:
+        return "unknown"
+
+
+def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
+    """A model card: YAML for the hub, then text for people. JSON strings are valid YAML."""
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    base = str(details.get("base_model", ""))
+    head = ["---", "library_name: transformers", "tags: [eggroll, evolution-strategies]"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        head.append(f"base_model: {json.dumps(base)}")
+    head += [f"pipeline_tag: {'text2text-generation' if encoder_decoder else 'text-generation'}", "---"]
+    started = f", starting from `{base}`" if base else ""
+    lines = [
+        f"# {target.name}",
+        f"This model was trained by [EGGROLL](https://arxiv.org/abs/2511.16652), evolution strategies with low-rank "
+        f"perturbations, that is without gradients{started}. It was written by eggroll {details['eggroll_version']}.",
+        *_table(
+            {
+                key: details[key]
+                for key in ("reward", "generations", "heldout_before", "heldout_after")
+                if key in details
+            }
+        ),
+        "## Load it",
+        "```python\n"
+        f"from transformers import {load_line('', encoder_decoder=encoder_decoder).split('.')[0]}, AutoTokenizer\n\n"
+        f"model = {load_line(target.name, encoder_decoder=encoder_decoder)}\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{target.name}")\n'
+        "```",
+    ]
+    config = details.get("config")
+    if isinstance(config, Mapping):
+        lines += ["## How it was trained", *_table(config)]
+    lines.append(f"All details are in `{METADATA_FILE}`.")
+    return "\n".join(head) + "\n\n" + "\n\n".join(lines) + "\n"
+
+
+def _table(values: Mapping[str, Any]) -> list[str]:
+    if not values:
+        return []
+    rows = [f"| {key} | {_cell(value)} |" for key, value in values.items()]
+    return ["\n".join(["| | |", "|---|---|", *rows])]
+
+
+def _cell(value: Any) -> str:
+    text = (
+        f"{value:.6g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, default=str)
+    )
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,36 @@
+"""The options of ``eggroll tune``: a model, a reward, data, and everything that shapes the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from eggroll.core.settings import setting
+from eggroll.distributed.options import WorkerOptions
+from eggroll.llm.config import EggrollConfig, ModelOptions
+from eggroll.run.options import RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(WorkerOptions, RunOptions, ModelOptions, EggrollConfig):
+    """Everything that ``eggroll tune`` can be told."""
+
+    model: str = setting(positional="MODEL")
+    """Hub id, local directory, .gguf file, or smollm2-135m."""
+    reward: str | None = setting(None, flags=("-r",))
+    """perplexity, a .py file, "lambda text: ...", package.module:function, or a task."""
+    task: str | None = None
+    """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts and settings."""
+    shots: int = 0
+    """Worked examples before each problem of a task (countdown, gsm8k)."""
+    dataset: str | None = setting(None, flags=("-d",))
+    """Training data: hub id (name or name:config), .jsonl, .txt, .csv, .parquet or folder (default: wikitext-2)."""
+    prompts: str | None = None
+    """The same as --dataset, for prompts."""
+    eval_prompts: str | None = None
+    """Held-out prompts or texts, in the same forms."""
+    population_size: int = 64
+    backend: Literal["torch", "vllm"] = "torch"
+    """Who generates: PyTorch in this process, or a vLLM engine whose adapters are the members."""
+    engine_args: str | None = setting(None, resume=True)
+    """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""

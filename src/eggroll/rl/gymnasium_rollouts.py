@@ -1,0 +1,147 @@
+"""Episodes in Gymnasium's environments, stepped on the host through its vectorized interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from eggroll._optional import require
+from eggroll.rl.envs.gymnasium_env import GymnasiumEnvironment
+from eggroll.rl.policies import LARGEST, ObsStats, act, forward
+from eggroll.rl.rollouts import HELDOUT, Played, Rollouts
+
+Actions = Callable[[NDArray[np.float32], Any], NDArray[Any]]
+"""Observations ``(episodes, obs_size)`` and a key to actions, one for each episode."""
+
+
+class GymnasiumRollouts(Rollouts):
+    """Episodes in a Gymnasium environment; the policies of all members of a part act in one compiled call a step."""
+
+    env: GymnasiumEnvironment
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._act_pairs = jax.jit(self._pairs_actions)
+        self._act_center = jax.jit(self._center_actions)
+        self._draws = jax.jit(self.draws)
+
+    def population(self, params: Any, stats: ObsStats, generation: int, sigma: float, pairs: Any) -> Played:
+        """All episodes of some pairs: arrays ``(pairs, 2, episodes)``; both members of a pair have the same seeds."""
+        at_once = min(self.pairs_at_once or len(pairs), len(pairs))
+        parts = [
+            self._part(params, stats, generation, sigma, np.asarray(pairs[start : start + at_once], np.int32))
+            for start in range(0, len(pairs), at_once)
+        ]
+        count, total, squares = (
+            sum((getattr(part, name) for part in parts), np.zeros(1)) for name in ("count", "total", "squares")
+        )
+        returns, lengths = (np.concatenate([getattr(part, name) for part in parts]) for name in ("returns", "lengths"))
+        return Played(returns, lengths, count, total, squares)
+
+    def center(self, params: Any, stats: ObsStats, count: int) -> Played:
+        """Held-out episodes of the unperturbed policy, the same ones each time: arrays ``(count,)``."""
+
+        def actions(x: NDArray[np.float32], key: Any) -> NDArray[Any]:
+            return np.asarray(self._act_center(params, stats, jnp.asarray(x), key))
+
+        return self._play(self._seeds(HELDOUT, np.arange(1), count).ravel(), actions, np.asarray(stats.mean))
+
+    def draw(self, params: Any, stats: ObsStats, path: Path) -> tuple[Path, float] | None:
+        """An animated GIF of one held-out episode, where the environment renders to arrays."""
+        gymnasium = require("gymnasium", extra="rl")
+        try:
+            from PIL import Image
+
+            env = gymnasium.make(self.env.id, render_mode="rgb_array")
+        except Exception:  # whatever a renderer lacks, a run is not lost for want of a picture
+            return None
+        seed = int(self._seeds(HELDOUT, np.arange(1), 1).ravel()[0])
+        try:
+            x, _ = env.reset(seed=seed)
+            frames, total = [env.render()], 0.0
+            for step in range(self.max_steps):
+                rows = jnp.asarray(self._flatten(np.asarray(x)[None]))
+                action = self._act_center(params, stats, rows, jax.random.key(step))
+                x, reward, terminated, truncated, _ = env.step(np.asarray(action)[0])
+                total += float(reward)
+                frames.append(env.render())
+                if terminated or truncated:
+                    break
+        except Exception:
+            return None
+        finally:
+            env.close()
+        images = [Image.fromarray(np.asarray(frame)) for frame in frames[:: max(1, len(frames) // 200)]]
+        file = path.with_suffix(".gif")
+        images[0].save(file, save_all=True, append_images=images[1:], duration=40, loop=0)
+        return file, total
+
+    def _part(self, params: Any, stats: ObsStats, generation: int, sigma: float, pairs: NDArray[np.int32]) -> Played:
+        draws = self._draws(params, jnp.int32(generation), pairs)
+        seeds = np.repeat(self._seeds(generation, pairs, self.episodes)[:, None], 2, axis=1)
+        shape = (*seeds.shape, self.env.obs_size)
+
+        def actions(x: NDArray[np.float32], key: Any) -> NDArray[Any]:
+            rows = jnp.asarray(x).reshape(shape)
+            return np.asarray(self._act_pairs(params, stats, draws, jnp.float32(sigma), rows, key))
+
+        played = self._play(seeds.ravel(), actions, np.asarray(stats.mean))
+        return Played(
+            played.returns.reshape(seeds.shape), played.lengths.reshape(seeds.shape),
+            played.count, played.total, played.squares,
+        )  # fmt: skip
+
+    def _pairs_actions(self, params: Any, stats: ObsStats, draws: Any, sigma: Any, x: Any, key: Any) -> Any:
+        seen = stats.normalize(x) if self.normalize else x
+        return self._actions(self.outputs(params, draws, sigma, seen), key)
+
+    def _center_actions(self, params: Any, stats: ObsStats, x: Any, key: Any) -> Any:
+        return self._actions(forward(params, stats.normalize(x) if self.normalize else x), key)
+
+    def _actions(self, raw: Any, key: Any) -> Any:
+        flat = raw.reshape(-1, raw.shape[-1])
+        if not self.sampling:
+            return jax.vmap(lambda row: act(row, self.env.actions, None))(flat)
+        keys = jax.random.split(key, flat.shape[0])
+        return jax.vmap(lambda row, own: act(row, self.env.actions, own))(flat, keys)
+
+    def _play(self, seeds: NDArray[np.uint32], actions: Actions, mean: NDArray[np.float32]) -> Played:
+        """One episode for each seed; sums of observations are of ``x - mean``."""
+        gymnasium = require("gymnasium", extra="rl")
+        count = len(seeds)
+        envs = gymnasium.make_vec(self.env.id, num_envs=count, vectorization_mode="sync")
+        sums = [np.zeros(()), np.zeros(self.env.obs_size), np.zeros(self.env.obs_size)]
+        x, _ = envs.reset(seed=[int(seed) for seed in seeds])
+        returns, lengths, alive = np.zeros(count), np.zeros(count, int), np.ones(count, bool)
+        key = jax.random.key(int(seeds[0]))
+        try:
+            for step in range(self.max_steps):
+                rows = self._flatten(x)
+                shifted = rows[alive & (np.abs(rows) <= LARGEST).all(axis=1)] - mean
+                sums = [sums[0] + len(shifted), sums[1] + shifted.sum(0), sums[2] + (shifted**2).sum(0)]
+                chosen = actions(rows, jax.random.fold_in(key, step))
+                x, rewards, terminated, truncated, _ = envs.step(chosen)
+                returns += np.where(alive, rewards, 0.0)
+                lengths += alive
+                alive &= ~(terminated | truncated)
+                if not alive.any():
+                    break
+        finally:
+            envs.close()
+        return Played(returns, lengths, *(value[None] for value in sums))
+
+    def _seeds(self, generation: int, pairs: NDArray[Any], episodes: int) -> NDArray[np.uint32]:
+        """``(pairs, episodes)`` seeds, a function of their address."""
+        rows = [np.random.SeedSequence([self.seed, generation, int(pair)]).generate_state(episodes) for pair in pairs]
+        return np.array(rows, np.uint32) % (2**31 - 1)
+
+    def _flatten(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        if x.ndim == 1:  # Discrete: one of obs_size
+            return np.eye(self.env.obs_size, dtype=np.float32)[x]
+        return np.asarray(x, np.float32).reshape(len(x), -1)

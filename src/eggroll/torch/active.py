@@ -1,0 +1,173 @@
+"""A model while it is its population: the block that members' values stand in, and what the block gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from eggroll.errors import ConfigError, UnsupportedOperationError
+from eggroll.torch.hazards import refuse_hazards
+from eggroll.torch.layout.probe import learn_and_check
+from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
+from eggroll.torch.members import Members
+from eggroll.torch.ops.shared import SharedRows
+from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
+from eggroll.torch.swap import place, swapped
+
+
+class Active:
+    """A population while it stands in the place of the model's parameters.
+
+    Attributes:
+        members: how many members there are.
+        first: the first of them; the others follow it.
+    """
+
+    def __init__(
+        self, population: Members, values: dict[str, Tensor], context: MemberContext, members: int, first: int = 0
+    ) -> None:
+        self.population, self.context, self.members, self.first = population, context, members, first
+        self.values = self.placed = values
+
+    def expand(self, x: Tensor) -> Tensor:
+        """One batch for every member: ``(batch, ...)`` to ``(members * batch, ...)``, member by member.
+
+        Numbers are not copied before a layer needs the copies: the model's first product is made once for all members.
+        """
+        dim = self._batch_dim(x)
+        if self.context.single:
+            return x
+        if dim == 0 and x.ndim > 1 and x.is_floating_point() and not x.requires_grad and len(x) > 0:
+            return SharedRows(x, self.context)
+        return x.repeat(*([1] * dim), self.members, *([1] * (x.ndim - dim - 1)))
+
+    def split(self, y: Tensor) -> Tensor:
+        """``(members * batch, ...)`` to ``(members, batch, ...)``.
+
+        Raises:
+            UnsupportedOperationError: the output does not hold the members.
+        """
+        if isinstance(y, SharedRows):
+            y = y.written_out()
+        if isinstance(y, PerturbedWeight):
+            y = MemberTensor(y.dense(), name=y.parameter, context=y.context)
+        if isinstance(y, MemberTensor):
+            return member_data(y, self.members, self.context.rows or 0)
+        dim = self._batch_dim(y)
+        if y.ndim == 0 or y.shape[dim] % self.members:
+            raise UnsupportedOperationError(
+                f"an output of shape {tuple(y.shape)} does not hold {self.members} members: the model mixes its rows. "
+                'Use mode="vmap" or mode="loop"'
+            )
+        return y.unflatten(dim, (self.members, -1)).movedim(dim, 0)
+
+    def _batch_dim(self, x: Tensor) -> int:
+        return min(self.population.batch_dim, max(x.ndim - 1, 0))
+
+    def select_rows(self, member_of_row: Tensor) -> None:
+        """From now on, row ``i`` of activations belongs to member ``member_of_row[i]`` (a subset, any order).
+
+        Used while generating, to stop computing rows that have finished.
+        """
+        if self.context.single:
+            return  # all rows are the one member's, whichever are left
+        self.placed = {name: value.chosen(member_of_row) for name, value in self.values.items()}  # type: ignore[attr-defined]
+        self.context.members = self.context.rows = len(member_of_row)
+        place(self.population.sites, self.placed)
+
+
+class PerturbedModel(Members):
+    """Members whose values can take the place of their model's parameters, one block at a time."""
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._probed: set[int] = set()
+        self._active = False
+
+    @contextmanager
+    def perturbed(
+        self,
+        generation: int,
+        members: Sequence[int] | None = None,
+        *,
+        sigma: float | None = None,
+        rows_per_member: int | None = None,
+    ) -> Iterator[Active]:
+        """Inside the block, the model is the population of ``members`` (consecutive; all by default).
+
+        Inputs carry the members in their batch dimension, ``(len(members) * batch, ...)``, member by member
+        (:meth:`Active.expand` makes them so), and so do outputs, ``model.generate()`` included. ``rows_per_member``
+        states the batch where it cannot be read off the model's first input.
+
+        Raises:
+            ConfigError: members that do not exist, or inputs that do not have rows for each of them.
+            UnsupportedOperationError: the model is in training mode with dropout or batch normalization, an
+                operation has no rule and no exact fall-back, or the model mixes its rows (checked before its first
+                call with a few members alone). The model is as before in every case.
+        """
+        chosen = range(self.population_size) if members is None else members
+        self.check(chosen)
+        count = None if len(chosen) == 1 else len(chosen)
+        context = self.context(count, None if count is None or rows_per_member is None else count * rows_per_member)
+        values = self.values(generation, chosen, context, sigma=self.sigma if sigma is None else sigma)
+        with self.standing_in(Active(self, values, context, len(chosen), chosen[0])) as active:
+            yield active
+
+    @contextmanager
+    def member(
+        self, generation: int, index: int, *, sigma: float | None = None, materialize: bool = False
+    ) -> Iterator[nn.Module]:
+        """Inside the block, the model is one member; inputs and outputs are its plain ones.
+
+        With ``materialize`` its weights are made, as plain tensors that anything can be done with; otherwise they stay
+        low-rank values, which need no memory.
+        """
+        self.check(range(index, index + 1))
+        context = self.context(None)
+        values = self.values(generation, [index], context, sigma=self.sigma if sigma is None else sigma)
+        if materialize:
+            values = {name: v.dense() if isinstance(v, PerturbedWeight) else v for name, v in values.items()}
+        with self.standing_in(Active(self, values, context, 1, index)):
+            yield self.model
+
+    @contextmanager
+    def standing_in(self, active: Active) -> Iterator[Active]:
+        """Inside the block, the values of ``active`` (of :meth:`values`, or others) are in the place of parameters."""
+        with self.swapped(active.values, single=active.context.single):
+            if active.context.single:
+                yield active
+                return
+            with rows_from_input(self.model, active.context, partial(self._probe, active)):
+                yield active
+
+    def _probe(self, active: Active, module: nn.Module, inputs: Inputs) -> None:
+        """Before a module's first call: where each parameter meets the members, and whether rows hold them at all."""
+        if id(module) not in self._probed and active.context.rows:
+            learn_and_check(self, active.context, active.members, active.placed, module, inputs)
+            self._probed.add(id(module))
+
+    @contextmanager
+    def swapped(self, values: dict[str, Tensor], *, single: bool) -> Iterator[None]:
+        """Put values in the place of the model's parameters for the length of the block."""
+        self._active = True
+        try:
+            with swapped(self.model, self.sites, values, single=single):
+                yield
+        finally:
+            self._active = False
+
+    def check(self, members: Sequence[int]) -> None:
+        """Refuse what cannot be evaluated: members that do not exist, a model that draws noise of its own."""
+        if self._active:
+            raise UnsupportedOperationError("the population is already active; leave the first block before the next")
+        if len(members) == 0 or min(members) < 0 or max(members) >= self.population_size:
+            raise ConfigError(
+                f"members {members} must be within 0 to {self.population_size - 1} (population_size) and not empty"
+            )
+        if list(members) != list(range(members[0], members[0] + len(members))):
+            raise ConfigError(f"members {list(members)} must be consecutive")
+        refuse_hazards(self.model, len(members))
