@@ -11,9 +11,7 @@ import tyro
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eggroll.cli.main import COMMANDS
-from eggroll.cli.session import _cell
-from eggroll.cli.tune import TuneOptions, _with_task, default_options
+from eggroll.cli.tune import OPTIONS, _cell, default_options, with_task
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
 
@@ -21,7 +19,7 @@ from eggroll.run.run_dir import RunDir
 FLAGS = {
     "tune": """
         MODEL --reward/-r --task --shots --dataset/-d --prompts --eval-prompts --output/-o --resume --generations/-g
-        --population/-p/--population-size --rank --sigma --lr --target-modules --exclude --embeddings --head --vectors
+        --population/-p/--population-size/--pop-size --rank --sigma --lr --target-modules --exclude --embeddings --head --vectors
         --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
         --weight-decay --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
@@ -42,7 +40,7 @@ FLAGS = {
 }
 DEFAULTS = {
     "generations": 100,
-    "population": 64,
+    "population_size": 64,
     "rank": 8,
     "sigma": 0.01,
     "lr": 0.001,
@@ -86,8 +84,7 @@ def test_the_flags_are_frozen(command, eggroll, monkeypatch):
 
 
 def test_the_defaults_are_frozen():
-    kind, _ = COMMANDS["tune"]
-    options = kind("tiny")
+    options = OPTIONS(model="tiny")
     assert {name: getattr(options, name) for name in DEFAULTS} == DEFAULTS
 
 
@@ -112,7 +109,7 @@ def test_a_run_leaves_every_file(eggroll):
     assert {path.name for path in run.iterdir()} == FILES
     config = json.loads((run / "config.json").read_text())
     assert config["options"]["sigma"] == 0.05
-    assert config["config"]["population_size"] == 4
+    assert config["options"]["population_size"] == 4
     environment = json.loads((run / "environment.json").read_text())
     assert environment["model"] == "tiny"
     assert environment["device"] == "cpu"
@@ -225,7 +222,7 @@ def test_flags_reach_the_run(eggroll):
         "Be brief.",
     )
     assert done.status == 0, done.err
-    config = json.loads((eggroll.work / "run" / "config.json").read_text())["config"]
+    config = json.loads((eggroll.work / "run" / "config.json").read_text())["options"]
     expected = {
         "target_modules": ["q_proj", "v_proj"],
         "exclude": ["layers.1"],
@@ -276,7 +273,7 @@ def test_a_task_brings_its_settings(eggroll):
     done = eggroll("tune", "tiny", "--task", "one_sentence", *given, "--eval-prompts", "held.jsonl", "-o", "run")
     assert done.status == 0, done.err
     assert "reward one_sentence, " in done.out
-    config = json.loads((eggroll.work / "run" / "config.json").read_text())["config"]
+    config = json.loads((eggroll.work / "run" / "config.json").read_text())["options"]
     assert config["population_size"] == 2
     assert config["max_tokens"] == 2
     settings = get_task("one_sentence").settings
@@ -319,9 +316,9 @@ def test_worked_examples_come_before_each_problem(eggroll):
 
 @pytest.mark.parametrize(("backend", "vectors"), [("torch", True), ("vllm", False)])
 def test_a_task_does_not_recommend_what_adapters_of_vllm_cannot_evolve(backend, vectors):
-    options = TuneOptions("tiny", task="one_sentence", backend=backend)
-    assert _with_task(options).vectors is vectors
-    assert _with_task(options).lr == get_task("one_sentence").settings["lr"]
+    options = OPTIONS(model="tiny", task="one_sentence", backend=backend)
+    assert with_task(options).vectors is vectors
+    assert with_task(options).lr == get_task("one_sentence").settings["lr"]
 
 
 def test_worked_examples_of_no_task_are_refused(eggroll):
