@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from eggroll._environment import data_directory
 from eggroll._optional import require
 from eggroll.errors import DataError
 
@@ -70,10 +70,10 @@ def load(data: str | None, device: torch.device) -> Images:
 
 
 def _folder(data: str | None) -> Path | None:
-    given = data or os.environ.get("EGGROLL_DATA_DIR")
-    if not given:
+    given = Path(data) if data else data_directory()
+    if given is None:
         return None
-    for folder in (Path(given), Path(given) / "mnist", Path(given) / "MNIST" / "raw"):
+    for folder in (given, given / "mnist", given / "MNIST" / "raw"):
         if all(_path(folder, file) for files in FILES.values() for file in files):
             return folder
     if data is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eggroll.core.config import Sampling, Shaping
+from eggroll.core.fitness import Sampling, Shaping
 from eggroll.core.schedules import ScheduleName
 from eggroll.core.settings import setting
 from eggroll.distributed import TorchWorker

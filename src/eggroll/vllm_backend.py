@@ -100,7 +100,12 @@ class VllmEggrollTrainer(EggrollTrainer):
             raise RunError("there is nothing to save: no generation has been run; call evolve(prompts=...) first")
         setup = self.worker.setup
         model = self._best_member() if of == "member" else self.worker.model()
-        about = {"base_model": setup.base, "of": of, "generations": self.done, "reward": self.reward.name}
+        about: dict[str, Any] = {
+            "base_model": setup.base,
+            "of": of,
+            "generations": self.done,
+            "reward": self.reward.name,
+        }
         about["config"] = self.config.to_dict()
         if merged:
             save_pretrained(model, self.tokenizer, Path(directory) / "merged", metadata=about)

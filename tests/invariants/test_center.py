@@ -298,8 +298,8 @@ def test_random_numbers_of_the_caller_are_left_alone(case):
     state.check()
 
 
-def test_the_centre_is_used_again_after_its_update(case):
-    """Values are made from the centre as it is when a block begins."""
+def test_the_center_is_used_again_after_its_update(case):
+    """Values are made from the center as it is when a block begins."""
     population, x, _ = case
     for parameter in population.model.parameters():
         parameter.add_(0.5)

@@ -122,7 +122,7 @@ def test_right_answers_are_counted(model_dir, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     loaded = LoadedModel(model, tokenizer, "tiny", "tiny", torch.float32, torch.device("cpu"))
-    config = EvalOptions(("tiny",), "countdown").config(task)
+    config = EvalOptions(models=("tiny",), task="countdown").config(task)
     results = []
     for texts in ([right[0], "no", "no", "<answer>1</answer>"], right):
         monkeypatch.setattr(TorchEvaluator, "complete", Scripted(texts))
@@ -214,10 +214,10 @@ def test_a_live_bar_on_a_terminal():
 
 def test_options_of_a_task():
     task = get_task("zeros")
-    assert EvalOptions(("m",), "zeros").config(task).max_tokens == 16
-    assert EvalOptions(("m",), "zeros", max_tokens=3, system="s").config(task).system == "s"
+    assert EvalOptions(models=("m",), task="zeros").config(task).max_tokens == 16
+    assert EvalOptions(models=("m",), task="zeros", max_tokens=3, system="s").config(task).system == "s"
     with pytest.raises(ConfigError, match="has 2 problems"):
-        EvalOptions((), "zeros", batch_size=0).config(task)
+        EvalOptions(models=(), task="zeros", batch_size=0).config(task)
 
 
 def test_tune_on_a_task(eggroll):

@@ -74,7 +74,7 @@ def test_a_used_up_time_stays_used_up(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--pop_size", "7"), "pop_size (=7) must be even"),
+        (("--pop_size", "7"), "population_size (=7) must be even"),
         (("--tokens", "100000"), "text.txt"),
         (("--noise-table-size", "10"), "table"),
         (("--device", "gpu0"), "device (='gpu0') must be auto, cpu, cuda, cuda:1, mps"),

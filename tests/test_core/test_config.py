@@ -77,7 +77,7 @@ def test_an_odd_population_has_no_pairs():
         ),
         (
             {"group_size": 1},
-            "group_size (=1) centres every member on itself; use 0 (the whole population) or at least 2",
+            "group_size (=1) centers every member on itself; use 0 (the whole population) or at least 2",
         ),
         (
             {"population_size": 8, "elite_k": 8},

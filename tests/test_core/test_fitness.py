@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eggroll.core.fitness import NonFiniteFitnessWarning, centered_rank, replace_non_finite, shape_fitness
+from eggroll.core.config import ESConfig
+from eggroll.core.fitness import (
+    NonFiniteFitnessWarning,
+    centered_rank,
+    keep_elite,
+    leave_one_out,
+    normalized,
+    raw,
+    replace_non_finite,
+    shape_fitness,
+)
+from eggroll.errors import ConfigError
 
 METHODS = ("centered_rank", "normalized", "raw")
 scores = arrays(np.float64, st.integers(2, 40), elements=st.integers(-5, 5).map(float))
@@ -74,13 +85,13 @@ def test_groups_are_ranked_by_themselves():
     np.testing.assert_allclose(shape_fitness(fitness, group_size=3), [-0.5, 0.0, 0.5, -0.5, 0.5, 0.0])
 
 
-def test_groups_are_centred_alone_and_scaled_together():
+def test_groups_are_centered_alone_and_scaled_together():
     fitness = np.array([1.0, 3.0, 100.0, 300.0])
     expected = np.array([-1.0, 1.0, -100.0, 100.0]) / np.sqrt(fitness.var() + 1e-5)
     np.testing.assert_allclose(shape_fitness(fitness, method="normalized", group_size=2), expected, rtol=1e-6)
 
 
-def test_prompts_are_centred_alone_and_averaged():
+def test_prompts_are_centered_alone_and_averaged():
     """Columns are prompts: a hard prompt does not count less, and an easy one does not drown it."""
     table = np.array([[1.0, 1000.0], [3.0, 1000.0]])
     expected = np.array([-1.0, 1.0]) / np.sqrt(table.var() + 1e-5) / 2
@@ -165,13 +176,102 @@ def test_nothing_finite_changes_nothing():
         np.testing.assert_array_equal(weights, np.zeros(4))
 
 
-def test_finite_scores_warn_about_nothing_and_are_not_changed():
-    fitness = np.array([1.0, 2.0])
+def test_finite_scores_warn_about_nothing_and_the_callers_array_is_left_alone():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        values, count = replace_non_finite(fitness)
-    assert count == 0
-    assert values is not fitness
+        np.testing.assert_array_equal(replace_non_finite(np.array([1.0, 2.0])), [1.0, 2.0])
     with pytest.warns(NonFiniteFitnessWarning):
         replace_non_finite(given := np.array([np.nan, 1.0]))
-    assert np.isnan(given[0]), "the caller's array is left alone"
+    assert np.isnan(given[0])
+
+
+SCORES = np.array([3.0, -1.0, 0.5, 7.0, 2.0, 2.0, -4.0, 1.0])
+TABLE = np.stack([SCORES, SCORES[::-1] * 100.0, np.full(8, 2.0)], axis=1)
+PIECES = {
+    "replace_non_finite": replace_non_finite,
+    "raw": raw,
+    "centered_rank": centered_rank,
+    "centered_rank in groups": lambda x: centered_rank(x, group_size=4),
+    "normalized": normalized,
+    "normalized in groups": lambda x: normalized(x, group_size=4),
+    "normalized, deviation of the group": lambda x: normalized(x, group_size=4, group_std=True),
+    "leave_one_out": leave_one_out,
+    "leave_one_out in groups": lambda x: leave_one_out(x, group_size=2),
+    "keep_elite": lambda x: keep_elite(x if x.ndim == 1 else x.mean(axis=1), 3),
+    "shape_fitness": lambda x: shape_fitness(x, method="normalized", group_size=4, elite_k=2),
+}
+
+
+def in_torch(piece):
+    torch = pytest.importorskip("torch")
+    return lambda x: piece(torch.tensor(x)).numpy()
+
+
+def in_jax(piece):
+    jnp = pytest.importorskip("jax.numpy")
+    return lambda x: piece(jnp.asarray(x))
+
+
+def in_jit(piece):
+    jax = pytest.importorskip("jax")
+    return lambda x: jax.jit(piece)(jax.numpy.asarray(x))
+
+
+@pytest.mark.parametrize("library", [in_torch, in_jax, in_jit], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("scores", [SCORES, TABLE], ids=["one score", "prompts"])
+@pytest.mark.parametrize("name", PIECES)
+def test_every_piece_is_the_same_in_every_library(name, scores, library):
+    piece = PIECES[name]
+    expected = piece(scores)
+    got = library(piece)(scores)
+    assert got.shape == expected.shape
+    assert got.dtype == (expected.dtype if library is in_torch else np.float32)
+    tolerance = np.finfo(got.dtype).eps * 16
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * np.abs(scores).max())
+
+
+@pytest.mark.parametrize("library", [in_torch, in_jax, in_jit], ids=lambda x: x.__name__)
+def test_non_finite_scores_are_the_worst_in_every_library(library):
+    bad = np.array([1.0, np.nan, 3.0, -np.inf])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        np.testing.assert_array_equal(library(replace_non_finite)(bad), [1.0, 1.0, 3.0, 1.0])
+        np.testing.assert_array_equal(library(replace_non_finite)(np.full(3, np.nan)), np.zeros(3))
+    counted = [str(warning.message) for warning in caught if warning.category is NonFiniteFitnessWarning]
+    assert [text.partition(" scores")[0] for text in counted] == ([] if library is in_jit else ["2 of 4", "3 of 3"])
+
+
+def by_sign(fitness):
+    """A shaping of a user's own."""
+    return (fitness > fitness.mean()) * 2.0 - 1.0
+
+
+def test_a_shaping_of_ones_own_comes_back_from_the_settings_of_a_run():
+    config = ESConfig(population_size=4, fitness_shaping=by_sign, elite_k=1)
+    stored = config.to_dict()
+    assert stored["fitness_shaping"] == f"{__name__}:by_sign"
+    scores = np.array([1.0, 2.0, 6.0, 3.0])
+    np.testing.assert_array_equal(config.shape(scores), [0.0, 0.0, 2.0, 0.0])
+    library = ESConfig.from_dict(stored | {"fitness_shaping": "eggroll.core.fitness:normalized"})
+    np.testing.assert_array_equal(library.shape(scores), shape_fitness(scores, method="normalized", elite_k=1))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("no_such_module_anywhere:f", r"fitness_shaping \(='no_such.*:f'\) cannot be imported .*No module named"),
+        ("eggroll.core.fitness:centred", "cannot be imported .*has no attribute 'centred'"),
+        ("eggroll.core.fitness:VARIANCE_EPSILON", "is no function"),
+        ("sign", "there is no fitness shaping 'sign'; use centered_rank, normalized, raw, or a function"),
+        (lambda fitness: fitness[:2], r"gave the shape \(2,\) for scores of the shape \(4,\); it must give one weight"),
+    ],
+)
+def test_shapings_that_cannot_work(method, message):
+    with pytest.raises(ConfigError, match=message):
+        shape_fitness(np.arange(4.0), method=method)
+
+
+def test_a_function_without_a_name_cannot_be_written_to_a_run():
+    config = ESConfig(fitness_shaping=lambda fitness: fitness)
+    with pytest.raises(ConfigError, match=r"(?s)cannot be written to a run's settings.*defined at the top of a module"):
+        config.to_dict()

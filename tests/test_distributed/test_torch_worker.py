@@ -41,7 +41,7 @@ def test_one_score_for_each_member_and_prompt(toys):
 @pytest.mark.parametrize(
     ("scores", "given"),
     [
-        (lambda active: torch.zeros(3), r"float64 \(3,\)"),
+        (lambda active: torch.zeros(3), r"float32 \(3,\)"),
         (lambda active: 1.0, r"returned 1\.0"),
         (lambda active: ["a"] * active.members, r"<U1 \(4,\)"),
     ],

@@ -53,7 +53,7 @@ def test_episodes_count_alike(group_size):
 def test_scores_that_are_not_finite_count_as_the_worst():
     bad = np.array([1.0, np.nan, 3, np.inf])
     expected = converted(np.array([1.0, 1, 3, 1]))
-    with pytest.warns(NonFiniteFitnessWarning, match="2 of 4 scores are NaN or infinite; they count as the worst"):
+    with pytest.warns(NonFiniteFitnessWarning, match="2 of 4 scores were NaN or infinite; they count as the worst"):
         np.testing.assert_array_equal(converted(bad), expected)
     np.testing.assert_allclose(converted(bad, jit=True), expected, rtol=1e-6)
     np.testing.assert_array_equal(converted(np.full(4, np.nan), jit=True), np.zeros(4))

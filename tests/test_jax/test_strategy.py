@@ -16,12 +16,12 @@ import jax.numpy as jnp  # noqa: E402
 
 from eggroll.core import oracle  # noqa: E402
 from eggroll.core.config import ESConfig  # noqa: E402
+from eggroll.core.fitness import NonFiniteFitnessWarning  # noqa: E402
 from eggroll.core.fitness import shape_fitness as reference_shaping  # noqa: E402
 from eggroll.core.select import ParameterSpec  # noqa: E402
 from eggroll.errors import ConfigError  # noqa: E402
 from eggroll.jax.gradient import es_gradient  # noqa: E402
 from eggroll.jax.noise import Leaf, seed_key  # noqa: E402
-from eggroll.jax.shaping import shape_fitness  # noqa: E402
 from eggroll.jax.strategy import Strategy  # noqa: E402
 
 LEAVES = [Leaf("w1", (5, 4), 0, 1), Leaf("w2", (5, 4), 0, 1), Leaf("b", (5,), 0, 0), Leaf("e", (2, 3, 4), 1, 1)]
@@ -66,14 +66,20 @@ def test_shaping_is_that_of_the_core(shaping, sampling, group_size, elite_k):
         population_size=12, fitness_shaping=shaping, sampling=sampling, group_size=group_size, elite_k=elite_k
     )
     expected = reference_shaping(scores, method=shaping, sampling=sampling, group_size=group_size, elite_k=elite_k)
-    np.testing.assert_allclose(shape_fitness(scores, config), expected, atol=1e-6)
+    for shape in (config.shape, jax.jit(config.shape)):
+        np.testing.assert_allclose(shape(jnp.asarray(scores)), expected, atol=1e-6)
 
 
 def test_invalid_scores_count_as_the_worst():
-    config = ESConfig(population_size=4, fitness_shaping="centered_rank")
+    config = ESConfig(population_size=4)
     expected = reference_shaping(np.array([1.0, 1.0, 3.0, 1.0]))
-    np.testing.assert_allclose(shape_fitness(jnp.array([1.0, jnp.nan, 3.0, -jnp.inf]), config), expected, atol=1e-6)
-    np.testing.assert_array_equal(shape_fitness(jnp.full(4, jnp.nan), config), np.zeros(4))
+    bad, nothing = jnp.array([1.0, jnp.nan, 3.0, -jnp.inf]), jnp.full(4, jnp.nan)
+    with pytest.warns(NonFiniteFitnessWarning, match="2 of 4 scores were NaN or infinite"):
+        np.testing.assert_allclose(config.shape(bad), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(config.shape)(bad), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(config.shape)(nothing), np.zeros(4), atol=1e-6)
+    with pytest.warns(NonFiniteFitnessWarning, match="4 of 4"):
+        np.testing.assert_array_equal(config.shape(nothing), np.zeros(4))
 
 
 @pytest.mark.parametrize("members_per_forward", [0, 1, 6])

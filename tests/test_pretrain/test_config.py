@@ -59,4 +59,4 @@ def test_pairs_are_shaped_from_the_whole_numbers_behind_the_scores(fitness, toke
     assert np.array_equal(16 * weights, shape_pairs(scores, fitness))
     assert config.weight_metrics(weights) == {"ties": float((weights == 0).mean())}
     with pytest.raises(AssertionError, match="whole sixteenths"):
-        config.shape(np.full(2000, 0.01))
+        config.shape(np.full(2000, 0.0123))

@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
+from eggroll.core.records import UpdateRecord
 from eggroll.distributed import LocalPool
 from eggroll.distributed.crew import WorkerWarning
 from eggroll.distributed.partition import ranges
@@ -21,7 +23,7 @@ UNEVEN = [range(0, 2), range(2, 12), range(12, 14), range(14, 60), range(60, 64)
 
 
 def numpy_state(worker):
-    return {name: np.array(value) for name, value in worker.state_tensors().items()}
+    return {name: np.asarray(value).copy() for name, value in worker.state_tensors().items()}
 
 
 def assert_same_state(first, second):
@@ -91,8 +93,6 @@ def test_updates_from_a_state_are_those_in_sequence(options, precision):
     settings = dataclasses.replace(options, precision=precision, momentum_shift=2 if precision == "int8" else 0)
     config, first = settings.es(), kind.make_worker(settings)
     states, norms = [numpy_state(first)], []
-    from eggroll.core.records import UpdateRecord
-
     records = []
     for generation in range(3):
         weights = config.shape(first.evaluate(generation, SIGMA, range(64)).fitness)
@@ -104,17 +104,15 @@ def test_updates_from_a_state_are_those_in_sequence(options, precision):
         # One that has been elsewhere before: nothing of that may stay.
         other = kind.make_worker(settings)
         other.load_state_tensors(first.state_tensors())
-        other.load_state_tensors(kind_of_tensors(states[start]))
+        other.load_state_tensors(as_tensors(states[start]))
         assert_same_state(numpy_state(other), states[start])
         for record in records[start:]:
             assert other.apply(record) == norms[record.generation]
         assert_same_state(numpy_state(other), states[3])
 
 
-def kind_of_tensors(state):
+def as_tensors(state):
     """As a checkpoint gives them: PyTorch tensors."""
-    import torch
-
     return {name: torch.from_numpy(value.copy()) for name, value in state.items()}
 
 
@@ -153,8 +151,9 @@ def test_a_checkpoint_of_another_shape_is_refused(options):
         worker.load_state_tensors(other.state_tensors())
 
 
-def test_the_last_validation_reads_everything(options):
-    worker = kind.make_worker(dataclasses.replace(options, eval_tokens=100, sample_every=4))
+def test_the_last_validation_reads_everything(options, text_file):
+    text_file.write_bytes(b"abcd efgh. " * 4000)
+    worker = kind.make_worker(dataclasses.replace(options, eval_tokens=2000, sample_every=4))
     part, whole = worker.heldout(2), worker.heldout(options.generations)
     assert part.metrics["validation_bytes"] < whole.metrics["validation_bytes"] == len(worker.corpus.validation) - 1
     assert whole.reward == -whole.metrics["validation_bits_per_byte"]

@@ -168,7 +168,7 @@ def inputs_for(model, batch, length):
 
 @pytest.mark.parametrize("setting", ["pairs", "one_sided"])
 @pytest.mark.parametrize("name", MODELS)
-def test_members_equal_their_materialised_model(name, setting, agree, filled):
+def test_members_equal_their_materialized_model(name, setting, agree, filled):
     options, batch, length = POPULATIONS[setting]
     model = filled(build(name))
     agree(model, inputs_for(model, batch, length), tolerance=3e-6, **options)

@@ -151,7 +151,7 @@ def test_drawn_factors_are_the_stored_ones(measured, dtype, case):
 
 
 def test_every_factor_is_drawn_bit_for_bit():
-    """With a centre of zeros, rank 1 and inputs of a single 1, a result is one product ``v[j] u[i]`` without a sum."""
+    """With a center of zeros, rank 1 and inputs of a single 1, a result is one product ``v[j] u[i]`` without a sum."""
     equal = run_python(
         REPAIR_BFLOAT16
         + """

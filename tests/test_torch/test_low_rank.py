@@ -87,7 +87,7 @@ def test_the_term_is_as_exact_as_plain_operations(shape, rank, dtype, threads):
 @NEEDS_COMPILER
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_views_that_start_anywhere_in_memory(dtype):
-    """Addresses that are no multiple of a vector's size, and neighbours that stay as they are."""
+    """Addresses that are no multiple of a vector's size, and neighbors that stay as they are."""
     out, x, a, b = case(3, 2, 37, 29, 1, dtype)
     held = [torch.full((part.numel() + 3,), 7.0, dtype=dtype) for part in (out, x, a, b)]
     views = [memory[1:-2].view(part.shape).copy_(part) for memory, part in zip(held, (out, x, a, b), strict=True)]
@@ -367,7 +367,7 @@ def test_gradients_flow_where_they_are_asked_for(calls):
 
 @NEEDS_COMPILER
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_transforms_and_traces_see_plain_operations(calls):
+def test_perturbeds_and_traces_see_plain_operations(calls):
     torch.manual_seed(0)
     x, weight, a, b = torch.randn(3, 4, 6), torch.randn(5, 6), torch.randn(2, 5, 1), torch.randn(2, 6, 1)
     expected = torch.stack([low_rank.linear(part, weight, a, b) for part in x])

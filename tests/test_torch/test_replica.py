@@ -9,7 +9,7 @@ from eggroll.core import oracle
 from eggroll.core.config import ESConfig
 from eggroll.core.fitness import shape_fitness
 from eggroll.core.records import UpdateRecord
-from eggroll.errors import CheckpointError, ConfigError, SelectionError
+from eggroll.errors import CheckpointError, ConfigError, RewardError, SelectionError
 from eggroll.run.run_dir import RunDir
 from eggroll.torch import Population, Replica
 from eggroll.torch import noise as noise_module
@@ -209,10 +209,147 @@ def test_evolution_climbs_a_quadratic():
     assert (layer.weight - target).norm() < 0.05 * target.norm()
 
 
+def by_hand(replica, score_fn, generation):
+    """A generation from its parts: scores at the schedule's sigma, shaped as the config says, as a record."""
+    config = replica.config
+    scores = replica.population.scores(
+        lambda active: score_fn(replica.model, active), generation, sigma=config.sigma_at(generation)
+    )
+    shaped = shape_fitness(
+        scores.double().numpy(), method=config.fitness_shaping, sampling=config.sampling, elite_k=config.elite_k
+    )
+    sigma, lr = config.sigma_at(generation), config.lr_at(generation)
+    return scores, replica.apply(UpdateRecord.make(generation, sigma, lr, shaped))
+
+
+def far_from_one(model, active):
+    y = active.split(model(active.expand(torch.ones(3, 6))))
+    return -(y - 1.0).square().mean(dim=(1, 2))
+
+
+@pytest.mark.parametrize("members_per_forward", [None, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sigma_decay": 0.7, "lr_decay": 0.8, "optimizer": "adam", "fitness_shaping": "normalized"},
+        {"sampling": "one_sided", "fitness_shaping": "raw", "noise_reuse": 2},
+        {"elite_k": 2},
+    ],
+)
+def test_a_step_is_its_parts(settings, members_per_forward):
+    config = ESConfig(population_size=8, rank=2, sigma=0.1, lr=0.1, **settings)
+    one, other = (Replica(nn.Linear(6, 2), config) for _ in range(2))
+    other.model.load_state_dict(one.model.state_dict())
+    for generation in range(3):
+        assert one.generation == other.generation == generation
+        scores = one.step(far_from_one, members_per_forward=members_per_forward)
+        expected, _ = by_hand(other, far_from_one, generation)
+        torch.testing.assert_close(scores, expected)
+        if members_per_forward is None:
+            assert torch.equal(one.model.weight, other.model.weight)
+        torch.testing.assert_close(one.model.weight, other.model.weight)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 3)])
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: x.numpy(), lambda x: x.tolist(), lambda x: x.bfloat16()])
+def test_tell_takes_what_holds_scores(shape, form):
+    torch.manual_seed(1)
+    scores = torch.randint(-4, 5, shape).double()
+    config = ESConfig(population_size=8, lr=0.1)
+    told, applied = (Replica(nn.Linear(6, 2), config) for _ in range(2))
+    told.model.load_state_dict(applied.model.state_dict())
+    norm = told.tell(5, form(scores))
+    assert norm == applied.apply(UpdateRecord.make(5, 0.01, 0.1, shape_fitness(scores.numpy()))) > 0
+    assert torch.equal(told.model.weight, applied.model.weight)
+    assert told.generation == 6
+
+
+@pytest.mark.parametrize(
+    ("scores", "given"),
+    [
+        (torch.zeros(7), r"float32 \(7,\)"),
+        (np.zeros((8, 2, 2)), r"float64 \(8, 2, 2\)"),
+        (1.5, "1.5"),
+        (["a"] * 8, "U1"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(scores, given):
+    replica = Replica(nn.Linear(6, 2), ESConfig(population_size=8))
+    before = replica.model.weight.clone()
+    with pytest.raises(RewardError, match=rf"tell needs \(8,\) scores, one for each member, or.*{given}"):
+        replica.tell(0, scores)
+    with pytest.raises(RewardError, match=rf"fitness_fn must return \(8,\) scores.*{given}.*active.split"):
+        replica.step(lambda model, active: scores)
+    assert torch.equal(replica.model.weight, before)
+    assert replica.generation == 0
+
+
+def test_arrays_and_scores_of_prompts_are_put_together_from_parts():
+    replica = Replica(nn.Linear(6, 2), ESConfig(population_size=8, sigma=0.1))
+    whole = replica.evaluate(lambda model, active: active.split(model(active.expand(torch.eye(6)))).mean(2))
+    assert whole.shape == (8, 6)
+
+    def as_array(model, active):
+        assert active.members <= 3
+        return active.split(model(active.expand(torch.eye(6)))).mean(2).numpy()[:, ::-1]
+
+    parts = replica.evaluate(as_array, members_per_forward=3)
+    torch.testing.assert_close(parts, whole.flip(1).double())
+    some = replica.evaluate(as_array, members=range(2, 5))
+    torch.testing.assert_close(some, parts[2:5])
+    assert replica.generation == 0
+
+
+def test_ask_is_the_coming_generation_at_its_sigma():
+    replica = Replica(nn.Linear(6, 2), ESConfig(population_size=8, sigma=0.1, sigma_decay=0.5, lr=0.1))
+    replica.step(far_from_one)
+    with replica.ask() as active, torch.no_grad():
+        asked = far_from_one(replica.model, active)
+    with replica.population.perturbed(1, sigma=0.05) as active:
+        assert torch.equal(asked, far_from_one(replica.model, active))
+    with replica.ask(range(4, 8)) as active:
+        assert (active.first, active.members) == (4, 4)
+    assert replica.tell(replica.generation, asked) > 0
+
+
+def test_a_score_that_raises_leaves_everything_as_it_was():
+    replica = Replica(nn.Linear(6, 2), ESConfig(population_size=8))
+    before = replica.model.weight.clone()
+
+    def fails(model, active):
+        raise KeyError("a mistake")
+
+    with pytest.raises(KeyError, match="a mistake"):
+        replica.step(fails)
+    assert torch.equal(replica.model.weight, before)
+    assert replica.generation == 0
+    assert replica.step(far_from_one).shape == (8,)
+
+
+def test_steps_learn():
+    """The example of the class: a linear map from its outputs, to a tenth of its error in 100 steps."""
+    torch.manual_seed(0)
+    replica = Replica(
+        nn.Linear(3, 1), ESConfig(population_size=64, rank=1, sigma=0.1, lr=0.1), kinds=("matrix", "vector")
+    )
+    x = torch.randn(32, 3)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
+
+    def fitness(model, active):
+        return -(active.split(model(active.expand(x))) - y).square().mean(dim=(1, 2))
+
+    first = replica.step(fitness).mean()
+    for _ in range(99):
+        last = replica.step(fitness).mean()
+    assert last > first / 10
+    assert replica.generation == 100
+
+
 def test_public_names():
     import eggroll.torch
 
-    assert dir(eggroll.torch) == ["EGGROLL", "Population", "Replica"]
+    assert dir(eggroll.torch) == eggroll.torch.__all__ == ["Active", "EGGROLL", "Population", "Replica"]
     assert eggroll.torch.Population is Population
     with pytest.raises(AttributeError, match=r"module 'eggroll.torch' has no attribute 'Populations'"):
         _ = eggroll.torch.Populations

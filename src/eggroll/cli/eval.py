@@ -7,16 +7,16 @@ import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from eggroll.core.settings import setting
 from eggroll.errors import ConfigError
-from eggroll.llm.config import Dtype, EggrollConfig
+from eggroll.llm.config import EggrollConfig, GenerationOptions, ModelOptions
 
 if TYPE_CHECKING:
     from eggroll.llm.data.examples import Example
@@ -24,41 +24,31 @@ if TYPE_CHECKING:
     from eggroll.llm.measure.intervals import Interval
     from eggroll.llm.tasks import Task
 
-arg = tyro.conf.arg
 
-
-@dataclass(frozen=True)
-class EvalOptions:
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ModelOptions, GenerationOptions):
     """Everything that ``eggroll eval`` can be told."""
 
-    models: Annotated[tyro.conf.Positional[tuple[str, ...]], arg(metavar="MODEL [MODEL]")]
+    models: tuple[str, ...] = setting(positional="MODEL [MODEL]")
     """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m."""
-    task: str
+    task: str = setting()
     """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME."""
     shots: int = 0
     """Worked examples before each problem (countdown, gsm8k)."""
     samples: int | None = None
     """Test problems that are answered (default: 128, or all if there are fewer)."""
-    max_tokens: int | None = None
+    max_tokens: int | None = None  # type: ignore[assignment]
     """Longest completion in tokens (default: the task's)."""
-    max_length: int | None = None
+    max_length: int | None = None  # type: ignore[assignment]
     """Longest prompt in tokens (default: the task's)."""
-    temperature: float = 0.0
-    """0 is greedy."""
     system: str | None = None
     """A system prompt (default: the task's)."""
     batch_size: int = 16
     """Problems answered together."""
-    output: Annotated[str | None, arg(aliases=["-o"])] = None
+    output: str | None = setting(None, flags=("-o",))
     """A JSON file for the figures and all answers."""
-    dtype: Dtype = "auto"
-    """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine, the same for both models."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..."""
     seed: int = 42
     """Which test problems are answered, the resampling, and sampled tokens."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
 
     def config(self, task: Task) -> EggrollConfig:
         """The settings with the task's in the place of those that were not given.
@@ -77,12 +67,16 @@ class EvalOptions:
             max_tokens=task.max_tokens if self.max_tokens is None else self.max_tokens,
             max_length=self.max_length or task.settings.get("max_length") or EggrollConfig.max_length,
             temperature=self.temperature,
+            chat=self.chat,
             system=task.system if self.system is None else self.system,
             seed=self.seed,
         )
 
 
-def evaluate(options: EvalOptions) -> int:
+OPTIONS = EvalOptions
+
+
+def run(options: EvalOptions) -> int:
     """Measure a model on a task's test problems, or compare two, with 95 % confidence intervals."""
     from eggroll.llm.measure.evaluate import compare, draw_problems
     from eggroll.llm.tasks import get_task

@@ -2,102 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eggroll.core.config import OptimizerName, Sampling
-from eggroll.llm.config import Dtype, EggrollConfig
+from eggroll.core.settings import setting
+from eggroll.llm.config import EggrollConfig, ModelOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from eggroll.llm.estimate import Estimate, Memory, Workload
+    from eggroll.llm.estimate.memory import Estimate, Memory, Workload
     from eggroll.llm.models.outline import Outline
 
-arg = tyro.conf.arg
 
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions(ModelOptions, EggrollConfig):
+    """The settings of ``eggroll tune`` that change what a run needs."""
 
-@dataclass(frozen=True)
-class InfoOptions:
-    """What ``eggroll info`` can be told: settings of ``eggroll tune`` that change what a run needs."""
-
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    model: str = setting(positional="MODEL")
     """Hub id, local directory, .gguf file, or smollm2-135m."""
-    population: Annotated[int, arg(aliases=["-p", "--population-size"])] = 64
-    """Members per generation."""
-    rank: int = 8
-    """Rank of the perturbations."""
-    target_modules: tuple[str, ...] | None = None
-    """Only evolve parameters whose names match one of these patterns."""
-    exclude: tuple[str, ...] = ()
-    """Leave parameters alone whose names match one of these patterns."""
-    embeddings: bool = False
-    """Evolve the token embedding too."""
-    head: bool = False
-    """Evolve a separate output head too."""
-    vectors: bool = False
-    """Evolve norm scales and biases too."""
-    optimizer: OptimizerName = "adam"
-    """How the estimate becomes a step."""
-    sampling: Sampling = "antithetic"
-    """antithetic pairs share their noise."""
-    batch_size: int = 8
-    """Prompts or texts per generation."""
     prompt_tokens: int = 64
     """Length of a prompt in tokens."""
-    max_tokens: int = 128
-    """Longest completion in tokens."""
-    max_length: int = 512
-    """Length of a text in tokens, for perplexity."""
-    members_per_forward: int | None = None
-    """Members evaluated together (default: as many as fit comfortably)."""
-    dtype: Dtype = "auto"
-    """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-
-    def config(self) -> EggrollConfig:
-        """The settings of such a run.
-
-        Raises:
-            ConfigError: some cannot work.
-        """
-        renamed = {"population": "population_size", "batch_size": "prompts_per_generation"}
-        known = {field.name for field in dataclasses.fields(EggrollConfig)}
-        values = {renamed.get(key, key): value for key, value in dataclasses.asdict(self).items()}
-        return EggrollConfig(**{key: value for key, value in values.items() if key in known})
+    population_size: int = 64
 
 
-def info(options: InfoOptions) -> int:
+OPTIONS = InfoOptions
+
+
+def run(options: InfoOptions) -> int:
     """Show a model's parameters and what a population of it needs; its weights are not loaded."""
-    config = options.config()
-    console = Console(highlight=False)
-    from eggroll.llm.estimate import Estimate, Workload, rows_budget
+    from eggroll.llm.estimate.machine import rows_budget
+    from eggroll.llm.estimate.memory import Estimate, Workload
     from eggroll.llm.models.outline import look_up
 
     found = look_up(
         options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
     )
-    estimate = Estimate.of(found.outline, config, found.dtype)
+    estimate = Estimate.of(found.outline, options, found.dtype)
+    prompts = options.prompts_per_generation
     workloads = {
-        "written answers": Workload(options.batch_size, options.prompt_tokens, options.max_tokens),
-        "perplexity": Workload(options.batch_size, options.max_length),
+        "written answers": Workload(prompts * options.samples_per_prompt, options.prompt_tokens, options.max_tokens),
+        "perplexity": Workload(prompts, options.max_length),
     }
     memories = {}
     for name, workload in workloads.items():
-        members = config.members_per_forward or estimate.members_that_fit(workload, rows_budget(found.device))
+        members = options.members_per_forward or estimate.members_that_fit(workload, rows_budget(found.device))
         memories[name] = estimate.memory(workload, members)
     dtype = str(found.dtype).removeprefix("torch.")
-    out = console.print
+    out = Console(highlight=False).print
     out(f"[bold]{escape(found.name)}[/]  {found.outline.name}, {_number(found.outline.size)} parameters, {dtype}")
     for note in found.notes:
         out(f"[dim]{escape(note)}[/]")
@@ -144,7 +101,7 @@ def _parameters(estimate: Estimate) -> Table:
 
 
 def _memory(estimate: Estimate, memories: dict[str, Memory]) -> Table:
-    from eggroll.llm.estimate import gigabytes
+    from eggroll.llm.estimate.machine import gigabytes
 
     config = estimate.config
     title = f"memory, {config.population_size} members, rank {config.rank}, {config.optimizer}"
@@ -171,12 +128,14 @@ def _memory(estimate: Estimate, memories: dict[str, Memory]) -> Table:
 
 
 def _work(estimate: Estimate, workloads: dict[str, Workload]) -> Table:
+    from eggroll.llm.estimate.work import work_of
+
     config = estimate.config
     per_row = [
         f"{load.rows} x ({load.prompt} + {load.new})" if load.new else f"{load.rows} x {load.prompt}"
         for load in workloads.values()
     ]
-    works = [estimate.work(load) for load in workloads.values()]
+    works = [work_of(estimate, load) for load in workloads.values()]
     table = _table("each generation", "", *workloads)
     table.add_row("tokens of a member", *per_row)
     table.add_row("tokens", *(_number(work.tokens) for work in works))
@@ -192,7 +151,7 @@ def _work(estimate: Estimate, workloads: dict[str, Workload]) -> Table:
 
 
 def _fit(estimate: Estimate, memories: dict[str, Memory], device: torch.device) -> list[str]:
-    from eggroll.llm.estimate import gigabytes, machine_memory, ways_out
+    from eggroll.llm.estimate.machine import gigabytes, machine_memory, ways_out
 
     if device.type not in ("cpu", "cuda"):
         return [f"how much memory {device} has is not known"]

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import tyro
 
@@ -27,7 +27,7 @@ def parse(
         SystemExit: --help was asked for, or the command line is wrong, which has been said then.
         ConfigError: settings that cannot work.
     """
-    command = command_type(kind)
+    command = command_type(cast(Any, kind))
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     absent: Any = tyro.MISSING_NONPROP
     if default is not None:
@@ -38,16 +38,17 @@ def parse(
 
 
 @cache
-def command_type(kind: type[Any]) -> type[Any]:
+def command_type(kind: Any) -> Any:
     """A dataclass with the fields of ``kind``, annotated for tyro, that checks nothing."""
-    hints, texts = get_type_hints(kind, include_extras=True), field_texts(kind)
+    hints: dict[str, Any] = get_type_hints(kind, include_extras=True)
+    texts = field_texts(kind)
     namespace: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__, "__module__": kind.__module__}
     for field in dataclasses.fields(kind):
         hint, told = hints[field.name], about(kind, field.name)
         if told.get("positional"):
-            hint = tyro.conf.Positional[hint]
+            hint = tyro.conf.Positional[hint]  # type: ignore[misc,valid-type]
         if told.get("hidden"):
-            hint = tyro.conf.Suppress[hint]
+            hint = tyro.conf.Suppress[hint]  # type: ignore[misc,valid-type]
         argument = tyro.conf.arg(
             help=texts.get(field.name, ""),
             aliases=[flag.replace("_", "-") for flag in told.get("flags", ())] or None,  # tyro takes both for these
@@ -61,19 +62,20 @@ def command_type(kind: type[Any]) -> type[Any]:
 
 
 @cache
-def field_texts(kind: type[Any]) -> dict[str, str]:
+def field_texts(kind: Any) -> dict[str, str]:
     """The docstrings below the fields of a dataclass and of its bases; a field without one has its base's."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cast(type, base))))
         except (OSError, TypeError):  # no source is installed
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
         for one, after in pairwise(body):
-            is_field = isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
-            if is_field and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                found[one.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+            if not (isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                found[one.target.id] = " ".join(str(after.value.value).split())
     return found

@@ -10,8 +10,11 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from eggroll.core.arrays import Array
 from eggroll.core.check import is_number, numbers, whole
-from eggroll.core.fitness import Sampling, Shaping, shape_fitness
+from eggroll.core.fitness import Sampling as Sampling
+from eggroll.core.fitness import Shaping as Shaping
+from eggroll.core.fitness import ShapingName, shape_fitness, shaping_name
 from eggroll.core.schedules import Schedule, ScheduleName
 from eggroll.core.settings import setting, to_json_values
 from eggroll.errors import ConfigError
@@ -43,9 +46,10 @@ class ESConfig:
     sampling: Sampling | None = None
     """``antithetic``, or ``one_sided``: every member has a draw of its own, with a leave-one-out baseline."""
     fitness_shaping: Shaping = "centered_rank"
-    """``centered_rank`` (in [-0.5, 0.5], ties share the mean rank), ``normalized`` (z-score) or ``raw``."""
+    """``centered_rank`` (in [-0.5, 0.5], ties share the mean rank), ``normalized`` (z-score) or ``raw``; in Python also
+    a function of the scores (:mod:`eggroll.core.fitness`)."""
     group_size: int = 0
-    """Consecutive members that are centred together; 0 centres over the whole population."""
+    """Consecutive members that are centered together; 0 centres over the whole population."""
     target_modules: tuple[str, ...] | None = None
     """Name patterns of the parameters to evolve; ``None`` evolves all matrices."""
     exclude: tuple[str, ...] = ()
@@ -53,7 +57,7 @@ class ESConfig:
     elite_k: int = 0
     """Only the best k members contribute; 0 uses all."""
     weight_decay: float = 0.0
-    """L2 regularisation in the optimizer (decoupled for adamw)."""
+    """L2 regularization in the optimizer (decoupled for adamw)."""
     optimizer: OptimizerName = "sgd"
     """Which rule turns the estimate into a step."""
     momentum: float = 0.9
@@ -91,8 +95,10 @@ class ESConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each; empty if they can work."""
+        own_shaping = callable(self.fitness_shaping) or ":" in str(self.fitness_shaping)
         found = [
-            *_choices(self, fitness_shaping=Shaping, sampling=Sampling, optimizer=OptimizerName, rounding=Rounding),
+            *([] if own_shaping else _choices(self, fitness_shaping=ShapingName)),
+            *_choices(self, sampling=Sampling, optimizer=OptimizerName, rounding=Rounding),
             *_choices(self, lr_schedule=ScheduleName, sigma_schedule=ScheduleName),
             *whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0, seed=0),
             *numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
@@ -118,7 +124,7 @@ class ESConfig:
             near = sorted(sorted(divisors, key=lambda d: abs(d - self.group_size))[:3])
             found.append(f"group_size (={self.group_size}) must divide population_size (={size}); for example {near}")
         if self.group_size == 1:
-            found.append("group_size (=1) centres every member on itself; use 0 (the whole population) or at least 2")
+            found.append("group_size (=1) centers every member on itself; use 0 (the whole population) or at least 2")
         if self.elite_k >= size:
             found.append(f"elite_k (={self.elite_k}) must be below population_size (={size}); use 0 for all members")
         if self.seed >= 2**64:
@@ -137,8 +143,11 @@ class ESConfig:
         """Sigma as a function of the generation; it never falls to 0, where nothing could be learned."""
         return Schedule(self.sigma_schedule, self.sigma, self.sigma_decay, self.generations, final_fraction=0.1)
 
-    def shape(self, fitness: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        """The weights ``(N,)`` of the estimate from raw scores ``(N,)`` or ``(N, prompts)``."""
+    def shape(self, fitness: Array) -> Array:
+        """The ``(N,)`` float32 weights of the estimate from raw scores, ``(N,)`` or ``(N, Q)``, of any array library.
+
+        See :func:`eggroll.core.fitness.shape_fitness`.
+        """
         return shape_fitness(
             fitness,
             method=self.fitness_shaping,
@@ -152,8 +161,12 @@ class ESConfig:
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings as JSON values."""
-        return to_json_values(self)
+        """All settings as JSON values; a shaping function is its ``module:name``.
+
+        Raises:
+            ConfigError: the shaping function cannot be found again by its name.
+        """
+        return to_json_values(self) | {"fitness_shaping": shaping_name(self.fitness_shaping)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

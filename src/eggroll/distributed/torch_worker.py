@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
-from eggroll.errors import ConfigError, RewardError
+from eggroll.errors import ConfigError
 from eggroll.loop import Evaluation, Heldout
 from eggroll.torch.population import Active
 from eggroll.torch.replica import MATRIX_KINDS, Replica
@@ -62,25 +60,20 @@ class TorchWorker:
         """The center."""
         return self.replica.model
 
-    @torch.no_grad()
     def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
         """Scores of some members.
 
         Raises:
             RewardError: ``fitness_fn`` returned something else than a score for each of them.
         """
-        population = self.replica.population
-        # All of the generation's noise: the update of this replica needs every pair of it anyway.
-        population.noise.prepare(generation, population.num_pairs, population.device)
-        found: list[np.ndarray] = []
-        step = self.members_per_forward or len(members)
-        for first in range(members.start, members.stop, step):
-            part = range(first, min(first + step, members.stop))
-            with population.perturbed(generation, part, sigma=sigma) as active:
-                scores = self._fitness(self.replica.model, active, generation)
-            found.append(_table(scores, len(part)))
-            del scores  # small tensors that outlive a part would split the memory that the next part needs
-        return Evaluation(np.concatenate(found))
+        scores = self.replica.evaluate(
+            lambda model, active: self._fitness(model, active, generation),
+            generation=generation,
+            sigma=sigma,
+            members=members,
+            members_per_forward=self.members_per_forward,
+        )
+        return Evaluation(scores.double().cpu().numpy())
 
     def heldout(self, generation: int) -> Heldout:
         """The center's score.
@@ -103,15 +96,3 @@ class TorchWorker:
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state_tensors`."""
         self.replica.load_state_tensors(tensors)
-
-
-def _table(scores: Any, members: int) -> np.ndarray:
-    """Scores of some members as float64."""
-    table = scores.detach().double().cpu().numpy() if isinstance(scores, Tensor) else np.asarray(scores)
-    if table.ndim not in (1, 2) or len(table) != members or table.dtype.kind not in "fiub":
-        given = f"{table.dtype} {table.shape}" if table.shape else repr(scores)
-        raise RewardError(
-            f"fitness_fn must return ({members},) scores, one for each member (active.members), or "
-            f"({members}, prompts); it returned {given}. active.split(y) gives (members, batch, ...)"
-        )
-    return table.astype(np.float64)

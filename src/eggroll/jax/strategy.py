@@ -15,10 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 from eggroll.core.config import ESConfig
 from eggroll.errors import ConfigError
 from eggroll.jax.gradient import es_gradient
-from eggroll.jax.leaves import named_leaves
+from eggroll.jax.layout import named_leaves
 from eggroll.jax.noise import Leaf, draw_pairs, seed_key
-from eggroll.jax.shaping import shape_fitness
-from eggroll.jax.transform import Address, MemberNoise, Perturbed, perturb
+from eggroll.jax.perturbed import Address, MemberNoise, Perturbed, perturb
 
 
 @jax.tree_util.register_dataclass
@@ -146,7 +145,7 @@ class Strategy:
                 f"fitness has shape {fitness.shape}; tell needs one score for each of the "
                 f"{self.config.population_size} members, in their order"
             )
-        weights = fitness if shaped else shape_fitness(fitness, self.config)
+        weights = fitness if shaped else self.config.shape(fitness)
         return self._tell(state, weights, self._lr(state.generation) if lr is None else lr)
 
     def step(self, state: State, x: Any) -> tuple[State, Any]:
@@ -166,7 +165,7 @@ class Strategy:
 
     def _generation(self, state: State, x: Any, sigma: Any, lr: Any) -> tuple[State, Any]:
         fitness = self._evaluate_all(state, x, sigma)
-        return self._update(state, shape_fitness(fitness, self.config), lr), fitness
+        return self._update(state, self.config.shape(fitness), lr), fitness
 
     def spread(self, evaluate: Callable[..., Any], *, shared_out: Sequence[int] = ()) -> Callable[..., Any]:
         """``evaluate(*arguments, draws)`` over all draws, shared among the devices; results are gathered.

@@ -23,7 +23,23 @@ class ModelOptions(DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EggrollConfig(ForwardOptions, ESConfig):
+class GenerationOptions:
+    """How a model answers."""
+
+    max_tokens: int = 128
+    """Longest completion, in tokens."""
+    max_length: int = 512
+    """Longest prompt or text, in tokens; longer prompts lose their beginning, longer texts their end."""
+    temperature: float = 0.0
+    """0 is greedy; above it, tokens are sampled by address, the same for any split of the members."""
+    chat: bool | None = None
+    """Whether string prompts go through the chat template; ``None``: if the tokenizer has one."""
+    system: str | None = None
+    """A system prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EggrollConfig(GenerationOptions, ForwardOptions, ESConfig):
     """How a language model is evolved.
 
     ``target_modules=None`` evolves all matrices but the embedding and the output head; ``embeddings``, ``head`` and
@@ -36,22 +52,12 @@ class EggrollConfig(ForwardOptions, ESConfig):
     optimizer: OptimizerName = "adam"
     """How the estimate becomes a step. Adam's step does not depend on the scale of scores or the population's size, so
     the default ``lr`` is a size per entry; it keeps two float32 numbers per evolved entry, ``sgd`` keeps none."""
-    max_tokens: int = 128
-    """Longest completion, in tokens."""
-    temperature: float = 0.0
-    """0 is greedy; above it, tokens are sampled by address, the same for any split of the members."""
     samples_per_prompt: int = 1
     """Completions of each prompt that a member is scored on; more than one needs a temperature above 0."""
     pass_at: int = 0
     """0 scores a prompt by the mean over its samples; k by the expected best of k of them (pass@k)."""
     prompts_per_generation: int = setting(8, flags=("--batch-size",))
     """Prompts (or texts) that every member is scored on in a generation."""
-    max_length: int = 512
-    """Longest prompt or text, in tokens; longer prompts lose their beginning, longer texts their end."""
-    chat: bool | None = None
-    """Whether string prompts go through the chat template; ``None``: if the tokenizer has one."""
-    system: str | None = None
-    """A system prompt."""
     embeddings: bool = False
     """Evolve the token embedding too (with a tied head, both)."""
     head: bool = False
@@ -59,7 +65,7 @@ class EggrollConfig(ForwardOptions, ESConfig):
     vectors: bool = False
     """Evolve norm scales and biases too."""
     eval_every: int = setting(10, resume=True)
-    """Generations between evaluations of the centre on held-out data."""
+    """Generations between evaluations of the center on held-out data."""
     checkpoint_every: int = setting(50, resume=True)
     """Generations between checkpoints. A resumed run rebuilds what came after one from the update log."""
     samples_per_generation: int = setting(2, resume=True)

@@ -43,9 +43,10 @@ def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None
     source = options.dataset or options.prompts
     if options.task is not None:
         task = get_task(options.task, shots=options.shots)
-        train = task.train if source is None else _load(source, options)
-        heldout = task.heldout if options.eval_prompts is None else _load(options.eval_prompts, options)
-        return load_examples(train), load_examples(heldout), []
+        train = load_examples(task.train) if source is None else _load(source, options)
+        if options.eval_prompts is None:
+            return train, load_examples(task.heldout), []
+        return train, _load(options.eval_prompts, options), []
     heldout = None if options.eval_prompts is None else _load(options.eval_prompts, options)
     if source is not None or options.reward in (None, "perplexity"):
         return _load(source or DEFAULT_DATASET, options), heldout, []
@@ -135,7 +136,7 @@ def _plan(options: TuneOptions) -> Plan:
     worker = make_worker(options)
     worker.use(train, heldout)
     # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
-    options = dataclasses.replace(options, dtype=worker.setup.dtype_name)
+    options = dataclasses.replace(options, dtype=worker.setup.dtype_name)  # type: ignore[arg-type]
     what = options.task or options.reward or "perplexity"
     stem = "lambda" if what.startswith("lambda") else Path(what).stem
 

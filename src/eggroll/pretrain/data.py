@@ -1,8 +1,8 @@
 """Bytes to learn from: memory-mapped streams in which a 0 begins a document.
 
 A stream is a ``.txt`` file (any file of bytes, one document), a ``.npy`` of bytes, a folder of ``.txt`` files, a folder
-with ``train`` and ``validation`` of either, or a text data set of the hub, which is written to the cache once. Whatever
-has no validation part of its own gives its last tenth.
+with ``train`` and ``validation`` of either, or a text data set of the hub, which is written to the cache once.
+Without a validation part the last tenth is held out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eggroll._environment import cache_directory
 from eggroll._optional import require
 from eggroll.core import threefry
 from eggroll.core.address import parameter_key
@@ -26,10 +27,11 @@ from eggroll.errors import DataError
 BOUNDARY = 0
 """The byte before every document, at which the hidden state is reset."""
 HUB_ALIASES = {"minipile": "JeanKaddour/minipile", "tinystories": "roneneldan/TinyStories"}
-CACHE_VARIABLE = "EGGROLL_CACHE_DIR"
 VALIDATION_SHARE = 10
-"""The last tenth is held out where the data do not say."""
+"""One part in this many, the last, is held out if the data have no validation part."""
 WINDOWS_NAME = "pretrain/windows"
+CACHED = "pretrain"
+"""The folder of the cache that holds joined streams."""
 _SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "test")}
 
 
@@ -48,7 +50,7 @@ class Corpus:
     validation: NDArray[np.uint8]
 
     def fingerprint(self) -> str:
-        """A hash of the sizes and of the first and last 64 KiB: whether a run goes on with the data it began with."""
+        """A hash of the sizes and of the first and last 64 KiB: a resumed run must have the same."""
         digest = hashlib.blake2b(digest_size=8)
         for part in (self.train, self.validation):
             digest.update(len(part).to_bytes(8, "big"))
@@ -56,7 +58,7 @@ class Corpus:
         return digest.hexdigest()
 
     def check(self, length: int) -> None:
-        """Refuse data that are shorter than one window.
+        """Check that both parts have at least one window.
 
         Raises:
             DataError: a part is shorter than ``length`` bytes.
@@ -106,8 +108,10 @@ def load_hub(source: str, *, text_column: str = "text") -> Corpus:
         MissingExtraError: ``datasets`` is not installed.
     """
     name, _, config = source.partition(":")
-    folder = cache_directory() / (
-        "hub-" + hashlib.blake2b(f"{source}:{text_column}".encode(), digest_size=8).hexdigest()
+    folder = (
+        cache_directory()
+        / CACHED
+        / ("hub-" + hashlib.blake2b(f"{source}:{text_column}".encode(), digest_size=8).hexdigest())
     )
     parts: dict[str, NDArray[np.uint8]] = {}
     for part in _SPLITS:
@@ -146,11 +150,6 @@ def _documents(source: str, split: Any, text_column: str) -> Iterator[bytes]:
         if text is not None and not isinstance(text, str):
             raise DataError(f"data {source!r}: column {text_column!r} holds {type(text).__name__}, not text")
         yield (text or "").encode(errors="replace")
-
-
-def cache_directory() -> Path:
-    """Where joined streams are kept: ``$EGGROLL_CACHE_DIR``, or ``~/.cache/eggroll``."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "eggroll").expanduser() / "pretrain"
 
 
 def write_stream(path: Path, documents: Iterable[bytes]) -> NDArray[np.uint8]:
@@ -259,6 +258,6 @@ def _folder(name: str, path: Path) -> Corpus:
         raise DataError(f"data {name!r}: the folder has neither train.npy nor train.txt nor any .txt file")
     facts = repr([(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     digest = hashlib.blake2b(f"{path.resolve()}{facts}".encode(), digest_size=8).hexdigest()
-    cached = cache_directory() / f"folder-{digest}.npy"
+    cached = cache_directory() / CACHED / f"folder-{digest}.npy"
     stream = _stream(cached) if cached.exists() else write_stream(cached, (file.read_bytes() for file in files))
     return _halves(name, stream)

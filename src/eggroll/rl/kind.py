@@ -61,7 +61,6 @@ def _plan(options: RLConfig) -> Plan:
 
     env = environment_of(options.env)
     config = resolved(narrowed(options, RLConfig), env)
-    budget = config.env_steps
     return Plan(
         options=config,
         config=config.es(),
@@ -71,9 +70,13 @@ def _plan(options: RLConfig) -> Plan:
         name=config.env.replace("/", "-"),
         eval_every=config.eval_every,
         checkpoint_every=max(1, min(10, config.generations // 10)),
-        stop=None if budget is None else lambda history: history[-1]["env_steps"] >= budget,
+        stop=None if config.env_steps is None else partial(_used_up, config.env_steps),
         describe=lambda worker: _describe(config, env),
     )
+
+
+def _used_up(budget: int, history: Sequence[dict[str, Any]]) -> bool:
+    return bool(history[-1]["env_steps"] >= budget)
 
 
 def _describe(config: RLConfig, env: Environment) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Products with a low-rank term: ``x W^T + (x B) A^T``, the arithmetic at the centre of everything (EGGROLL section 4).
+"""Products with a low-rank term: ``x W^T + (x B) A^T``, the arithmetic at the center of everything (EGGROLL section 4).
 
 Plain tensors in, plain tensors out. The low-rank term costs ``r (m + n)`` multiply-adds per row beside ``m n``, so what
 counts on small shapes is the number of launches and the passes over memory. On a CPU with a C compiler the term is one
@@ -9,16 +9,15 @@ call (:mod:`eggroll.torch.kernels.low_rank_c`); elsewhere there are as few as ea
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eggroll._environment import FUSED_LINEAR, is_on
 from eggroll.torch.kernels import low_rank_c
 
-FUSED_VARIABLE = "EGGROLL_FUSED_LINEAR"
 BLOCK_BYTES = 2**22
 """Inputs and outputs of a block of members, which are still in cache when the term is added to the base product."""
 
@@ -101,7 +100,7 @@ def _fused_kernel(*parts: Tensor | None) -> Callable[..., Tensor] | None:
     It is wanted with ``EGGROLL_FUSED_LINEAR=1``: its speed has not been measured on a GPU yet
     (``benchmarks/bench_kernels_cuda.py`` does), so plain operations are the default.
     """
-    if os.environ.get(FUSED_VARIABLE, "0") in ("", "0"):
+    if not is_on(FUSED_LINEAR):
         return None
     tensors = [part for part in parts if part is not None]
     if not all(part.is_cuda and type(part) in (Tensor, torch.nn.Parameter) for part in tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eggroll.core.config import ESConfig, Shaping
-from eggroll.core.fitness import shape_fitness
+from eggroll.core.config import ESConfig
+from eggroll.core.fitness import Shaping, shape_fitness
+from eggroll.core.select import KINDS, LOW_RANK_KINDS
 from eggroll.errors import CheckpointError, ConfigError, RewardError
-from eggroll.torch.gradient import es_gradient
-from eggroll.torch.population import Active, Population
-from eggroll.torch.updater import OptimizerFactory, Updater, optimizer_factory
+from eggroll.torch.active import Active
+from eggroll.torch.population import Population
+from eggroll.torch.replica import Replica
+from eggroll.torch.updater import OptimizerFactory
 
 FitnessFn = Callable[[nn.Module], Any]
-LOW_RANK = ("matrix", "embedding", "conv", "experts")
-EVERYTHING = (*LOW_RANK, "vector", "other")
 
 
 class EGGROLL(torch.optim.Optimizer):
@@ -62,7 +63,7 @@ class EGGROLL(torch.optim.Optimizer):
         sigma: standard deviation of a perturbation's entries.
         rank: rank of the perturbations of matrices.
         noise_reuse: see above.
-        group_size: consecutive members whose fitness is normalised together; 0 means all.
+        group_size: consecutive members whose fitness is normalized together; 0 means all.
         freeze_nonlora: leave everything but matrices, embeddings and kernels alone.
         seed: seed of the noise.
         batched: see above.
@@ -98,9 +99,6 @@ class EGGROLL(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         self.share = _share(population_size, noise_reuse)
-        draws = population_size // self.share
-        # Members of the population below: what is evaluated, counted once, however often it is.
-        self._distinct = population_size if self.share == 1 else 2 * draws
         named = optimizer if isinstance(optimizer, str) else "sgd"
         config = ESConfig(
             population_size=population_size, rank=rank, sigma=sigma, lr=learning_rate, seed=seed, group_size=group_size,
@@ -113,19 +111,25 @@ class EGGROLL(torch.optim.Optimizer):
             )
         super().__init__(params, {"lr": learning_rate})
         self.model, self.fitness_fn, self.config = model, fitness_fn, config
-        self.sigma, self.generation = sigma, 0
+        self.sigma = sigma
         self.batched, self.batch_members = batched, batch_members or population_size
         self.fitness: NDArray[np.float64] | None = None
         """Raw scores of the last step, ``(population_size,)``."""
-        kinds = LOW_RANK if freeze_nonlora else EVERYTHING
         self._group_of = _groups_of(model, self.param_groups)
-        self.population = Population(
-            model, population_size=self._distinct, sigma=sigma, rank=rank, seed=seed, antithetic=self.share > 1,
-            kinds=kinds, exclude=[name for name, _ in model.named_parameters() if name not in self._group_of],
-        )  # fmt: skip
-        evolved = {spec.name: self.population.parameter(spec.name) for spec in self.population.specs}
-        factory = optimizer_factory(config) if isinstance(optimizer, str) else optimizer
-        self._updater = Updater(evolved, factory, rounding=config.rounding, seed=seed)
+        # The replica's members are what is evaluated, counted once, however often it is.
+        members = dataclasses.replace(
+            config,
+            population_size=population_size if self.share == 1 else 2 * (population_size // self.share),
+            sampling="one_sided" if self.share == 1 else "antithetic",
+            group_size=0,
+            exclude=tuple(name for name, _ in model.named_parameters() if name not in self._group_of),
+        )
+        self.replica = Replica(
+            model,
+            members,
+            kinds=LOW_RANK_KINDS if freeze_nonlora else KINDS,
+            factory=None if isinstance(optimizer, str) else optimizer,
+        )
         self._active: Active | None = None
 
     @torch.no_grad()
@@ -140,9 +144,27 @@ class EGGROLL(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ConfigError("step() takes no closure: members are scored by fitness_fn, and there is no gradient")
-        population, size = self.population, self.config.population_size
-        population.noise.prepare(self.generation, population.num_pairs, population.device)
+        self.population.prepare(self.generation)
         fitness = self._evaluate_batched() if self.batched else self._evaluate_one_by_one()
+        rates = {name: float(self.param_groups[group]["lr"]) for name, group in self._group_of.items()}
+        self.replica.update(self.generation, self._weights(fitness), rates)
+        self.fitness = fitness
+        finite = fitness[np.isfinite(fitness)]
+        return float(finite.mean()) if finite.size else float("nan")
+
+    @property
+    def population(self) -> Population:
+        """The members: each one once, however many evaluations share it."""
+        return self.replica.population
+
+    @property
+    def generation(self) -> int:
+        """Steps done."""
+        return self.replica.generation
+
+    def _weights(self, fitness: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The members' weights: those of evaluations that share a member add up, the mean is over all evaluations."""
+        size, members = len(fitness), self.population.population_size
         shaped = shape_fitness(
             fitness,
             method=self.config.fitness_shaping,
@@ -150,21 +172,9 @@ class EGGROLL(torch.optim.Optimizer):
             group_size=self.config.group_size,
             group_std=True,
         )
-        # Evaluations of the same member add up; the mean is over all evaluations.
-        weights = np.zeros(self._distinct, dtype=np.float64)
+        weights = np.zeros(members, dtype=np.float64)
         np.add.at(weights, self._index(0, size), shaped.astype(np.float64))
-        weights *= self._distinct / size
-        for spec in population.specs:
-            gradient = es_gradient(
-                population.noise, spec, weights.astype(np.float32), self.generation,
-                antithetic=self.share > 1, device=population.parameter(spec.name).device,
-            )  # fmt: skip
-            lr = self.param_groups[self._group_of[spec.name]]["lr"]
-            self._updater.step(spec.name, gradient, lr=float(lr), generation=self.generation)
-        self.generation += 1
-        self.fitness = fitness
-        finite = fitness[np.isfinite(fitness)]
-        return float(finite.mean()) if finite.size else float("nan")
+        return (weights * (members / size)).astype(np.float32)
 
     def expand(self, x: Tensor) -> Tensor:
         """Within a batched ``fitness_fn``: a batch for every member, ``(B, ...)`` to ``(P * B, ...)``."""
@@ -222,7 +232,7 @@ class EGGROLL(torch.optim.Optimizer):
         Raises:
             ConfigError: later.
         """
-        if hasattr(self, "population"):
+        if hasattr(self, "replica"):
             raise ConfigError("parameters cannot be added to an EGGROLL that is made; make a new one with all of them")
         super().add_param_group(param_group)
 
@@ -232,7 +242,7 @@ class EGGROLL(torch.optim.Optimizer):
             "generation": self.generation,
             "sigma": self.sigma,
             "settings": self._settings(),
-            "tensors": self._updater.state_tensors(),
+            "tensors": self.replica.updater.state_tensors(),
         }
         return {**super().state_dict(), "eggroll": own}
 
@@ -252,8 +262,8 @@ class EGGROLL(torch.optim.Optimizer):
                 f"the state is of an EGGROLL with other settings, and would not go on as it was: {'; '.join(changed)}"
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "eggroll"})
-        self._updater.load_state_tensors(own["tensors"])
-        self.generation, self.sigma = own["generation"], own["sigma"]
+        self.replica.updater.load_state_tensors(own["tensors"])
+        self.replica.generation, self.sigma = own["generation"], own["sigma"]
 
 
 def _share(population_size: int, noise_reuse: int) -> int:

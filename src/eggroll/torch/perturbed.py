@@ -2,7 +2,7 @@
 
 A value takes the place of a parameter while an unmodified model runs. Two kinds:
 
-- :class:`PerturbedWeight`, the matrices ``W + A_p B_p^T`` in factored form, never materialised;
+- :class:`PerturbedWeight`, the matrices ``W + A_p B_p^T`` in factored form, never materialized;
 - :class:`MemberTensor`, a dense tensor with a member axis of its own: perturbed vectors, and results of values that
   met no activation yet (GPT-2's position embeddings, T5's relative bias).
 
@@ -55,7 +55,7 @@ class MemberContext:
             layouts are learned, and in evaluations that are checked against single members.
         inputs: addresses of the memory of the running call's inputs; ``None`` while no call is running.
         constants: addresses of the memory of the model's parameters and buffers, which are the same for all members.
-        max_dense_bytes: how much one materialised parameter may take (P copies) before an error is raised instead.
+        max_dense_bytes: how much one materialized parameter may take (P copies) before an error is raised instead.
     """
 
     members: int | None
@@ -132,7 +132,7 @@ class PerturbedWeight(Value):
     """``base + a b^T`` for every member: ``base`` of shape ``(*batch, m, ...)``, factors scaled and signed.
 
     Args:
-        base: the centre, shape ``(m, n)``, ``(E, m, n)`` for experts, or a convolution kernel ``(m, C, *k)``.
+        base: the center, shape ``(m, n)``, ``(E, m, n)`` for experts, or a convolution kernel ``(m, C, *k)``.
         a: ``(P, *batch, m, r)``, or without ``P`` for a single member; sigma, 1/sqrt(r) and the sign are in it. In
             memory the rank comes before ``m`` (and before ``n`` in ``b``), so that products run along long rows.
         b: ``(P, *batch, n, r)``, likewise.
@@ -172,7 +172,7 @@ class PerturbedWeight(Value):
         return self.like(self.base.transpose(-1, -2), self.b, self.a)
 
     def dense(self) -> Tensor:
-        """All members materialised, ``(P, *shape)``, or ``shape`` for a single member.
+        """All members materialized, ``(P, *shape)``, or ``shape`` for a single member.
 
         Computed in float32 (float64 for float64 parameters) and rounded once to the parameter's dtype.
 
@@ -185,7 +185,7 @@ class PerturbedWeight(Value):
             if needed > context.max_dense_bytes:
                 raise UnsupportedOperationError(
                     f"parameter {self.parameter!r} is used in an operation without a low-rank rule, and "
-                    f"{context.members} materialised copies of {tuple(self.base.shape)} would take "
+                    f"{context.members} materialized copies of {tuple(self.base.shape)} would take "
                     f"{needed / 2**30:.1f} GiB. " + WAYS_OUT.format(name=self.parameter)
                 )
         wide = torch.promote_types(self.base.dtype, torch.float32)

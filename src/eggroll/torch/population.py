@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.core.select import KINDS
-from eggroll.errors import ConfigError, RewardError, UnsupportedOperationError
+from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.active import Active, PerturbedModel
 from eggroll.torch.evaluate import RUNS, Call, run_auto, verify
 from eggroll.torch.noise import CACHE_BYTES
+from eggroll.torch.scores import checked_scores
 
 Mode = Literal["auto", "rows", "vmap", "loop"]
+HINT = "Inside it, active.members counts them and active.split(y) gives (members, batch, ...)"
 
 
 class Population(PerturbedModel):
@@ -79,14 +81,14 @@ class Population(PerturbedModel):
     @torch.no_grad()
     def scores(
         self,
-        fitness_fn: Callable[[Active], Tensor],
+        fitness_fn: Callable[[Active], Any],
         generation: int,
         *,
         sigma: float | None = None,
         members_per_forward: int | None = None,
         members: range | None = None,
     ) -> Tensor:
-        """Fitness of members (all by default): ``fitness_fn`` is called while the model is (some of) them.
+        """Scores of members (all by default): ``fitness_fn`` is called while the model is (some of) them.
 
             >>> def fitness(active):
             ...     logits = active.split(model(active.expand(x)))  # (members, batch, classes)
@@ -94,7 +96,8 @@ class Population(PerturbedModel):
             >>> population.scores(fitness, generation=0, members_per_forward=128)
 
         Args:
-            fitness_fn: gets the :class:`Active` population, returns one score for each of its ``members``.
+            fitness_fn: gets the :class:`Active` population, returns ``(members,)`` scores, or ``(members, prompts)``:
+                a tensor or an array.
             generation: whose noise it is; the draws are kept for the update if they are small.
             sigma: instead of the population's own.
             members_per_forward: how many members are evaluated at once; all by default. A number whose activations
@@ -102,28 +105,24 @@ class Population(PerturbedModel):
             members: consecutive members.
 
         Returns:
-            ``(len(members),)`` scores.
+            ``(len(members),)`` or ``(len(members), prompts)`` scores, of the dtype and device of those returned.
 
         Raises:
-            RewardError: another number of scores.
+            RewardError: something else than a score for each member.
         """
         everyone = range(self.population_size) if members is None else members
         step = members_per_forward or len(everyone)
-        self.noise.prepare(generation, self.num_pairs, self.device)
+        self.prepare(generation)
         # One tensor for all scores: small ones that outlive each part would split the memory that the next part needs.
         found: Tensor | None = None
         for first in range(everyone.start, everyone.stop, step):
             part = range(first, min(first + step, everyone.stop))
             with self.perturbed(generation, part, sigma=sigma) as active:
-                scores = fitness_fn(active)
-            if not isinstance(scores, Tensor) or scores.shape != (len(part),):
-                given = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
-                raise RewardError(
-                    f"fitness_fn must return a tensor ({len(part)},), one score for each member; got {given}"
-                )
+                scores = checked_scores(fitness_fn(active), len(part), "fitness_fn must return", "it returned", HINT)
             if found is None:
-                found = scores.new_empty(len(everyone))
+                found = scores.new_empty((len(everyone), *scores.shape[1:]))
             found[first - everyone.start : part.stop - everyone.start] = scores
+            del scores
         assert found is not None
         return found
 

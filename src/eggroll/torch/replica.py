@@ -1,21 +1,30 @@
-"""The centre of a run, alone or as a module with its population: records of updates in, new weights out."""
+"""The center of a run, alone or as a module with its population: scores or records of updates in, new weights out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError, ConfigError
+from eggroll.torch.active import Active
 from eggroll.torch.gradient import es_gradient
 from eggroll.torch.noise import Noise
 from eggroll.torch.population import Mode, Population
+from eggroll.torch.scores import checked_scores
 from eggroll.torch.updater import OptimizerFactory, Updater, optimizer_factory
 
 MATRIX_KINDS = ("matrix", "conv", "experts")
+
+ScoreFn = Callable[[nn.Module, Active], Any]
+"""``(model, active) -> (members,)`` or ``(members, prompts)`` scores, higher is better."""
 
 
 class Center:
@@ -28,7 +37,10 @@ class Center:
         parameters: name to parameter, for every parameter of the noise; changed in place by :meth:`apply`.
         noise: the noise that members are drawn from.
         config: the settings of the algorithm.
-        factory: makes the optimizer, set to maximise; ``None`` takes the one that ``config.optimizer`` names.
+        factory: makes the optimizer, set to maximize; ``None`` takes the one that ``config.optimizer`` names.
+
+    Attributes:
+        generation: finished updates, and so the generation that is next. It is no part of :meth:`state_tensors`.
     """
 
     def __init__(
@@ -39,11 +51,11 @@ class Center:
         factory: OptimizerFactory | None = None,
     ) -> None:
         self.noise, self.config = noise, config
+        self.generation = 0
         self.updater = Updater(
             parameters, factory or optimizer_factory(config), rounding=config.rounding, seed=config.seed
         )
 
-    @torch.no_grad()
     def apply(self, record: UpdateRecord) -> float:
         """Rebuild one update from its record and take it. Returns the norm of the change of all parameters.
 
@@ -55,18 +67,31 @@ class Center:
                 f"the record of generation {record.generation} has {len(record.shaped_fitness)} members, the "
                 f"population has {self.config.population_size}"
             )
-        weights, squares = record.weights, 0.0
+        return self.update(record.generation, record.weights, record.lr)
+
+    @torch.no_grad()
+    def update(self, generation: int, weights: NDArray[np.float32], lr: float | Mapping[str, float]) -> float:
+        """Take the step of ``es_gradient = (1/N) sum_p s_p E_p``. Returns the norm of the change of all parameters.
+
+        Args:
+            generation: whose noise it is.
+            weights: ``(N,)`` shaped fitness ``s_p``.
+            lr: learning rate, one for all parameters or one for each by name.
+        """
+        squares = 0.0
         for spec in self.noise.specs:
             gradient = es_gradient(
                 self.noise,
                 spec,
                 weights,
-                record.generation,
+                generation,
                 antithetic=self.config.antithetic,
                 device=self.updater.parameters[spec.name].device,
             )
-            squares += self.updater.step(spec.name, gradient, lr=record.lr, generation=record.generation)
+            own = lr[spec.name] if isinstance(lr, Mapping) else lr
+            squares += self.updater.step(spec.name, gradient, lr=own, generation=generation)
             del gradient  # before the next one is made
+        self.generation = generation + 1
         return float(squares**0.5)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -99,14 +124,31 @@ class Center:
 
 
 class Replica(Center):
-    """The centre of a run as a module, with its population.
+    """The center of a run as a module, with its population: ask, evaluate, tell.
+
+        >>> config = ESConfig(population_size=64, rank=1, sigma=0.1, lr=0.1)
+        >>> replica = Replica(nn.Linear(3, 1), config, kinds=("matrix", "vector"))
+        >>> x, y = torch.randn(32, 3), torch.randn(32, 1)
+        >>> def fitness(model, active):
+        ...     return -(active.split(model(active.expand(x))) - y).square().mean(dim=(1, 2))  # (members,)
+        >>> for _ in range(100):
+        ...     scores = replica.step(fitness)  # (64,)
+
+    A step is :meth:`evaluate`, then :meth:`tell`. With scores from elsewhere::
+
+        with replica.ask() as active, torch.no_grad():
+            y = active.split(model(active.expand(x)))  # (population_size, batch, ...)
+        replica.tell(replica.generation, judge(y))
 
     Args:
-        model: the module to evolve, in evaluation mode; its parameters are changed in place by :meth:`apply`.
+        model: the module to evolve, in evaluation mode; updates change its parameters in place.
         config: the settings of the algorithm.
         kinds: kinds of parameters that are evolved when ``config.target_modules`` is ``None``.
-        factory: makes the optimizer, set to maximise; ``None`` takes the one that ``config.optimizer`` names.
+        factory: makes the optimizer, set to maximize; ``None`` takes the one that ``config.optimizer`` names.
         mode: how members are evaluated (see :class:`Population`).
+
+    Attributes:
+        generation: finished updates, and so the generation that is next; set it after :meth:`load_state_tensors`.
     """
 
     def __init__(
@@ -134,3 +176,79 @@ class Replica(Center):
         )
         parameters = {spec.name: self.population.parameter(spec.name) for spec in self.population.specs}
         super().__init__(parameters, self.population.noise, config, factory)
+
+    def ask(self, members: Sequence[int] | None = None) -> AbstractContextManager[Active]:
+        """A block in which the model is the coming generation's ``members`` (consecutive; all by default)."""
+        sigma = self.config.sigma_at(self.generation)
+        return self.population.perturbed(self.generation, members, sigma=sigma)
+
+    def evaluate(
+        self,
+        score_fn: ScoreFn,
+        *,
+        generation: int | None = None,
+        sigma: float | None = None,
+        members: range | None = None,
+        members_per_forward: int | None = None,
+    ) -> Tensor:
+        """Scores of a generation's members; the center stays as it is.
+
+        Args:
+            score_fn: called with the model while it is a part of the population, and with that part: its ``expand``
+                and ``split`` put members into a batch and take them out again, ``members`` counts them. Returns
+                ``(members,)`` or ``(members, prompts)`` scores, a tensor or an array; higher is better.
+            generation: the coming one by default.
+            sigma: that of the schedule by default.
+            members: consecutive members; all by default.
+            members_per_forward: how many are evaluated at once; all by default. Results do not depend on it, memory and
+                speed do.
+
+        Returns:
+            ``(len(members),)`` or ``(len(members), prompts)`` raw scores.
+
+        Raises:
+            RewardError: ``score_fn`` returned something else than a score for each member.
+        """
+        generation = self.generation if generation is None else generation
+        return self.population.scores(
+            lambda active: score_fn(self.model, active),
+            generation,
+            sigma=self.config.sigma_at(generation) if sigma is None else sigma,
+            members=members,
+            members_per_forward=members_per_forward,
+        )
+
+    def tell(self, generation: int, scores: Any) -> float:
+        """Update from raw scores: shaped as the config says, taken with the schedule's learning rate.
+
+        Args:
+            generation: whose members have these scores.
+            scores: ``(N,)``, or ``(N, prompts)``: one for each member and prompt; a tensor or an array, higher is
+                better. NaN and infinities count as the worst of the generation, with a warning.
+
+        Returns:
+            The norm of the change of all parameters.
+
+        Raises:
+            RewardError: another number of scores than members.
+        """
+        table = checked_scores(
+            scores,
+            self.config.population_size,
+            "tell needs",
+            "it got",
+            "Concatenate the scores of parts of a population",
+        )
+        config = self.config
+        weights = config.shape(table.double().cpu().numpy())
+        sigma, lr = config.sigma_at(generation), config.lr_at(generation)
+        return self.apply(UpdateRecord.make(generation, sigma, lr, weights))
+
+    def step(self, score_fn: ScoreFn, *, members_per_forward: int | None = None) -> Tensor:
+        """One generation: :meth:`evaluate` all members, :meth:`tell` their scores. Returns the raw scores.
+
+        An exception in ``score_fn`` leaves everything as it was.
+        """
+        scores = self.evaluate(score_fn, members_per_forward=members_per_forward)
+        self.tell(self.generation, scores)
+        return scores

@@ -14,7 +14,6 @@ it cannot be made), unset: if it can be made.
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from types import ModuleType
 
@@ -23,13 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eggroll._environment import COMPILE_NOISE, value
 from eggroll.errors import ConfigError
 from eggroll.torch.kernels import threefry_c, threefry_eager
 
 Keys = NDArray[np.uint32] | Tensor
 """``(K, 2)``: two unsigned 32-bit words per key, as a NumPy array or as an int64 or uint32 tensor."""
-
-COMPILE_VARIABLE = "EGGROLL_COMPILE_NOISE"
 
 
 def normals(
@@ -91,7 +89,7 @@ def _words(keys: Keys, count: int, start: int) -> NDArray[np.uint32]:
 def _kernels(device: torch.device) -> ModuleType:
     """The fastest version for a device."""
     if device.type == "cpu":
-        return threefry_c if _use_compiled(os.environ.get(COMPILE_VARIABLE, "")) else threefry_eager
+        return threefry_c if _use_compiled(value(COMPILE_NOISE)) else threefry_eager
     if device.type == "cuda":
         return _triton_kernels(device) or threefry_eager
     return threefry_eager
@@ -100,13 +98,13 @@ def _kernels(device: torch.device) -> ModuleType:
 def _use_compiled(setting: str) -> bool:
     if setting not in ("", "0", "1"):
         raise ConfigError(
-            f"{COMPILE_VARIABLE} (={setting!r}) must be 0 (never compile), 1 (always) or unset (if possible)"
+            f"{COMPILE_NOISE} (={setting!r}) must be 0 (never compile), 1 (always) or unset (if possible)"
         )
     if setting == "0":
         return False
     reason = threefry_c.why_not()
     if reason and setting == "1":
-        raise ConfigError(f"{COMPILE_VARIABLE}=1, but {reason}. Install a C compiler, or unset the variable.")
+        raise ConfigError(f"{COMPILE_NOISE}=1, but {reason}. Install a C compiler, or unset the variable.")
     return reason is None
 
 

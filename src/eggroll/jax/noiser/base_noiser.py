@@ -7,14 +7,12 @@ to be closed over by jitted functions; ``noiser_params`` is a dict of arrays tha
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
-from eggroll.core.fitness import NonFiniteFitnessWarning
+from eggroll.core.fitness import normalized, replace_non_finite
 from eggroll.errors import ConfigError
 
 Params = Any
@@ -200,15 +198,11 @@ class Noiser:
             )
         if problems:
             raise ConfigError.from_problems(f"{cls.__name__}.convert_fitnesses", problems)
-        weights = None if num_episodes_list is None else jnp.asarray(num_episodes_list, scores.dtype)
-        if weights is not None:
-            scores = jnp.where(weights > 0, scores, 0)
-        scores = _finite(scores)
-        deviation = jnp.sqrt(_mean(jnp.square(scores - _mean(scores, weights)), weights) + 1e-5)
-        groups = scores.reshape(-1, group_size or scores.shape[0])
-        group_weights = None if weights is None else weights.reshape(groups.shape)
-        fitness = (groups - _mean(groups, group_weights)).reshape(scores.shape) / deviation
-        return fitness if weights is None else jnp.where(weights > 0, fitness, 0)
+        if num_episodes_list is None:
+            return normalized(replace_non_finite(scores), group_size=group_size)
+        episodes = jnp.asarray(num_episodes_list, scores.dtype)
+        scores = replace_non_finite(jnp.where(episodes > 0, scores, 0))
+        return jnp.where(episodes > 0, normalized(scores, group_size=group_size, counts=episodes), 0)
 
     @classmethod
     def do_updates(
@@ -236,24 +230,3 @@ class Noiser:
             ``(noiser_params, params)``, here as they were given: without noise there is nothing to learn from.
         """
         return noiser_params, params
-
-
-def _mean(values: Any, weights: Any) -> Any:
-    """Mean over the last axis, kept for broadcasting; a group whose weights are all 0 gets 0."""
-    if weights is None:
-        return jnp.mean(values, axis=-1, keepdims=True)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.sum(values * weights, axis=-1, keepdims=True) / jnp.where(total > 0, total, 1)
-
-
-def _finite(scores: Any) -> Any:
-    """Scores with every NaN and infinity replaced by the worst finite score, or by 0 if there is none."""
-    finite = jnp.isfinite(scores)
-    if not isinstance(finite, jax.core.Tracer) and not bool(finite.all()):
-        warnings.warn(
-            f"{int((~finite).sum())} of {scores.shape[0]} scores are NaN or infinite; they count as the worst",
-            NonFiniteFitnessWarning,
-            stacklevel=3,
-        )
-    worst = jnp.min(jnp.where(finite, scores, jnp.inf))
-    return jnp.where(finite, scores, jnp.where(jnp.isfinite(worst), worst, 0))

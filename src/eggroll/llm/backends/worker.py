@@ -168,6 +168,6 @@ def save(worker: ModelWorker, directory: str | Path, metadata: Mapping[str, Any]
         metadata: further entries of ``eggroll.json``.
     """
     setup = worker.setup
-    about = {} if setup.base is None else {"base_model": setup.base}
+    about: dict[str, Any] = {} if setup.base is None else {"base_model": setup.base}
     about |= {"reward": setup.reward.name, "config": setup.config.to_dict(), **metadata}
     return save_pretrained(worker.model(), setup.tokenizer, directory, metadata=about)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from eggroll._environment import CACHE, cache_directory
 from eggroll._optional import require
 from eggroll.errors import ModelError
 from eggroll.llm.models.export import drop_quantization
@@ -32,14 +32,6 @@ CONVERTED = "SmolLM2-135M-Instruct"
 """Directory of the converted model. Its name becomes a title, hence the capitals."""
 
 FINISHED = "config.json"
-
-
-def cache_directory() -> Path:
-    """Where eggroll keeps what it fetches: ``EGGROLL_CACHE``, or ``eggroll`` in the user's cache directory."""
-    given = os.environ.get("EGGROLL_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eggroll"
 
 
 def directory() -> Path:
@@ -60,7 +52,7 @@ def directory() -> Path:
             raise
         except OSError as error:
             raise ModelError(
-                f"SmolLM2 cannot be put into the cache {target.parent}: {error}. It takes 0.8 GB; set EGGROLL_CACHE to "
+                f"SmolLM2 cannot be put into the cache {target.parent}: {error}. It takes 0.8 GB; set {CACHE} to "
                 "a directory with room"
             ) from error
     return target

@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from eggroll._environment import data_directory
 from eggroll._optional import require
 from eggroll.errors import DataError
 from eggroll.llm.tasks.answers import FORMAT_WEIGHT, column, text_of
@@ -217,9 +218,7 @@ def _problems(split: str) -> Iterator[tuple[str, Row]]:
 
 
 def _source(split: str) -> str | Path:
-    folder = os.environ.get("EGGROLL_DATA_DIR")
-    for name in (f"{split}.jsonl.gz", f"{split}.jsonl") if folder else ():
-        path = Path(str(folder)).expanduser() / "gsm8k" / name
-        if path.exists():
-            return path
-    return HUB
+    folder = data_directory()
+    names = (f"{split}.jsonl.gz", f"{split}.jsonl")
+    paths = [] if folder is None else [folder / "gsm8k" / name for name in names]
+    return next((path for path in paths if path.exists()), HUB)

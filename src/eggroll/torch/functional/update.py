@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
-from eggroll.core.fitness import NonFiniteFitnessWarning
+from eggroll.core.fitness import centered_rank, replace_non_finite
 from eggroll.errors import ConfigError, RewardError
 from eggroll.torch.functional.config import EggrollConfig
 from eggroll.torch.functional.perturbations import (
@@ -24,7 +23,7 @@ FitnessFn = Callable[[Mapping[str, Tensor], Perturbations], Tensor]
 
 
 def normalize_fitnesses(fitnesses: Tensor) -> Tensor:
-    """Centred ranks in [-0.5, 0.5], shape ``(P,)``, float32; ties share their mean rank, equal scores become 0.
+    """Centered ranks in [-0.5, 0.5], shape ``(P,)``, float32; ties share their mean rank, equal scores become 0.
 
     NaN and infinities count as the worst of the generation, with a warning (outside of ``torch.compile``).
 
@@ -33,28 +32,7 @@ def normalize_fitnesses(fitnesses: Tensor) -> Tensor:
     """
     if fitnesses.ndim != 1 or fitnesses.shape[0] < 2:
         raise ConfigError(f"fitnesses must be (population_size,), at least two; got {tuple(fitnesses.shape)}")
-    scores = fitnesses.detach()
-    if not scores.is_floating_point():
-        scores = scores.double()
-    finite = torch.isfinite(scores)
-    if not torch.compiler.is_compiling():
-        _warn(int((~finite).sum()), scores.numel())
-    worst = torch.where(finite, scores, torch.inf).amin()
-    scores = torch.where(finite, scores, torch.where(torch.isfinite(worst), worst, 0.0))
-    ordered = torch.sort(scores).values
-    below = torch.searchsorted(ordered, scores, right=False)
-    above = torch.searchsorted(ordered, scores, right=True)
-    ranks = (below + above - 1).double() / 2
-    return (ranks / (scores.shape[0] - 1) - 0.5).float()
-
-
-def _warn(count: int, size: int) -> None:
-    if count:
-        warnings.warn(
-            f"{count} of {size} scores were NaN or infinite; they count as the worst of the generation",
-            NonFiniteFitnessWarning,
-            stacklevel=3,
-        )
+    return centered_rank(replace_non_finite(fitnesses)).float()
 
 
 def compute_gradients(

@@ -8,7 +8,6 @@ kept, so nothing can be stale or for another machine. Whoever loads one has plai
 from __future__ import annotations
 
 import ctypes
-import os
 import shlex
 import shutil
 import subprocess
@@ -16,16 +15,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from eggroll._environment import NO_C, is_on, value
+
 # The two -fno flags let the compiler use vector instructions for square roots and selections; neither changes a result.
 COMMON = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 TUNE = ("-march=native",)
 COMPILERS = ("cc", "gcc", "clang")
-OFF_VARIABLE = "EGGROLL_NO_C"
 
 
 def compiler_command() -> list[str]:
     """``$CC``, or the first compiler there is; empty if there is none."""
-    named = os.environ.get("CC")
+    named = value("CC")
     return shlex.split(named) if named else [path for path in map(shutil.which, COMPILERS) if path][:1]
 
 
@@ -37,8 +37,8 @@ def load(name: str, source: str, flags: Sequence[str]) -> ctypes.CDLL | str:
         source: of the library.
         flags: for the compiler, beside the common ones; ``-march=native`` is left out if the compiler refuses it.
     """
-    if os.environ.get(OFF_VARIABLE, "0") not in ("", "0"):
-        return f"{OFF_VARIABLE} is set"
+    if is_on(NO_C):
+        return f"{NO_C} is set"
     compiler = compiler_command()
     if not compiler:
         return f"no C compiler found (looked for $CC, {', '.join(COMPILERS)})"

@@ -147,7 +147,7 @@ def linear(
 
     Args:
         x_PBn: float32, bfloat16 or float16, any strides: one input for all members is ``x.expand(P, B, n)``.
-        weight_mn: the centre, any strides.
+        weight_mn: the center, any strides.
         u_Prm: ``A^T`` times ``sigma / sqrt(r)`` and the sign, any strides. Must be finite, or members beside it suffer.
         v_Prn: ``B^T``, any strides. In 16 bits its loads run ahead only where the last stride is 1, for speed.
         bias_m: the same for all members.

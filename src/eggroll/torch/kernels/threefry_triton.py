@@ -18,7 +18,7 @@ from eggroll.core import normal as spec
 
 MAX_BLOCK = 1024
 
-C0, C1, C2, C3, C4, C5, C6, C7, C8 = map(tl.constexpr, spec.CENTRE)
+C0, C1, C2, C3, C4, C5, C6, C7, C8 = map(tl.constexpr, spec.CENTER)
 T0, T1, T2, T3, T4, T5, T6, T7, T8 = map(tl.constexpr, spec.TAIL)
 L0, L1, L2 = map(tl.constexpr, spec.LOG)
 MINUS_LN_2, SQRT_2, TAIL_FROM = map(tl.constexpr, (spec.MINUS_LN_2, spec.SQRT_2, spec.TAIL_FROM))
@@ -63,10 +63,10 @@ def _normal(bits):
     h = g * g
     w = ((L0 * h + L1) * h + L2) * g + e.to(tl.float32) * MINUS_LN_2
     z = w - 2.5
-    centre = (((((((C0 * z + C1) * z + C2) * z + C3) * z + C4) * z + C5) * z + C6) * z + C7) * z + C8
+    center = (((((((C0 * z + C1) * z + C2) * z + C3) * z + C4) * z + C5) * z + C6) * z + C7) * z + C8
     z = tl.math.sqrt_rn(w) - 3.0
     tail = (((((((T0 * z + T1) * z + T2) * z + T3) * z + T4) * z + T5) * z + T6) * z + T7) * z + T8
-    return tl.where(w < TAIL_FROM, centre, tail) * x * SQRT_2
+    return tl.where(w < TAIL_FROM, center, tail) * x * SQRT_2
 
 
 @triton.jit(do_not_specialize=["start"])

@@ -1,4 +1,4 @@
-"""Any function without a rule of its own: run once per member on materialised members, exactly.
+"""Any function without a rule of its own: run once per member on materialized members, exactly.
 
 ``torch.vmap`` over the member axis where the function can be vmapped, one member after the other where it cannot. Plain
 tensors that hold the members are cut into them, others are the same for all. What cannot be cut exactly is refused.

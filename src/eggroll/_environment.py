@@ -1,0 +1,37 @@
+"""The environment variables of eggroll, read here and nowhere else; ``docs/environment.md`` says what each one does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CACHE = "EGGROLL_CACHE_DIR"
+OLD_CACHE = "EGGROLL_CACHE"
+DATA = "EGGROLL_DATA_DIR"
+COMPILE_NOISE = "EGGROLL_COMPILE_NOISE"
+NO_C = "EGGROLL_NO_C"
+FUSED_LINEAR = "EGGROLL_FUSED_LINEAR"
+
+
+def cache_directory() -> Path:
+    """Where files are kept that were fetched or prepared."""
+    given = os.environ.get(CACHE) or os.environ.get(OLD_CACHE)
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eggroll"
+
+
+def data_directory() -> Path | None:
+    """A folder with data sets, if one is named."""
+    given = os.environ.get(DATA)
+    return Path(given).expanduser() if given else None
+
+
+def value(name: str) -> str:
+    """What a variable is set to; empty if it is not."""
+    return os.environ.get(name, "")
+
+
+def is_on(name: str) -> bool:
+    """Whether a variable is set to anything but 0."""
+    return value(name) not in ("", "0")
