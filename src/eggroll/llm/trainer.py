@@ -82,21 +82,21 @@ class EggrollTrainer:
             ConfigError: settings, backend and workers do not fit each other.
             EggrollError: the model, the reward or the engine cannot be had.
         """
-        trust: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        trainer = cls.__new__(cls)
+        loading: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        worker: ModelWorker
         if workers is not None:
-            trainer._hold(
-                PoolWorker(
-                    model, config, reward, workers=workers, backend=backend, device=device, engine_args=engine_args,
-                    **trust, **placement,
-                )
+            worker = PoolWorker(
+                model, config, reward, workers=workers, backend=backend, device=device, engine_args=engine_args,
+                **loading, **placement,
             )  # fmt: skip
         elif placement:
             raise ConfigError(f"{', '.join(placement)}: these place workers; say how many with workers=N")
         elif backend == "vllm":
-            trainer._hold(vllm_worker(model, config, reward, engine_args=engine_args, **trust))
+            worker = vllm_worker(model, config, reward, engine_args=engine_args, **loading)
         else:
-            trainer._hold(torch_worker(model, config, reward, device=device, **trust))
+            worker = torch_worker(model, config, reward, device=device, **loading)
+        trainer = cls.__new__(cls)
+        trainer._hold(worker)
         return trainer
 
     def _hold(self, worker: ModelWorker) -> None:
