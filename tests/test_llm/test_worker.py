@@ -9,7 +9,7 @@ from eggroll import EggrollConfig, EggrollTrainer
 from eggroll.core.records import UpdateRecord
 from eggroll.distributed import LocalPool
 from eggroll.errors import DataError, RunError
-from eggroll.llm.backends.build import torch_worker
+from eggroll.llm.backends.build import WorkerFactory
 
 PROMPTS = ["What is red?", "Name a fish.", "Say hi.", "Count to three.", "Who?"]
 CONFIG = EggrollConfig(
@@ -32,8 +32,12 @@ def local(monkeypatch):
     monkeypatch.setattr("eggroll.llm.backends.pool.RayPool", LocalPool)
 
 
+def settings(tiny):
+    return {"model": tiny, "config": CONFIG, "reward": checksum, "dtype": "float32", "device": "cpu"}
+
+
 def make(tiny, **options):
-    return EggrollTrainer.from_model_id(tiny, CONFIG, checksum, dtype="float32", device="cpu", **options)
+    return EggrollTrainer.from_model_id(**settings(tiny), **options)
 
 
 def same(one, other):
@@ -41,7 +45,7 @@ def same(one, other):
 
 
 def test_a_range_has_the_same_scores_whenever_it_is_asked_for(tiny):
-    worker = torch_worker(tiny, CONFIG, checksum, dtype="float32", device="cpu")
+    worker = WorkerFactory(**settings(tiny))()
     worker.use(PROMPTS)
     whole = worker.evaluate(1, 0.05, range(8)).fitness
     parts = [worker.evaluate(1, 0.05, part).fitness for part in (range(6, 8), range(2, 6), range(2))]
@@ -51,7 +55,7 @@ def test_a_range_has_the_same_scores_whenever_it_is_asked_for(tiny):
 
 
 def test_a_state_is_all_that_an_update_depends_on(tiny):
-    first, second = (torch_worker(tiny, CONFIG, checksum, dtype="float32", device="cpu") for _ in range(2))
+    first, second = (WorkerFactory(**settings(tiny))() for _ in range(2))
     records = [UpdateRecord.make(g, 0.05, 0.05, np.linspace(-0.5, 0.5, 8)) for g in range(3)]
     first.apply(records[0])
     second.load_state_tensors({name: value.clone() for name, value in first.state_tensors().items()})
