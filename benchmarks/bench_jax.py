@@ -26,7 +26,7 @@ from eggroll.core.config import ESConfig
 from eggroll.jax import Strategy
 from eggroll.jax.gradient import es_gradient
 from eggroll.jax.noise import draw_pairs, seed_key
-from eggroll.jax.transform import Address, MemberNoise, perturb
+from eggroll.jax.perturbed import Address, MemberNoise, perturb
 from eggroll.run.provenance import git_revision, versions
 
 CASES = [  # members, batch, width, layers, rank, members at once, target

@@ -119,7 +119,7 @@ def jax_medians(options: ProfileOptions) -> dict[str, float]:
 
     from eggroll.jax.gradient import es_gradient
     from eggroll.jax.noise import draw_pairs, seed_key
-    from eggroll.jax.transform import MemberNoise, perturb
+    from eggroll.jax.perturbed import MemberNoise, perturb
 
     size, width = options.population, options.width
     keys = jax.random.split(jax.random.key(0), 4)

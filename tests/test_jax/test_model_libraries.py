@@ -11,7 +11,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_transform import check, normal  # noqa: E402
+from test_perturbed import check, normal  # noqa: E402
 
 
 def test_a_linen_transformer_block():

@@ -367,7 +367,7 @@ def test_gradients_flow_where_they_are_asked_for(calls):
 
 @NEEDS_COMPILER
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_transforms_and_traces_see_plain_operations(calls):
+def test_perturbeds_and_traces_see_plain_operations(calls):
     torch.manual_seed(0)
     x, weight, a, b = torch.randn(3, 4, 6), torch.randn(5, 6), torch.randn(2, 5, 1), torch.randn(2, 6, 1)
     expected = torch.stack([low_rank.linear(part, weight, a, b) for part in x])

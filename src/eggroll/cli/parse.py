@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import tyro
 
@@ -27,7 +27,7 @@ def parse(
         SystemExit: --help was asked for, or the command line is wrong, which has been said then.
         ConfigError: settings that cannot work.
     """
-    command: Any = command_type(kind)
+    command = command_type(cast(Any, kind))
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     absent: Any = tyro.MISSING_NONPROP
     if default is not None:
@@ -38,7 +38,7 @@ def parse(
 
 
 @cache
-def command_type(kind: Any) -> type[Any]:
+def command_type(kind: Any) -> Any:
     """A dataclass with the fields of ``kind``, annotated for tyro, that checks nothing."""
     hints: dict[str, Any] = get_type_hints(kind, include_extras=True)
     texts = field_texts(kind)
@@ -69,7 +69,7 @@ def field_texts(kind: Any) -> dict[str, str]:
         if not dataclasses.is_dataclass(base):
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cast(type, base))))
         except (OSError, TypeError):  # no source is installed
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []

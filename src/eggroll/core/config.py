@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from eggroll.core.arrays import Array
 from eggroll.core.check import is_number, numbers, whole
-from eggroll.core.fitness import Sampling, Shaping, ShapingName, shape_fitness, shaping_name
+from eggroll.core.fitness import Sampling as Sampling
+from eggroll.core.fitness import Shaping as Shaping
+from eggroll.core.fitness import ShapingName, shape_fitness, shaping_name
 from eggroll.core.schedules import Schedule, ScheduleName
 from eggroll.core.settings import setting, to_json_values
 from eggroll.errors import ConfigError

@@ -9,7 +9,7 @@ require("optax", extra="jax")
 
 # After the check, so that its message is the one that is seen.
 from eggroll.jax import models, noiser  # noqa: E402
+from eggroll.jax.perturbed import Address, MemberNoise, perturb  # noqa: E402
 from eggroll.jax.strategy import State, Strategy  # noqa: E402
-from eggroll.jax.transform import Address, MemberNoise, perturb  # noqa: E402
 
 __all__ = ["Address", "MemberNoise", "State", "Strategy", "models", "noiser", "perturb"]

@@ -15,9 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 from eggroll.core.config import ESConfig
 from eggroll.errors import ConfigError
 from eggroll.jax.gradient import es_gradient
-from eggroll.jax.leaves import named_leaves
+from eggroll.jax.layout import named_leaves
 from eggroll.jax.noise import Leaf, draw_pairs, seed_key
-from eggroll.jax.transform import Address, MemberNoise, Perturbed, perturb
+from eggroll.jax.perturbed import Address, MemberNoise, Perturbed, perturb
 
 
 @jax.tree_util.register_dataclass

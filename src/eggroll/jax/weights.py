@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 Policy = Literal["refuse", "materialize", "fit", "fit_matrix", "fit_matrix_materialize"]
-"""What happens in an operation without a rule. The last three are for finding a layout (:mod:`eggroll.jax.leaves`):
+"""What happens in an operation without a rule. The last three are for finding a layout (:mod:`eggroll.jax.layout`):
 ``fit`` refuses also what would be correct but slow, and all three refuse what shows that a leaf is no matrix."""
 
 

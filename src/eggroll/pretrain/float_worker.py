@@ -85,7 +85,7 @@ class FloatWorker(PretrainWorker):
 
     @torch.no_grad()
     def sample(self, prompt: bytes, length: int, *, temperature: float = 1.0, seed: int = 0) -> bytes:
-        """What the center writes after a prompt."""
+        """Text that the center generates after a prompt."""
         tokens = torch.tensor([[0, *prompt]], device=self.device)
         logits, states = self.replica.model(tokens)
         made = bytearray()

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from eggroll.jax.noise import Leaf
+from eggroll.jax.perturbed import MemberNoise
 from eggroll.jax.strategy import Strategy
-from eggroll.jax.transform import MemberNoise
 from eggroll.rl.envs.base import Environment
 from eggroll.rl.policies import LARGEST, ObsStats, act, forward
 

@@ -17,7 +17,7 @@ from eggroll.llm.backends.vllm_parallel import worker_engine_args
 from eggroll.llm.backends.worker import LanguageWorker, Setup
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example
-from eggroll.llm.estimate import check_memory
+from eggroll.llm.estimate.machine import check_memory
 from eggroll.llm.models.loading import load, load_surroundings
 from eggroll.llm.models.outline import Outline, look_up
 from eggroll.llm.rewards.load import as_reward

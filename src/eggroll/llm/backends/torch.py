@@ -17,7 +17,8 @@ from eggroll.llm.backends.scoring import Evaluator, eos_ids
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example
-from eggroll.llm.estimate import Estimate, Workload, rows_budget
+from eggroll.llm.estimate.machine import rows_budget
+from eggroll.llm.estimate.memory import Estimate, Workload
 from eggroll.llm.generation.chat import plain_text
 from eggroll.llm.generation.generate import Sampling, generate
 from eggroll.llm.models.outline import Outline, exclude_of, separate_head

@@ -113,7 +113,7 @@ def evaluate(
     """
     config = dataclasses.replace(config, population_size=2, rank=1)
     reward = FunctionReward(task.reward, tokenizer=loaded.tokenizer, name=task.name)
-    population = Population(loaded.model, population_size=2, rank=1)  # its centre is the model; no member is made
+    population = Population(loaded.model, population_size=2, rank=1)  # its center is the model; no member is made
     evaluator = TorchEvaluator(population, loaded.tokenizer, reward, config)
     result, start = Result(), time.perf_counter()
     for first in range(0, len(problems), batch_size):

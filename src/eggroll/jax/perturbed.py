@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from eggroll.core.check import whole
 from eggroll.errors import ConfigError
 from eggroll.jax.interpreter import evaluate
-from eggroll.jax.leaves import check_patterns, choose, fit, named_leaves, policy_for, weight
+from eggroll.jax.layout import check_patterns, choose, fit, named_leaves, policy_for, weight
 from eggroll.jax.noise import Leaf, draw, draw_pairs, seed_key
 from eggroll.jax.rules import as_array
 

@@ -14,9 +14,9 @@ from jax import lax  # noqa: E402
 from eggroll.core import oracle  # noqa: E402
 from eggroll.core.select import ParameterSpec  # noqa: E402
 from eggroll.errors import ConfigError, SelectionError, UnsupportedOperationError  # noqa: E402
-from eggroll.jax.leaves import named_leaves  # noqa: E402
+from eggroll.jax.layout import named_leaves  # noqa: E402
 from eggroll.jax.noise import Leaf, draw, draw_pairs, seed_key  # noqa: E402
-from eggroll.jax.transform import Address, MemberNoise, perturb  # noqa: E402
+from eggroll.jax.perturbed import Address, MemberNoise, perturb  # noqa: E402
 
 SIGMA, SEED, GENERATION = 0.3, 11, 5
 
