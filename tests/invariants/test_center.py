@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 
 
 class Recurrent(nn.Module):
