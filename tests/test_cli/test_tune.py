@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import tyro
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eggroll.cli.parse import parse
 from eggroll.cli.tune import OPTIONS, _cell, default_options, with_task
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
@@ -19,21 +19,25 @@ from eggroll.run.run_dir import RunDir
 FLAGS = {
     "tune": """
         MODEL --reward/-r --task --shots --dataset/-d --prompts --eval-prompts --output/-o --resume --generations/-g
-        --population/-p/--population-size/--pop-size --rank --sigma --lr --target-modules --exclude --embeddings --head --vectors
-        --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
+        --population/-p/--population-size/--pop-size --rank --sigma --lr --target-modules --exclude --embeddings --head
+        --vectors --group-size --momentum --betas --chat --samples-per-generation --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
         --weight-decay --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
-        --batch-members --eval-every --checkpoint-every --dtype --device --backend --report-to --seed
-        --trust-remote-code
+        --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
+        --device --backend --report-to --seed --trust-remote-code
     """,
     "eval": """
-        MODEL --task --shots --samples --max-tokens --max-length --temperature --system --batch-size --output/-o
-        --dtype --device --seed --trust-remote-code
+        MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
+        --output/-o --dtype --device --seed --trust-remote-code
     """,
+    # All settings of tune, so that its command line can be pasted, and the length of a prompt.
     "info": """
-        MODEL --population/-p/--population-size --rank --target-modules --exclude --embeddings --head --vectors
-        --optimizer --sampling --batch-size --prompt-tokens --max-tokens --max-length --batch-members --dtype --device
-        --trust-remote-code
+        MODEL --population/-p/--population-size/--pop-size --rank --target-modules --exclude --embeddings --head
+        --vectors --optimizer --sampling --batch-size --prompt-tokens --max-tokens --max-length --batch-members
+        --dtype --device --trust-remote-code --betas --chat --checkpoint-every --elite-k --eval-every
+        --fitness-shaping --generations/-g --group-size --lr --lr-decay --lr-schedule --members-per-forward
+        --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
+        --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
     """,
     "replay": "RUN --to --output/-o",
     "report": "RUN",
@@ -63,6 +67,10 @@ FILES = {
     "report.html",
     "model",
 }
+
+
+def parsed(arguments):
+    return parse(OPTIONS, arguments, prog="eggroll tune", description="", default=default_options(arguments))
 
 
 def lines(path):
@@ -339,13 +347,13 @@ def test_worked_examples_beside_a_file_of_prompts_are_refused(eggroll, option):
 def test_what_is_typed_counts_more_than_what_a_task_recommends():
     """Even where it is the default of a run without a task."""
     given = ["tiny", "--task", "countdown", "--rank", "8", "--optimizer", "adam", "--max-tokens=128"]
-    options = tyro.cli(TuneOptions, args=given, default=default_options(given))
+    options = parsed(given)
     assert (options.rank, options.optimizer, options.max_tokens) == (8, "adam", 128)
     wrong = [*given, "--backend", "foo"]
     with pytest.raises(SystemExit):
-        tyro.cli(TuneOptions, args=wrong, default=default_options(wrong))
+        parsed(wrong)
     task = get_task("countdown")
-    assert (options.lr, options.population) == (task.settings["lr"], task.settings["population_size"])
+    assert (options.lr, options.population_size) == (task.settings["lr"], task.settings["population_size"])
 
 
 def test_a_data_set_beside_a_task_is_what_is_trained_on(eggroll):
