@@ -19,9 +19,10 @@ from eggroll.run.run_dir import RunDir
 FLAGS = {
     "tune": """
         MODEL --reward/-r --task --shots --dataset/-d --prompts --eval-prompts --output/-o --resume --generations/-g
-        --population/-p/--population-size/--pop-size --rank --sigma --lr --target-modules --exclude --embeddings --head
-        --vectors --group-size --momentum --betas --chat --samples-per-generation --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
-        --weight-decay --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
+        --population/-p/--population-size/--pop-size --rank --sigma --lr --target-modules --exclude --embeddings
+        --head --vectors --group-size --momentum --betas --chat --samples-per-generation --optimizer --lr-schedule
+        --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k --weight-decay
+        --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
         --device --backend --report-to --seed --trust-remote-code
