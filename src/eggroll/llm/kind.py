@@ -16,7 +16,7 @@ from eggroll.core.settings import narrowed
 from eggroll.errors import ConfigError, DataError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
 from eggroll.llm.backends.build import WorkerFactory
-from eggroll.llm.backends.worker import ModelWorker, save
+from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.models.export import load_line, save_pretrained
@@ -142,7 +142,7 @@ def _plan(options: TuneOptions) -> Plan:
 
     def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
         about = {"base_model": options.model, "generations": sitting.generation}
-        save(worker, run.path / MODEL, about)
+        worker.save(run.path / MODEL, about)
         return {}
 
     return Plan(

@@ -11,7 +11,7 @@ from eggroll.core.select import ParameterSpec
 from eggroll.errors import ConfigError, RunError
 from eggroll.llm.backends.build import BackendName, WorkerFactory, worker_of
 from eggroll.llm.backends.pool import PoolWorker
-from eggroll.llm.backends.worker import ModelWorker, save
+from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import EggrollConfig
 from eggroll.loop import Listener, Loop
 from eggroll.run.run_dir import RunDir
@@ -164,7 +164,7 @@ class EggrollTrainer:
 
     def save(self, directory: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
         """Write the model as a plain Hugging Face directory that ``from_pretrained`` loads."""
-        return save(self.worker, directory, {"generations": self.done, **(metadata or {})})
+        return self.worker.save(directory, {"generations": self.done, **(metadata or {})})
 
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write the evolved parameters and the optimizer's state, so that :meth:`load_checkpoint` can go on."""

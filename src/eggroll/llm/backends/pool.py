@@ -13,7 +13,7 @@ from eggroll.errors import ConfigError, DataError, RunError
 from eggroll.llm.backends.build import BackendName, WorkerFactory
 from eggroll.llm.backends.vllm_engine import check_vllm
 from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel
-from eggroll.llm.backends.worker import Setup
+from eggroll.llm.backends.worker import ModelWorker, Setup
 from eggroll.llm.data.batches import is_batches
 from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.models.loading import load_surroundings
@@ -22,7 +22,7 @@ from eggroll.llm.rewards.load import as_reward
 from eggroll.loop import Evaluation, Heldout
 
 
-class PoolWorker:
+class PoolWorker(ModelWorker):
     """Workers that score members, each with a replica of the model; this process holds none.
 
     Results do not depend on the number of workers (see ``docs/cluster.md``). What happens to them is told by warnings.
@@ -42,7 +42,6 @@ class PoolWorker:
     """
 
     module = None
-    note = ""
 
     def __init__(self, factory: WorkerFactory, *, workers: int, **placement: Any) -> None:
         self.placement = placement_of(factory.backend, factory.engine_args, placement)
@@ -108,10 +107,6 @@ class PoolWorker:
             self._state = tensors
         else:
             self.pool.load_state_tensors(tensors)
-
-    def model(self) -> Any:
-        """The evolved model in PyTorch, on the CPU."""
-        return self.setup.with_state(self.state_tensors())
 
     def close(self) -> None:
         """End the workers."""
