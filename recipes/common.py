@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from eggroll.core.config import ESConfig, ForwardOptions
+from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName
 from eggroll.distributed import TorchWorker
 from eggroll.distributed.options import WorkerOptions
 from eggroll.errors import ConfigError
@@ -32,7 +32,7 @@ class Options(WorkerOptions, RunOptions, DeviceOptions, ForwardOptions, ESConfig
     """What every recipe that trains can be told; each has defaults of its own."""
 
     members_per_forward: int | None = 256
-    optimizer: Any = "adam"
+    optimizer: OptimizerName = "adam"
     seed: int = 0
 
     def place(self) -> torch.device:

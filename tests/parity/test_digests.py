@@ -29,6 +29,7 @@ def test_whole_numbers_are_the_same_everywhere(name, tmp_path):
     assert found == recorded
 
 
+@pytest.mark.slow
 def test_floating_point_is_the_same_on_the_same_machine():
     """In a process of its own, with the number of threads that was recorded with."""
     other = differing(RECORDED["facts"])

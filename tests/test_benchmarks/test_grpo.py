@@ -25,8 +25,8 @@ def test_a_run_of_each_method_changes_the_model_and_says_what_it_took(one_run, m
     folder = write_llama(tmp_path / "tiny")
     before = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     seen = []
-    load_model = one_run.models.load
-    monkeypatch.setattr(one_run.models, "load", lambda *a, **k: seen.append(load_model(*a, **k)) or seen[-1])
+    load_model = one_run.llm.load
+    monkeypatch.setattr(one_run.llm, "load", lambda *a, **k: seen.append(load_model(*a, **k)) or seen[-1])
     # every completion has another score, so that there is something to learn from
     task = one_run.get_task("countdown", shots=1)
     scored = one_run.dataclasses.replace(task, reward=varied, validation=task.validation[:4])

@@ -140,7 +140,7 @@ def test_settings_that_cannot_work_are_all_reported(eggroll):
     done = eggroll.tune("-p", "7", "--sigma", "-1", "--rank", "0", "--temperature", "-1", "--noise-reuse", "0")
     assert refused(
         done,
-        "EggrollConfig has 5 problems:",
+        "eggroll tune has 5 problems:",
         "population_size (=7) must be even",
         "sigma (=-1.0) must be above 0",
         "rank (=0) must be a whole",

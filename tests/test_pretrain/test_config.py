@@ -38,7 +38,7 @@ def test_all_problems_of_the_settings_at_once():
 def test_a_resumed_run_may_change_what_changes_no_weight():
     free = may_change(PretrainOptions())
     assert free == {
-        "generations", "minutes", "output", "resume", "report_to", "backend", "device", "threads",
+        "generations", "minutes", "resume", "report_to", "backend", "device", "threads",
         "members_per_forward", "eval_every", "eval_tokens", "sample_every", "sample_length", "prompt",
         "workers", "ray_address", "worker_cpus", "worker_gpus",
     }  # fmt: skip
