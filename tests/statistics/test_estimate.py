@@ -1,6 +1,6 @@
 """Statistics of the estimate against closed forms.
 
-For one antithetic pair and raw fitness, a quadratic ``f`` with gradient ``G`` (m x n) at the centre gives exactly
+For one antithetic pair and raw fitness, a quadratic ``f`` with gradient ``G`` (m x n) at the center gives exactly
 
     (f(W + sigma E) - f(W - sigma E)) / 2 * E = sigma <G, E> E
 
@@ -62,7 +62,7 @@ def test_unbiased_on_a_quadratic(rank, sigma):
     """
     m, n, pairs = 6, 5, 20_000
     rng = np.random.default_rng(7)
-    centre, slope = rng.normal(size=(m, n)), rng.normal(size=(m, n))
+    center, slope = rng.normal(size=(m, n)), rng.normal(size=(m, n))
     half = rng.normal(size=(m * n, m * n))
     curvature = half + half.T
 
@@ -71,11 +71,11 @@ def test_unbiased_on_a_quadratic(rank, sigma):
         return flat @ slope.ravel() + 0.5 * np.einsum("pi,ij,pj->p", flat, curvature, flat, optimize=True)
 
     noise = perturbations(m, n, rank, pairs, seed=2)
-    fitness = np.stack([f(centre + sigma * noise), f(centre - sigma * noise)], axis=1).reshape(-1)
+    fitness = np.stack([f(center + sigma * noise), f(center - sigma * noise)], axis=1).reshape(-1)
     weights = shape_fitness(fitness, method="raw").astype(np.float64)
     signed = np.stack([noise, -noise], axis=1).reshape(-1, m, n)
     result = np.einsum("p,pij->ij", weights, signed) / len(weights)
-    expected = sigma * (slope + (curvature @ centre.ravel()).reshape(m, n))
+    expected = sigma * (slope + (curvature @ center.ravel()).reshape(m, n))
     error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
     assert error < 1.6 * (excess(m, n, rank) / pairs) ** 0.5
 
@@ -150,7 +150,7 @@ def test_shaping_keeps_the_direction(method):
 
 def test_one_sided_halves_the_error_of_a_linear_function_at_equal_evaluations():
     """N evaluations are N directions one-sided and N/2 in pairs. With the leave-one-out baseline a linear function's
-    one-sided error is (mn + 1 + ...) / N up to 1/N^2, half of the pairs'. The centre's score cancels in both."""
+    one-sided error is (mn + 1 + ...) / N up to 1/N^2, half of the pairs'. The center's score cancels in both."""
     m = n = 8
     target, population, repeats = gradient(m, n), 64, 300
     noise = perturbations(m, n, 4, population * repeats, seed=9).reshape(repeats, population, m, n)

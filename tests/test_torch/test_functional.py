@@ -1,4 +1,4 @@
-"""The functional API against materialised members, Population, EGGROLL and the float64 oracle; and its errors."""
+"""The functional API against materialized members, Population, EGGROLL and the float64 oracle; and its errors."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def materialised(weight, perts, key, member):
+def materialized(weight, perts, key, member):
     """A member's weight in float64."""
     u, v = (perts[key][factor][member].double() for factor in ("U", "V"))
     return weight.double() + (u.T @ v).view(weight.shape)
@@ -43,7 +43,7 @@ SIZES = st.integers(1, 9)
     dtype=st.sampled_from(list(TOLERANCE)), with_bias=st.booleans(), antithetic=st.booleans(),
     layout=st.sampled_from(["own", "expanded", "one", "strided"]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_a_linear_layer_equals_its_materialised_members(
+def test_a_linear_layer_equals_its_materialized_members(
     pairs, rank, n, m, batch, dtype, with_bias, antithetic, layout, seed
 ):
     """Population 2, ranks above both dimensions, in or out of 1, any batch dimensions, any layout of the input."""
@@ -61,7 +61,7 @@ def test_a_linear_layer_equals_its_materialised_members(
         x = torch.randn(members, *batch, 2 * n).to(dtype)[..., ::2]
     y = f.perturbed_forward(x, weight, bias, perts, "w")
     inputs = x.expand(members, *batch, n).double()
-    expected = torch.stack([inputs[p] @ materialised(weight, perts, "w", p).T for p in range(members)])
+    expected = torch.stack([inputs[p] @ materialized(weight, perts, "w", p).T for p in range(members)])
     expected = expected if bias is None else expected + bias.double()
     magnitude = inputs.abs().amax() * n + 1  # of the terms that a result is summed from
     assert y.shape == expected.shape
@@ -74,7 +74,7 @@ def test_a_linear_layer_equals_its_materialised_members(
     dilation=st.sampled_from([1, 2]), shared=st.sampled_from(["own", "images", "expanded"]), with_bias=st.booleans(),
     alone=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )  # fmt: skip
-def test_a_convolution_equals_its_materialised_members(
+def test_a_convolution_equals_its_materialized_members(
     pairs, rank, groups, kernel, stride, padding, dilation, shared, with_bias, alone, dtype
 ):
     if padding == "same" and stride != 1:
@@ -94,7 +94,7 @@ def test_a_convolution_equals_its_materialised_members(
         y = f.perturbed_conv2d(given_x, weight, perts, "k", bias, **settings)
     inputs = x if shared == "own" else x[:1].expand(x.shape)
     expected = torch.stack(
-        [F.conv2d(inputs[p].double(), materialised(weight, perts, "k", p), None, **settings) for p in range(members)]
+        [F.conv2d(inputs[p].double(), materialized(weight, perts, "k", p), None, **settings) for p in range(members)]
     )
     expected = expected if bias is None else expected + bias.double().view(-1, 1, 1)
     assert y.shape == expected.shape
@@ -310,7 +310,7 @@ def test_parameters_of_other_memory_are_no_rows(batch):
     x = torch.randn(batch, 6)
     got = f.make_perturbed_forward_fn(module)(x[None], params, perts)
     for p in range(4):
-        member = {**params, "layer.weight": materialised(params["layer.weight"], perts, "layer.weight", p).float()}
+        member = {**params, "layer.weight": materialized(params["layer.weight"], perts, "layer.weight", p).float()}
         torch.testing.assert_close(got[p], torch.func.functional_call(module, member, (x,)), rtol=1e-4, atol=1e-5)
 
 
@@ -374,7 +374,7 @@ def test_any_module_becomes_a_function_of_its_perturbations(module):
         shared, each = forward(x[None], weights, perts), forward(own, weights, perts)
         for p in range(4):
             member = {
-                name: materialised(value, perts, name, p).float() if name in perts else value
+                name: materialized(value, perts, name, p).float() if name in perts else value
                 for name, value in weights.items()
             }
             for got, inputs in ((shared, x), (each, own[p])):

@@ -6,9 +6,9 @@ rounded once and none fused, so every implementation that follows the recipe giv
     n = int32(bits ^ 0x80000000) >> 9                   x = n 2^-22 + 2^-24, exact: uniform on [nextafter(-1, 0), 1)
     s = 1 - x x                                         s = m 2^e, sqrt(1/2) <= m < sqrt(2), from the bits of s
     g = (m - 1) / (m + 1)                               w = e (-ln 2) + g ((L2 g g + L1) g g + L0), that is -log(s)
-    z = w - 2.5 if w < 5, else sqrt(w) - 3              r = Horner(CENTRE or TAIL, z)          normal = (r x) sqrt(2)
+    z = w - 2.5 if w < 5, else sqrt(w) - 3              r = Horner(CENTER or TAIL, z)          normal = (r x) sqrt(2)
 
-CENTRE and TAIL are Giles' polynomials for the inverse error function, the ones that ``jax.random.normal`` evaluates
+CENTER and TAIL are Giles' polynomials for the inverse error function, the ones that ``jax.random.normal`` evaluates
 ("Approximating the erfinv function", GPU Computing Gems, 2010); L is a minimax fit of -log((1 + g) / (1 - g)) / g.
 """
 
@@ -25,7 +25,7 @@ def _rounded(*values: float) -> tuple[float, ...]:
 
 SQRT_HALF_BITS = 0x3F3504F3
 LOG = _rounded(-0.41517706, -0.66644078, -2.00000084)
-CENTRE = _rounded(
+CENTER = _rounded(
     2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503, -0.00417768164,
     0.246640727, 1.50140941,
 )  # fmt: skip
@@ -48,9 +48,9 @@ def bits_to_normal(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
     g: NDArray[np.float32] = (m - one) / (m + one)
     w = exponent.astype(np.float32) * np.float32(MINUS_LN_2) + g * _horner(LOG, g * g)
     in_tail = w >= np.float32(TAIL_FROM)
-    centre = _horner(CENTRE, w - np.float32(2.5))
+    center = _horner(CENTER, w - np.float32(2.5))
     tail = _horner(TAIL, np.sqrt(np.maximum(w, np.float32(0.0))) - np.float32(3.0))
-    return np.where(in_tail, tail, centre) * x * np.float32(SQRT_2)
+    return np.where(in_tail, tail, center) * x * np.float32(SQRT_2)
 
 
 def _horner(coefficients: tuple[float, ...], z: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -23,7 +23,7 @@ def perturbed_forward(
 
     Args:
         x: ``(P, *batch, n)``; ``(1, *batch, n)`` is the same input for every member.
-        W: ``(m, n)``, the centre.
+        W: ``(m, n)``, the center.
         b: ``(m,)`` or ``None``; not perturbed.
         perts: from :func:`generate_perturbations`.
         key: the name of ``W`` in ``perts``.
@@ -81,7 +81,7 @@ def perturbed_conv2d(
 
     Args:
         x: ``(P, batch, C, H, W)``, or ``(batch, C, H, W)``: the same images for every member.
-        W: ``(C_out, C_in/groups, k, k)``, the centre.
+        W: ``(C_out, C_in/groups, k, k)``, the center.
         perts: from :func:`generate_perturbations`.
         key: the name of ``W`` in ``perts``.
         bias: ``(C_out,)`` or ``None``; not perturbed.

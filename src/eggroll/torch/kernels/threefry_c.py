@@ -44,7 +44,7 @@ static inline uint32_t cipher(uint32_t k0, uint32_t k1, uint32_t hi, uint32_t lo
 static inline float as_float(uint32_t bits) { union { uint32_t u; float f; } v; v.u = bits; return v.f; }
 static inline uint32_t as_bits(float value) { union { uint32_t u; float f; } v; v.f = value; return v.u; }
 
-static const float CENTRE[9] = {@CENTRE@}, TAIL[9] = {@TAIL@};
+static const float CENTER[9] = {@CENTER@}, TAIL[9] = {@TAIL@};
 
 static inline float normal(uint32_t bits) {
     float x = (float)((int32_t)(bits ^ 0x80000000u) >> 9) * 0x1p-22f + 0x1p-24f;
@@ -53,8 +53,8 @@ static inline float normal(uint32_t bits) {
     float m = as_float(as_bits(s) - ((uint32_t)e << 23));
     float g = (m - 1.0f) / (m + 1.0f), h = g * g;
     float w = ((@LOG0@ * h + @LOG1@) * h + @LOG2@) * g + (float)e * @MINUS_LN_2@;
-    float zc = w - 2.5f, zt = __builtin_sqrtf(w) - 3.0f, rc = CENTRE[0], rt = TAIL[0];
-    for (int i = 1; i < 9; i++) { rc = rc * zc + CENTRE[i]; rt = rt * zt + TAIL[i]; }
+    float zc = w - 2.5f, zt = __builtin_sqrtf(w) - 3.0f, rc = CENTER[0], rt = TAIL[0];
+    for (int i = 1; i < 9; i++) { rc = rc * zc + CENTER[i]; rt = rt * zt + TAIL[i]; }
     return (w < @TAIL_FROM@ ? rc : rt) * x * @SQRT_2@;
 }
 
@@ -116,7 +116,7 @@ def source() -> str:
 
     text = _SOURCE
     for name, value in {
-        "CENTRE": ", ".join(map(literal, spec.CENTRE)),
+        "CENTER": ", ".join(map(literal, spec.CENTER)),
         "TAIL": ", ".join(map(literal, spec.TAIL)),
         "LOG0": literal(spec.LOG[0]),
         "LOG1": literal(spec.LOG[1]),

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eggroll.core.normal import CENTRE, LOG, MINUS_LN_2, SQRT_2, SQRT_HALF_BITS, TAIL, TAIL_FROM
+from eggroll.core.normal import CENTER, LOG, MINUS_LN_2, SQRT_2, SQRT_HALF_BITS, TAIL, TAIL_FROM
 from eggroll.core.threefry import PARITY, ROTATIONS
 
 BLOCK_PER_THREAD = 1 << 16
@@ -24,7 +24,7 @@ SHORT_DRAW = 48
 _LOW = 0xFFFFFFFF
 _SIGN = 1 << 31
 _INTS = (9, 23, SQRT_HALF_BITS, 0x40400000, 0x4B400000)
-_FLOATS = (3.0, 2.0**-24, 1.0, 12582912.0, MINUS_LN_2, 2.5, SQRT_2, *LOG, *CENTRE, *TAIL)
+_FLOATS = (3.0, 2.0**-24, 1.0, 12582912.0, MINUS_LN_2, 2.5, SQRT_2, *LOG, *CENTER, *TAIL)
 
 
 def fill_bits(out: Tensor, keys: NDArray[np.uint32], start: int) -> None:
@@ -166,7 +166,7 @@ class _Workspace:
         for coefficient in TAIL[1:]:
             tail *= z
             tail += np.float32(coefficient)
-        self._horner(CENTRE, w.sub_(self.floats[2.5]), out=r).mul_(x).mul_(self.floats[SQRT_2])
+        self._horner(CENTER, w.sub_(self.floats[2.5]), out=r).mul_(x).mul_(self.floats[SQRT_2])
         r.numpy()[index] = tail * x_tail * np.float32(SQRT_2)
         return r
 
@@ -178,7 +178,7 @@ class _Workspace:
         in_tail = w >= TAIL_FROM
         root = w.sqrt() if self.device.type == "mps" else w.double().sqrt_().float()  # MPS has no float64
         self._horner(TAIL, root.sub_(3.0), out=h)
-        self._horner(CENTRE, w.sub_(2.5), out=r)
+        self._horner(CENTER, w.sub_(2.5), out=r)
         return torch.where(in_tail, h, r).mul_(x).mul_(self.floats[SQRT_2])
 
     def _horner(self, coefficients: tuple[float, ...], z: Tensor, *, out: Tensor) -> Tensor:

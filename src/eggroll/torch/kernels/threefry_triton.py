@@ -18,7 +18,7 @@ from eggroll.core import normal as spec
 
 MAX_BLOCK = 1024
 
-C0, C1, C2, C3, C4, C5, C6, C7, C8 = map(tl.constexpr, spec.CENTRE)
+C0, C1, C2, C3, C4, C5, C6, C7, C8 = map(tl.constexpr, spec.CENTER)
 T0, T1, T2, T3, T4, T5, T6, T7, T8 = map(tl.constexpr, spec.TAIL)
 L0, L1, L2 = map(tl.constexpr, spec.LOG)
 MINUS_LN_2, SQRT_2, TAIL_FROM = map(tl.constexpr, (spec.MINUS_LN_2, spec.SQRT_2, spec.TAIL_FROM))
