@@ -1,4 +1,4 @@
-"""README: the tree is that of the files, the examples are Python, the links lead somewhere."""
+"""README and pages: short enough to finish, the examples are Python, the links lead somewhere, the tree is complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -21,9 +20,26 @@ def load_tree():
     return module
 
 
-def test_the_tree_is_up_to_date():
+def names(tree):
+    return [row.split()[0] for row in tree.splitlines()]
+
+
+def test_the_tree_has_every_package():
     module = load_tree()
-    assert module.split(README)[1] == module.tree(), "run: python scripts/tree.py --write"
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert names(module.split(page)[1]) == names(module.tree()), "run: python scripts/tree.py --write"
+
+
+def test_every_package_says_what_it_is():
+    module = load_tree()
+    assert [row for row in module.tree().splitlines() if len(row.split()) < 2] == ["src/"]
+
+
+def test_the_readme_is_short_and_names_every_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert pages - set(re.findall(r"\]\((docs/[^)#]+)", readme)) == set()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

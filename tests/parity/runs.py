@@ -83,7 +83,15 @@ RUNS = [
         "tune_samples",
         (_tune("--temperature 0.8 --samples-per-prompt 2 --pass-at 2 --eval-prompts held.txt --system 'Be brief.'"),),
     ),
-    Run("tune_task", (_tune("--task zeros --lr-decay 0.9 --sigma-decay 0.9", "--dtype float32"),)),
+    Run(
+        "tune_task",
+        (
+            _tune(
+                "--task zeros -p 16 --max-tokens 48 --temperature 1 --sigma 0.5 --lr-decay 0.9 --sigma-decay 0.9",
+                "--dtype float32",
+            ),
+        ),
+    ),
     Run(
         "tune_resumed",
         (

@@ -217,7 +217,7 @@ def test_options_of_a_task():
     assert EvalOptions(models=("m",), task="zeros").config(task).max_tokens == 16
     assert EvalOptions(models=("m",), task="zeros", max_tokens=3, system="s").config(task).system == "s"
     with pytest.raises(ConfigError, match="has 2 problems"):
-        EvalOptions((), "zeros", batch_size=0).config(task)
+        EvalOptions(models=(), task="zeros", batch_size=0).config(task)
 
 
 def test_tune_on_a_task(eggroll):

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from eggroll.cli.main import main
-from eggroll.llm.estimate import gigabytes
+from eggroll.llm.estimate.machine import gigabytes
 
 SIZES = {
     "hidden_size": 32,
@@ -107,7 +107,7 @@ def test_dtype_is_chosen_and_explained(run, model_directory):
 
 
 def test_what_does_not_fit_is_said_with_ways_out(run, model_directory, monkeypatch):
-    monkeypatch.setattr("eggroll.llm.estimate.machine_memory", lambda device: (100_000, 50_000))
+    monkeypatch.setattr("eggroll.llm.estimate.machine.machine_memory", lambda device: (100_000, 50_000))
     status, lines, _ = run(model_directory(), "--dtype", "float32")
     assert status == 0
     assert any(

@@ -18,7 +18,7 @@ from eggroll.core.records import UpdateRecord
 from eggroll.llm.backends.torch import TorchEvaluator, replica_for
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example
-from eggroll.llm.estimate import Estimate, Workload
+from eggroll.llm.estimate.memory import Estimate, Workload
 from eggroll.llm.generation.generate import Sampling
 from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards.load import as_reward

@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from eggroll.core.fitness import shape_fitness
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import MemoryBudgetError, SelectionError
-from eggroll.llm import estimate as module
 from eggroll.llm.backends.torch import replica_for
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.estimate import Estimate, Workload, ensure_fits
+from eggroll.llm.estimate import machine, memory
+from eggroll.llm.estimate.machine import ensure_fits
+from eggroll.llm.estimate.memory import Estimate, Workload
+from eggroll.llm.estimate.work import work_of
 from eggroll.llm.models.outline import Outline
 from eggroll.llm.trainer import EggrollTrainer
 
@@ -118,13 +120,13 @@ def test_estimate_takes_the_parameters_that_the_trainer_evolves(build_model):
 def test_noise_beyond_the_cache_is_not_kept_and_drawn_twice(tiny_model, monkeypatch):
     workload = Workload(2, 8, 4)
     kept = of(tiny_model)
-    monkeypatch.setattr(module, "CACHE_BYTES", kept.pairs * kept.draw_bytes - 1)
+    monkeypatch.setattr(memory, "CACHE_BYTES", kept.pairs * kept.draw_bytes - 1)
     dropped = of(tiny_model)
     assert dropped.fixed()["noise"] == 0 < kept.pairs * kept.draw_bytes
     monkeypatch.undo()
-    assert kept.work(workload).normals == 4 * sum(spec.draw_size(2) for spec in kept.specs)
-    monkeypatch.setattr(module, "CACHE_BYTES", 0)
-    assert dropped.work(workload).normals == 2 * 4 * sum(spec.draw_size(2) for spec in kept.specs)
+    assert work_of(kept, workload).normals == 4 * sum(spec.draw_size(2) for spec in kept.specs)
+    monkeypatch.setattr(memory, "CACHE_BYTES", 0)
+    assert work_of(dropped, workload).normals == 2 * 4 * sum(spec.draw_size(2) for spec in kept.specs)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "granite", "gemma2"])
@@ -136,7 +138,7 @@ def test_multiply_adds_are_those_of_a_forward(build_model, name):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, use_cache=False)
     o = estimate.outline
-    counted = estimate.work(Workload(1, length)).base // 8
+    counted = work_of(estimate, Workload(1, length)).base // 8
     # In a forward every token attends to all, of which half is masked; and the products of positions are tiny.
     masked = 2 * o.layers * o.heads * o.head_size * (length * (length - 1) // 2)
     assert counted + masked == counter.get_total_flops() // 2
@@ -150,14 +152,14 @@ def test_low_rank_multiply_adds(tiny_model):
     body = sum(3 * sum(shape) for shape in specs.values())
     # 5 + 3 tokens are read, all but the last that is written; 4 go through the head
     expected = 8 * (body + 3 * n) + 4 * 3 * sum(head)
-    assert estimate.work(Workload(2, 5, 4)).low_rank == 8 * 2 * expected
+    assert work_of(estimate, Workload(2, 5, 4)).low_rank == 8 * 2 * expected
 
 
 def test_log_bytes_are_those_of_a_record(tiny_model):
     estimate = of(tiny_model, population_size=32)
     scores = np.random.default_rng(0).permutation(32).astype(np.float64)
     line = UpdateRecord.make(0, 0.01, 0.001, shape_fitness(scores)).to_json() + "\n"
-    assert estimate.work(Workload(1, 4)).log_bytes == len(line)
+    assert work_of(estimate, Workload(1, 4)).log_bytes == len(line)
 
 
 def test_members_that_fit_are_even_within_the_budget_and_at_least_two(tiny_model):
@@ -181,10 +183,10 @@ def test_what_cannot_fit_is_refused_with_ways_out(build_model):
     ensure_fits(estimate, workload, needed)
     with pytest.raises(MemoryBudgetError) as caught:
         ensure_fits(estimate, workload, needed - 1, where="this machine (cpu)")
-    fixed = {key: module.gigabytes(value) for key, value in estimate.fixed().items()}
+    fixed = {key: machine.gigabytes(value) for key, value in estimate.fixed().items()}
     text = str(caught.value)
     assert text.startswith("LlamaForCausalLM with 0.00 billion parameters")
-    assert f"needs {module.gigabytes(needed)} even with 2 members evaluated together" in text
+    assert f"needs {machine.gigabytes(needed)} even with 2 members evaluated together" in text
     assert f"weights {fixed['weights']}, masters {fixed['masters']}, optimizer {fixed['optimizer']}" in text
     assert "and this machine (cpu) has " in text
     assert f'optimizer="sgd" (saves {fixed["optimizer"]})' in text
@@ -193,14 +195,14 @@ def test_what_cannot_fit_is_refused_with_ways_out(build_model):
 
 
 def test_trainer_refuses_before_it_allocates(tiny_model, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "machine_memory", lambda device: (1000, 1000))
+    monkeypatch.setattr(machine, "machine_memory", lambda device: (1000, 1000))
     monkeypatch.setattr("eggroll.llm.backends.build.replica_for", lambda *_: pytest.fail("masters were made"))
     with pytest.raises(MemoryBudgetError, match=r"this machine \(cpu\) has 1.0 kB"):
         EggrollTrainer(tiny_model, EggrollConfig(population_size=4), lambda text: 0.0, tiny_tokenizer)
 
 
 def test_machine_memory_is_plausible():
-    total, free = module.machine_memory(torch.device("cpu"))
+    total, free = machine.machine_memory(torch.device("cpu"))
     assert total > 2**28
     assert 0 < free <= total
 

@@ -114,7 +114,7 @@ def test_target_is_a_file(tiny_model, tmp_path):
         save_pretrained(tiny_model, None, target, metadata={})
 
 
-def test_gguf_leftovers_are_dropped_and_other_quantisation_is_not(tiny_model):
+def test_gguf_leftovers_are_dropped_and_other_quantization_is_not(tiny_model):
     tiny_model.config.quantization_config = {"quant_method": "gguf"}
     tiny_model.hf_quantizer = object()
     drop_quantization(tiny_model)

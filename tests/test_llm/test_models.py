@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from eggroll.errors import ConfigError, ModelError
+from eggroll.llm.models import dtype, smollm2
 from eggroll.llm.models import loading as models
-from eggroll.llm.models import smollm2
 from eggroll.llm.models.export import save_pretrained
 
 
@@ -74,13 +74,13 @@ def test_automatic_dtype_is_reported(saved):
     ("fp32", "bf16", "chosen"), [(1.0, 0.5, torch.bfloat16), (1.0, 0.9, torch.float32), (1.0, 5.0, torch.float32)]
 )
 def test_bfloat16_must_win_clearly(monkeypatch, fp32, bf16, chosen):
-    monkeypatch.setattr(models, "_matmul_seconds", lambda *_: (fp32, bf16))
-    assert models.choose_dtype(torch.device("cpu"), 64, 64)[0] == chosen
+    monkeypatch.setattr(dtype, "_matmul_seconds", lambda *_: (fp32, bf16))
+    assert dtype.choose_dtype(torch.device("cpu"), 64, 64)[0] == chosen
 
 
 def test_dtype_and_device_names(saved):
-    assert models.parse_dtype("fp16") == models.parse_dtype("torch.float16") == torch.float16
-    assert models.parse_dtype("auto") is None
+    assert dtype.parse_dtype("fp16") == dtype.parse_dtype("torch.float16") == torch.float16
+    assert dtype.parse_dtype("auto") is None
     message = (
         "dtype (='bfloat61') must be one of: auto, float32, fp32, bfloat16, bf16, float16, fp16; "
         "did you mean 'bfloat16'?"

@@ -124,7 +124,7 @@ def batches_of(tokenizer):
 
 
 def test_python_api(places, tiny_tokenizer):
-    """As written: 100 generations on tokenised batches; the model likes its texts better."""
+    """As written: 100 generations on tokenized batches; the model likes its texts better."""
     dataloader = batches_of(tiny_tokenizer)
     before = {}
     base = transformers.AutoModelForCausalLM.from_pretrained("tiny-gpt2")

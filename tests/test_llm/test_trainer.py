@@ -1,4 +1,4 @@
-"""The trainer on tiny models: it learns, in every form of data and reward, and leaves the centre alone."""
+"""The trainer on tiny models: it learns, in every form of data and reward, and leaves the center alone."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def config(**settings):
     return EggrollConfig(**{**small, "prompts_per_generation": 3, "samples_per_generation": 2, **settings})
 
 
-def centre(model):
+def center(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -84,7 +84,7 @@ def test_results_do_not_depend_on_members_per_forward(build_model, tiny_tokenize
         settings = config(members_per_forward=members_per_forward, temperature=temperature, generations=3)
         trainer = EggrollTrainer(model, settings, checksum, tiny_tokenizer)
         history = trainer.evolve(PROMPTS)
-        runs.append(([line["fitness_mean"] for line in history], centre(model)))
+        runs.append(([line["fitness_mean"] for line in history], center(model)))
     for fitness, weights in runs[1:]:
         assert fitness == runs[0][0]
         for name, parameter in weights.items():
@@ -167,7 +167,7 @@ def test_each_members_text_is_what_generate_gives(build_model, tiny_tokenizer, m
     assert len(lengths) > 2
 
 
-def test_the_centre_shares_the_beginning_of_prompts_too(tiny_model, tiny_tokenizer, monkeypatch):
+def test_the_center_shares_the_beginning_of_prompts_too(tiny_model, tiny_tokenizer, monkeypatch):
     settings = config(population_size=4, max_tokens=12, chat=False)
     trainer = EggrollTrainer(tiny_model, settings, lambda text: float(len(text)), tiny_tokenizer)
     shared = trainer.worker.evaluator.heldout(load_examples(ALIKE))
@@ -223,7 +223,7 @@ def test_the_one_at_a_time_scores_are_those_of_rows(build_model, tiny_tokenizer)
 
 
 def test_custom_rewards_get_the_member_itself(build_model, tiny_tokenizer):
-    """The function sees the weights of one member after the other, as materialised, and labelled inputs."""
+    """The function sees the weights of one member after the other, as materialized, and labeled inputs."""
     seen = []
 
     def reward_fn(model, inputs):
@@ -232,7 +232,7 @@ def test_custom_rewards_get_the_member_itself(build_model, tiny_tokenizer):
         return -float(model(**inputs).loss)
 
     model = build_model("llama")
-    before = centre(model)
+    before = center(model)
     trainer = EggrollTrainer(model, config(), CustomReward(reward_fn), tiny_tokenizer)
     table = scores_of(trainer, TEXTS)
     assert table.shape == (6, 1)
@@ -324,8 +324,8 @@ def test_data_that_cannot_be_used(tiny_model, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("when", [0, 3, 5], ids=["at first", "in the middle", "at last"])
-def test_the_centre_survives_a_reward_that_raises(tiny_model, tiny_tokenizer, when):
-    before, calls = centre(tiny_model), []
+def test_the_center_survives_a_reward_that_raises(tiny_model, tiny_tokenizer, when):
+    before, calls = center(tiny_model), []
 
     def reward(prompts, completions):
         calls.append(len(completions))
@@ -340,8 +340,8 @@ def test_the_centre_survives_a_reward_that_raises(tiny_model, tiny_tokenizer, wh
     assert all(isinstance(parameter, torch.nn.Parameter) for parameter in tiny_model.parameters())
 
 
-def test_the_centre_survives_evaluations_and_interrupts(tiny_model, tiny_tokenizer):
-    before = centre(tiny_model)
+def test_the_center_survives_evaluations_and_interrupts(tiny_model, tiny_tokenizer):
+    before = center(tiny_model)
     trainer = EggrollTrainer(tiny_model, config(), letters, tiny_tokenizer)
     for generation in range(2):
         scores_of(trainer, PROMPTS, generation)
@@ -391,7 +391,7 @@ def test_a_callback_ends_the_run_and_evolve_goes_on(build_model, tiny_tokenizer)
     assert len(history) == 2
     assert len(trainer.evolve(PROMPTS)) == 4
     assert [line["generation"] for line in trainer.history] == [1, 2, 3, 4]
-    assert unchanged(whole, centre(parts))
+    assert unchanged(whole, center(parts))
     with pytest.raises(ConfigError, match=r"all 4 generations of this trainer are done"):
         trainer.evolve(PROMPTS)
 
@@ -405,10 +405,10 @@ def test_checkpoints_go_on_bit_for_bit(build_model, tiny_tokenizer, tmp_path):
     trainer.save_checkpoint(tmp_path / "checkpoint")
     trainer = EggrollTrainer(second, settings, checksum, tiny_tokenizer)
     assert trainer.load_checkpoint(tmp_path / "checkpoint") == 2
-    assert unchanged(second, centre(first))
+    assert unchanged(second, center(first))
     trainer.evolve(PROMPTS)
     assert trainer.done == 4
-    assert unchanged(second, centre(whole))
+    assert unchanged(second, center(whole))
     trainer.save_checkpoint(tmp_path / "checkpoint")
     assert RunDir.open(tmp_path / "checkpoint").latest_checkpoint().generation == 4
 
@@ -428,8 +428,8 @@ def test_saved_models_load_with_plain_transformers(build_model, tiny_tokenizer, 
     trainer.evolve(PROMPTS)
     saved = trainer.save(tmp_path / "evolved")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(saved)
-    assert unchanged(loaded, centre(model))
-    assert unchanged(model, centre(loaded))
+    assert unchanged(loaded, center(model))
+    assert unchanged(model, center(loaded))
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
     assert tokenizer("Hi").input_ids == tiny_tokenizer("Hi").input_ids
 

@@ -1,4 +1,4 @@
-"""The check that tests of populations share: each member equals the model with that member's weights materialised."""
+"""The check that tests of populations share: each member equals the model with that member's weights materialized."""
 
 import copy
 import warnings
@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from eggroll.core.oracle import member_params
+from eggroll.torch import Population
 from eggroll.torch.compare import relative_difference
-from eggroll.torch.population import Population
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +40,9 @@ def fill(model):
 
 def oracle_weights(population, member, generation, sigma=None):
     """The weights of one member from the float64 oracle, every parameter of the model in its own dtype."""
-    centre = dict(population.model.named_parameters())
+    center = dict(population.model.named_parameters())
     weights = member_params(
-        {name: parameter.detach().double().numpy() for name, parameter in centre.items()},
+        {name: parameter.detach().double().numpy() for name, parameter in center.items()},
         population.specs,
         member,
         sigma=population.sigma if sigma is None else sigma,
@@ -52,7 +52,7 @@ def oracle_weights(population, member, generation, sigma=None):
         antithetic=population.antithetic,
         noise_reuse=population.noise.noise_reuse,
     )
-    return {name: torch.as_tensor(np.asarray(weights[name])).to(centre[name].dtype) for name in centre}
+    return {name: torch.as_tensor(np.asarray(weights[name])).to(center[name].dtype) for name in center}
 
 
 def tensors_of(outputs):
@@ -62,8 +62,8 @@ def tensors_of(outputs):
     return [x for x in tree_flatten(outputs)[0] if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
-def materialised(population, member, generation, args, kwargs):
-    """Outputs of one member's materialised model."""
+def materialized(population, member, generation, args, kwargs):
+    """Outputs of one member's materialized model."""
     # The batched experts that a population switches to are not the reference: the plain loop over experts is.
     if hasattr(population.model, "set_experts_implementation") and any("expert" in n for n in dict(population.sites)):
         population.model.set_experts_implementation("eager")
@@ -77,7 +77,7 @@ def cast(inputs, dtype):
 def members_agree(
     model, inputs, *, dtype=torch.float64, tolerance=None, members=None, generation=3, shared=(), **options
 ):
-    """Every member of the population forward against its materialised twin; returns the largest relative difference.
+    """Every member of the population forward against its materialized twin; returns the largest relative difference.
 
     ``inputs(batch)`` or a tuple: args of one member's batch. Different members get different inputs.
     """
@@ -97,7 +97,7 @@ def members_agree(
     for p, member in enumerate(chosen):
         member_args, member_kwargs = own[p]
         member_kwargs.update({key: kwargs[key] for key in shared})
-        expected = tensors_of(materialised(population, member, generation, member_args, member_kwargs))
+        expected = tensors_of(materialized(population, member, generation, member_args, member_kwargs))
         assert len(expected) == len(got)
         for mine, theirs in zip(got, expected, strict=True):
             worst = max(worst, relative_difference(mine[p], theirs))

@@ -168,7 +168,7 @@ def inputs_for(model, batch, length):
 
 @pytest.mark.parametrize("setting", ["pairs", "one_sided"])
 @pytest.mark.parametrize("name", MODELS)
-def test_members_equal_their_materialised_model(name, setting, agree, filled):
+def test_members_equal_their_materialized_model(name, setting, agree, filled):
     options, batch, length = POPULATIONS[setting]
     model = filled(build(name))
     agree(model, inputs_for(model, batch, length), tolerance=3e-6, **options)
@@ -223,7 +223,7 @@ def kinds_of(model):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mamba"])
 def test_bfloat16_errs_at_most_twice_as_much_as_the_plain_model(name, filled, weights_of):
-    from eggroll.torch.population import Population
+    from eggroll.torch import Population
 
     torch.manual_seed(1)
     reference = filled(build(name)).to(torch.bfloat16)

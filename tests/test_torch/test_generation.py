@@ -1,9 +1,9 @@
-"""``model.generate()`` under a population: every member's tokens are those of its materialised model."""
+"""``model.generate()`` under a population: every member's tokens are those of its materialized model."""
 
 import pytest
 import torch
 
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 
 transformers = pytest.importorskip("transformers")
 
@@ -79,14 +79,14 @@ def alone(population, weights_of, member, ids, mask=None, **options):
     if hasattr(model, "set_experts_implementation") and any("expert" in name for name in population.sites):
         model.set_experts_implementation("eager")
     weights = weights_of(population, member, 5)
-    centre = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    center = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
         return generated(model, ids, mask, **options)
     finally:
         for name, parameter in model.named_parameters():
-            parameter.copy_(centre[name])
+            parameter.copy_(center[name])
 
 
 @pytest.mark.parametrize("name", MODELS)

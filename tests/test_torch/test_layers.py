@@ -206,7 +206,7 @@ BY_HAND = {
     "hypernetwork": (lambda m, x: F.linear(x, (m.z @ m.w).view(5, 8)), dict(z=(6,), w=(6, 40)), (8,)),
     "two_weights": (lambda m, x: x @ (m.a @ m.b), dict(a=(8, 6), b=(6, 5)), (4, 8)),
     "new_state": (lambda m, x: _recur(m.w, x), dict(w=(8, 8)), (4, 8)),
-    "normalised": (lambda m, x: F.linear(F.normalize(x, dim=-1), F.normalize(m.w, dim=-1)), dict(w=(5, 8)), (8,)),
+    "normalized": (lambda m, x: F.linear(F.normalize(x, dim=-1), F.normalize(m.w, dim=-1)), dict(w=(5, 8)), (8,)),
     "distances": (lambda m, x: torch.cdist(x, m.c), dict(c=(5, 8)), (3, 8)),
     "indexed_table": (lambda m, x: x + m.t[torch.tensor([0, 2, 1, 2])], dict(t=(3, 8)), (4, 8)),
     "unbound": (lambda m, x: sum(x * part for part in m.w), dict(w=(3, 8)), (8,)),

@@ -12,9 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from eggroll.torch import low_rank
+from eggroll.torch import Population, low_rank
 from eggroll.torch.kernels import low_rank_c
-from eggroll.torch.population import Population
 
 NEEDS_COMPILER = pytest.mark.skipif(bool(low_rank_c.why_not()), reason=str(low_rank_c.why_not()))
 # Members, rows per member, n, m: one row each, odd sizes, sizes around those of vectors, one row, one member, nothing.
@@ -87,7 +86,7 @@ def test_the_term_is_as_exact_as_plain_operations(shape, rank, dtype, threads):
 @NEEDS_COMPILER
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_views_that_start_anywhere_in_memory(dtype):
-    """Addresses that are no multiple of a vector's size, and neighbours that stay as they are."""
+    """Addresses that are no multiple of a vector's size, and neighbors that stay as they are."""
     out, x, a, b = case(3, 2, 37, 29, 1, dtype)
     held = [torch.full((part.numel() + 3,), 7.0, dtype=dtype) for part in (out, x, a, b)]
     views = [memory[1:-2].view(part.shape).copy_(part) for memory, part in zip(held, (out, x, a, b), strict=True)]

@@ -107,8 +107,8 @@ def test_a_step_in_parts_is_the_step(noise_reuse, batch_members):
 
 
 @pytest.mark.parametrize("group_size", [0, 4])
-def test_normalisation_within_groups(group_size):
-    """Fitness is centred and scaled within each group of members."""
+def test_normalization_within_groups(group_size):
+    """Fitness is centered and scaled within each group of members."""
     together, apart = small(), small()
     one = trainer(together, batched=True, group_size=group_size, noise_reuse=2)
     other = trainer(apart, group_size=group_size, noise_reuse=2)
@@ -118,8 +118,8 @@ def test_normalisation_within_groups(group_size):
     for name, value in weights(together).items():
         torch.testing.assert_close(value, weights(apart)[name], rtol=1e-5, atol=1e-6)
     shaped = zscores(one.fitness, group_size)
-    centred = shaped.reshape(-1, group_size or 8).mean(1)
-    assert np.abs(centred).max() < 1e-12
+    centered = shaped.reshape(-1, group_size or 8).mean(1)
+    assert np.abs(centered).max() < 1e-12
     if group_size:
         assert not np.allclose(shaped, zscores(one.fitness))
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from eggroll.errors import EggrollError, UnsupportedOperationError
+from eggroll.torch import Population
 from eggroll.torch.perturbed import Value
-from eggroll.torch.population import Population
 
 
 class Model(nn.Module):
@@ -204,11 +204,11 @@ def test_written_copies_are_copies(agree, filled):
     agree(filled(Model(written_copy)), ((torch.randn(2, 8),), {}))
 
 
-def test_large_parameters_are_not_materialised_for_all_members():
+def test_large_parameters_are_not_materialized_for_all_members():
     population = Population(Model(lambda m, x: x @ torch.linalg.pinv(m.linear.weight)), population_size=4)
     with population.perturbed(0) as active:
         active.context.max_dense_bytes = 512
-        with pytest.raises(UnsupportedOperationError, match=r"4 materialised copies of \(8, 8\) would take"):
+        with pytest.raises(UnsupportedOperationError, match=r"4 materialized copies of \(8, 8\) would take"):
             population.model(torch.randn(4, 8))
 
 

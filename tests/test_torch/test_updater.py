@@ -124,7 +124,7 @@ def test_masters_follow_the_float32_run(dtype, optimizer):
 
 
 def test_stochastic_rounding_has_the_right_mean():
-    """Between two neighbours of bfloat16, each fraction of the way is rounded up with that probability."""
+    """Between two neighbors of bfloat16, each fraction of the way is rounded up with that probability."""
     low = torch.tensor(1.0)
     high = torch.tensor(1.0 + 2**-7)
     generator = torch.Generator().manual_seed(0)

@@ -213,7 +213,7 @@ def test_updates_are_those_of_the_pytorch_replica(tiny, changes, dtype):
             torch.testing.assert_close(mine, dict(plain.model.named_parameters())[untouched], atol=1e-6, rtol=0)
 
 
-def test_tokenised_batches_are_refused(trainers):
+def test_tokenized_batches_are_refused(trainers):
     made, _ = trainers
     with pytest.raises(ConfigError, match="takes prompts"):
         made.evolve([{"input_ids": torch.zeros(1, 4, dtype=torch.long)}])

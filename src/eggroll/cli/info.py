@@ -16,7 +16,7 @@ from eggroll.llm.config import EggrollConfig, ModelOptions
 if TYPE_CHECKING:
     import torch
 
-    from eggroll.llm.estimate import Estimate, Memory, Workload
+    from eggroll.llm.estimate.memory import Estimate, Memory, Workload
     from eggroll.llm.models.outline import Outline
 
 
@@ -36,7 +36,8 @@ OPTIONS = InfoOptions
 
 def run(options: InfoOptions) -> int:
     """Show a model's parameters and what a population of it needs; its weights are not loaded."""
-    from eggroll.llm.estimate import Estimate, Workload, rows_budget
+    from eggroll.llm.estimate.machine import rows_budget
+    from eggroll.llm.estimate.memory import Estimate, Workload
     from eggroll.llm.models.outline import look_up
 
     found = look_up(
@@ -100,7 +101,7 @@ def _parameters(estimate: Estimate) -> Table:
 
 
 def _memory(estimate: Estimate, memories: dict[str, Memory]) -> Table:
-    from eggroll.llm.estimate import gigabytes
+    from eggroll.llm.estimate.machine import gigabytes
 
     config = estimate.config
     title = f"memory, {config.population_size} members, rank {config.rank}, {config.optimizer}"
@@ -127,12 +128,14 @@ def _memory(estimate: Estimate, memories: dict[str, Memory]) -> Table:
 
 
 def _work(estimate: Estimate, workloads: dict[str, Workload]) -> Table:
+    from eggroll.llm.estimate.work import work_of
+
     config = estimate.config
     per_row = [
         f"{load.rows} x ({load.prompt} + {load.new})" if load.new else f"{load.rows} x {load.prompt}"
         for load in workloads.values()
     ]
-    works = [estimate.work(load) for load in workloads.values()]
+    works = [work_of(estimate, load) for load in workloads.values()]
     table = _table("each generation", "", *workloads)
     table.add_row("tokens of a member", *per_row)
     table.add_row("tokens", *(_number(work.tokens) for work in works))
@@ -148,7 +151,7 @@ def _work(estimate: Estimate, workloads: dict[str, Workload]) -> Table:
 
 
 def _fit(estimate: Estimate, memories: dict[str, Memory], device: torch.device) -> list[str]:
-    from eggroll.llm.estimate import gigabytes, machine_memory, ways_out
+    from eggroll.llm.estimate.machine import gigabytes, machine_memory, ways_out
 
     if device.type not in ("cpu", "cuda"):
         return [f"how much memory {device} has is not known"]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import tyro
 
 from eggroll.core.settings import about
+from eggroll.errors import ConfigError
 
 Options = TypeVar("Options")
 
@@ -27,18 +29,21 @@ def parse(
         SystemExit: --help was asked for, or the command line is wrong, which has been said then.
         ConfigError: settings that cannot work.
     """
-    command: Any = command_type(kind)
+    command = command_type(cast(Any, kind))
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     absent: Any = tyro.MISSING_NONPROP
     if default is not None:
         absent = command(**{name: getattr(default, name) for name in names})
     given = tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
     # Checked here, so that what cannot work is said in the words of the settings.
-    return kind(**{name: getattr(given, name) for name in names})
+    try:
+        return kind(**{name: getattr(given, name) for name in names})
+    except ConfigError as error:
+        raise type(error)(str(error).replace(kind.__name__, prog, 1)) from None
 
 
 @cache
-def command_type(kind: Any) -> type[Any]:
+def command_type(kind: Any) -> Any:
     """A dataclass with the fields of ``kind``, annotated for tyro, that checks nothing."""
     hints: dict[str, Any] = get_type_hints(kind, include_extras=True)
     texts = field_texts(kind)
@@ -69,7 +74,7 @@ def field_texts(kind: Any) -> dict[str, str]:
         if not dataclasses.is_dataclass(base):
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cast(type, base))))
         except (OSError, TypeError):  # no source is installed
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
@@ -77,5 +82,6 @@ def field_texts(kind: Any) -> dict[str, str]:
             if not (isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)):
                 continue
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                found[one.target.id] = " ".join(str(after.value.value).split())
+                text = re.sub(r":\w+:`~?([^`]*)`", r"\1", str(after.value.value)).replace("``", "")
+                found[one.target.id] = " ".join(text.split())
     return found

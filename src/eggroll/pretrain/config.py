@@ -137,7 +137,7 @@ class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOpt
     minutes: float | None = setting(None, resume=True)
     """End the run after this many minutes, even if generations are left."""
     group_size: int = 2
-    """Members that share a window; the two of a pair always do."""
+    """Members that share a window; both members of a pair always share one."""
     sigma_shift: int = 4
     """The perturbations' standard deviation is 2^-sigma_shift, where that of the first weights is 1."""
     alpha: float = 1.0
@@ -196,8 +196,8 @@ class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOpt
             found.append(f"population_size (={size}) must be even: members come in pairs; use {size + 1}")
         if self.group_size % 2 or size % self.group_size:
             found.append(
-                f"group_size (={self.group_size}) must be even and divide population_size (={size}): the two of a pair "
-                "read the same window"
+                f"group_size (={self.group_size}) must be even and divide population_size (={size}): both members "
+                "of a pair read the same window"
             )
         for name in ("alpha", "alpha_final"):
             if getattr(self, name) > 1:

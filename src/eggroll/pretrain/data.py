@@ -1,8 +1,8 @@
 """Bytes to learn from: memory-mapped streams in which a 0 begins a document.
 
 A stream is a ``.txt`` file (any file of bytes, one document), a ``.npy`` of bytes, a folder of ``.txt`` files, a folder
-with ``train`` and ``validation`` of either, or a text data set of the hub, which is written to the cache once. Whatever
-has no validation part of its own gives its last tenth.
+with ``train`` and ``validation`` of either, or a text data set of the hub, which is written to the cache once.
+Without a validation part the last tenth is held out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BOUNDARY = 0
 """The byte before every document, at which the hidden state is reset."""
 HUB_ALIASES = {"minipile": "JeanKaddour/minipile", "tinystories": "roneneldan/TinyStories"}
 VALIDATION_SHARE = 10
-"""The last tenth is held out where the data do not say."""
+"""One part in this many, the last, is held out if the data have no validation part."""
 WINDOWS_NAME = "pretrain/windows"
 CACHED = "pretrain"
 """The folder of the cache that holds joined streams."""
@@ -50,7 +50,7 @@ class Corpus:
     validation: NDArray[np.uint8]
 
     def fingerprint(self) -> str:
-        """A hash of the sizes and of the first and last 64 KiB: whether a run goes on with the data it began with."""
+        """A hash of the sizes and of the first and last 64 KiB: a resumed run must have the same."""
         digest = hashlib.blake2b(digest_size=8)
         for part in (self.train, self.validation):
             digest.update(len(part).to_bytes(8, "big"))
@@ -58,7 +58,7 @@ class Corpus:
         return digest.hexdigest()
 
     def check(self, length: int) -> None:
-        """Refuse data that are shorter than one window.
+        """Check that both parts have at least one window.
 
         Raises:
             DataError: a part is shorter than ``length`` bytes.

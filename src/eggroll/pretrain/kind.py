@@ -41,7 +41,7 @@ def make_worker(options: PretrainOptions, *, with_data: bool = True) -> Pretrain
 
     Args:
         options: the settings.
-        with_data: false for a model that only applies records and writes text.
+        with_data: false for a model that only applies records and generates text.
 
     Raises:
         ConfigError: there is no such device or backend here.

@@ -1,4 +1,4 @@
-"""What a model is worth, and what it writes: bits per byte of held-out text, baselines, samples."""
+"""Measure a model: bits per byte of held-out text, the baselines to compare with, and samples of text."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def baseline_bits(train: NDArray[np.uint8], held_out: NDArray[np.uint8]) -> dict
 
 
 def sample(engine: Engine, prompt: bytes, length: int, *, temperature: float = 1.0, seed: int = 0) -> bytes:
-    """What the model writes after a prompt, drawn in whole numbers: the same bytes on every machine.
+    """Text that the model generates after a prompt, drawn in whole numbers: the same bytes on every machine.
 
     The weight of a byte is ``EXP2[255 + round((y - max y) / temperature)]``, or the table's first entry below it.
 

@@ -46,7 +46,7 @@ class PretrainWorker(ABC):
     @property
     def corpus(self) -> Corpus:
         """Training and held-out bytes."""
-        assert self._corpus is not None, "a worker without data can only apply records and write text"
+        assert self._corpus is not None, "a worker without data can only apply records and generate text"
         return self._corpus
 
     @property
@@ -64,7 +64,7 @@ class PretrainWorker(ABC):
         return windows(self.corpus.train, starts, length), groups - first
 
     def heldout(self, generation: int) -> Heldout:
-        """Bits per byte of held-out text (of all of it after the last generation), and now and then a sample."""
+        """Bits per byte of held-out text, of all of it after the last generation; now and then a sample of text."""
         options = self.options
         last = generation == options.generations
         bits, count = self.bits_per_byte(self.corpus.validation, None if last else options.eval_tokens)
@@ -90,7 +90,7 @@ class PretrainWorker(ABC):
 
     @abstractmethod
     def sample(self, prompt: bytes, length: int, *, temperature: float = 1.0, seed: int = 0) -> bytes:
-        """What the model writes after a prompt."""
+        """Text that the model generates after a prompt."""
 
     @abstractmethod
     def weights(self) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ class IntegerWorker(PretrainWorker):
         return bits_per_byte(self.engine, stream, limit)
 
     def sample(self, prompt: bytes, length: int, *, temperature: float = 1.0, seed: int = 0) -> bytes:
-        """What the model writes after a prompt."""
+        """Text that the model generates after a prompt."""
         return sample(self.engine, prompt, length, temperature=temperature, seed=seed)
 
     def weights(self) -> dict[str, torch.Tensor]:

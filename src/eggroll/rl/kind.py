@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from eggroll.rl.worker import PolicyWorker
 
 
-def train(config: RLConfig, *, opened: Callable[[Opened], Iterable[Listener] | None] | None = None) -> Trained:
+def train(
+    config: RLConfig,
+    *,
+    opened: Callable[[Opened], Iterable[Listener] | None] | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Trained:
     """Evolve a policy; everything that is not given in ``config`` is the environment's preset.
 
         >>> trained = train(RLConfig(env="CartPole-v1", generations=100))
@@ -33,12 +38,13 @@ def train(config: RLConfig, *, opened: Callable[[Opened], Iterable[Listener] | N
     Args:
         config: the settings.
         opened: told when the run is set up; returns who is told of each generation.
+        notify: told what happens to worker processes; ``None`` warns.
 
     Raises:
         ConfigError: settings cannot work, or there is no such environment.
         MissingExtraError: the environment's library is not installed.
     """
-    return train_kind(KIND, config, opened=opened)
+    return train_kind(KIND, config, opened=opened, notify=notify)
 
 
 class _Maker:

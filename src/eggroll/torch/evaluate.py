@@ -187,7 +187,7 @@ def verify(call: Call) -> float:
 
 
 def _share_of_effect(call: Call, out: Any) -> float:
-    """How far joint outputs are from members alone, as a part of how far those are from the centre (norms)."""
+    """How far joint outputs are from members alone, as a part of how far those are from the center (norms)."""
     count, shares = len(call.members), []
     for p in sorted({0, count // 2, count - 1}):
         expected = call.alone(p)

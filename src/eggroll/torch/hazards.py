@@ -29,7 +29,7 @@ def refuse_hazards(model: nn.Module, members: int) -> None:
     if mixing:
         raise UnsupportedOperationError(
             f"{', '.join(mixing[:3])}{' and others' if len(mixing) > 3 else ''} keeps no running statistics and "
-            'normalises over all members together. Evaluate one member at a time (mode="loop")'
+            'normalizes over all members together. Evaluate one member at a time (mode="loop")'
         )
 
 
@@ -50,7 +50,7 @@ def _training_hazards(model: nn.Module) -> list[str]:
 
 
 def _batch_statistics(model: nn.Module) -> list[str]:
-    """Names of modules that normalise over the batch in every mode, and so over all members together."""
+    """Names of modules that normalize over the batch in every mode, and so over all members together."""
     return [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Products with a low-rank term: ``x W^T + (x B) A^T``, the arithmetic at the centre of everything (EGGROLL section 4).
+"""Products with a low-rank term: ``x W^T + (x B) A^T``, the arithmetic at the center of everything (EGGROLL section 4).
 
 Plain tensors in, plain tensors out. The low-rank term costs ``r (m + n)`` multiply-adds per row beside ``m n``, so what
 counts on small shapes is the number of launches and the passes over memory. On a CPU with a C compiler the term is one

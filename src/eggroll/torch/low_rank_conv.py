@@ -43,7 +43,7 @@ def convolution(
 
     Args:
         x_PRC: ``(P, R, C_in, ...)``, or ``(1, R, C_in, ...)``: the same for all members.
-        weight: the centre ``(C_out, C_in/groups, ...)``.
+        weight: the center ``(C_out, C_in/groups, ...)``.
         a_Pmr: ``(P, C_out, r)``, scaled and signed.
         b_Pnr: ``(P, C_in/groups * k, r)``.
         bias: ``(C_out,)``, ``(P, C_out)`` or ``None``.

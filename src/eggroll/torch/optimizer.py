@@ -63,7 +63,7 @@ class EGGROLL(torch.optim.Optimizer):
         sigma: standard deviation of a perturbation's entries.
         rank: rank of the perturbations of matrices.
         noise_reuse: see above.
-        group_size: consecutive members whose fitness is normalised together; 0 means all.
+        group_size: consecutive members whose fitness is normalized together; 0 means all.
         freeze_nonlora: leave everything but matrices, embeddings and kernels alone.
         seed: seed of the noise.
         batched: see above.

@@ -2,7 +2,7 @@
 
 A value takes the place of a parameter while an unmodified model runs. Two kinds:
 
-- :class:`PerturbedWeight`, the matrices ``W + A_p B_p^T`` in factored form, never materialised;
+- :class:`PerturbedWeight`, the matrices ``W + A_p B_p^T`` in factored form, never materialized;
 - :class:`MemberTensor`, a dense tensor with a member axis of its own: perturbed vectors, and results of values that
   met no activation yet (GPT-2's position embeddings, T5's relative bias).
 
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from eggroll.core.select import Kind
 from eggroll.errors import UnsupportedOperationError
@@ -55,7 +55,7 @@ class MemberContext:
             layouts are learned, and in evaluations that are checked against single members.
         inputs: addresses of the memory of the running call's inputs; ``None`` while no call is running.
         constants: addresses of the memory of the model's parameters and buffers, which are the same for all members.
-        max_dense_bytes: how much one materialised parameter may take (P copies) before an error is raised instead.
+        max_dense_bytes: how much one materialized parameter may take (P copies) before an error is raised instead.
     """
 
     members: int | None
@@ -111,17 +111,18 @@ class Value(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        leaves, structure = tree_flatten((args, kwargs or {}))
-        values = [leaf for leaf in leaves if isinstance(leaf, Value)]
+        values = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
         if all(value.context.single for value in values) and not func._schema.is_mutable:  # type: ignore[attr-defined]
-            plain = [leaf.dense() if isinstance(leaf, PerturbedWeight) else leaf for leaf in leaves]
-            plain_args, plain_kwargs = tree_unflatten(plain, structure)
-            return func(*plain_args, **plain_kwargs)
+            return call_materialized(func, args, kwargs or {})
         name = values[0].parameter if values else "a parameter"
         raise UnsupportedOperationError(
             f"parameter {name!r} is perturbed and reached the operation {func} without a population rule. "
             + WAYS_OUT.format(name=name)
         )
+
+    def by_member(self) -> MemberTensor:
+        """The same values with the member axis spelled out."""
+        raise NotImplementedError
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         members = self.context.members or "one"
@@ -132,7 +133,7 @@ class PerturbedWeight(Value):
     """``base + a b^T`` for every member: ``base`` of shape ``(*batch, m, ...)``, factors scaled and signed.
 
     Args:
-        base: the centre, shape ``(m, n)``, ``(E, m, n)`` for experts, or a convolution kernel ``(m, C, *k)``.
+        base: the center, shape ``(m, n)``, ``(E, m, n)`` for experts, or a convolution kernel ``(m, C, *k)``.
         a: ``(P, *batch, m, r)``, or without ``P`` for a single member; sigma, 1/sqrt(r) and the sign are in it. In
             memory the rank comes before ``m`` (and before ``n`` in ``b``), so that products run along long rows.
         b: ``(P, *batch, n, r)``, likewise.
@@ -167,12 +168,16 @@ class PerturbedWeight(Value):
         """The factors of members at ``index`` (a subset, any order)."""
         return self.like(self.base, _chosen(self.a, index), _chosen(self.b, index))
 
+    def by_member(self) -> MemberTensor:
+        """All members materialized."""
+        return MemberTensor(self.dense(), name=self.parameter, context=self.context)
+
     def transposed(self) -> PerturbedWeight:
         """The last two dimensions swapped: ``W^T + b a^T``."""
         return self.like(self.base.transpose(-1, -2), self.b, self.a)
 
     def dense(self) -> Tensor:
-        """All members materialised, ``(P, *shape)``, or ``shape`` for a single member.
+        """All members materialized, ``(P, *shape)``, or ``shape`` for a single member.
 
         Computed in float32 (float64 for float64 parameters) and rounded once to the parameter's dtype.
 
@@ -185,7 +190,7 @@ class PerturbedWeight(Value):
             if needed > context.max_dense_bytes:
                 raise UnsupportedOperationError(
                     f"parameter {self.parameter!r} is used in an operation without a low-rank rule, and "
-                    f"{context.members} materialised copies of {tuple(self.base.shape)} would take "
+                    f"{context.members} materialized copies of {tuple(self.base.shape)} would take "
                     f"{needed / 2**30:.1f} GiB. " + WAYS_OUT.format(name=self.parameter)
                 )
         wide = torch.promote_types(self.base.dtype, torch.float32)
@@ -193,6 +198,12 @@ class PerturbedWeight(Value):
             *(() if context.single else self.a.shape[:1]), *self.base.shape
         )
         return (self.base.to(wide) + noise).to(self.base.dtype)
+
+
+def call_materialized(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` on the weights of a single member."""
+    plain_args, plain_kwargs = tree_map_only(PerturbedWeight, PerturbedWeight.dense, (args, kwargs))
+    return func(*plain_args, **plain_kwargs)
 
 
 def _chosen(factor: Tensor, index: Tensor) -> Tensor:
@@ -220,6 +231,10 @@ class MemberTensor(Value):
     def like(self, data: Tensor) -> MemberTensor:
         """The same origin with other contents."""
         return MemberTensor(data, name=self.parameter, context=self.context)
+
+    def by_member(self) -> MemberTensor:
+        """This."""
+        return self
 
     def chosen(self, index: Tensor) -> MemberTensor:
         """The tensors of members at ``index`` (a subset, any order)."""

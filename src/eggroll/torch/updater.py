@@ -42,7 +42,7 @@ class Updater:
 
     Args:
         parameters: name to parameter, all that are evolved.
-        factory: makes an optimizer (set to maximise) for a list of tensors; each parameter gets its own.
+        factory: makes an optimizer (set to maximize) for a list of tensors; each parameter gets its own.
         rounding: how steps reach 16-bit parameters (see :class:`eggroll.core.config.ESConfig`).
         seed: seed of stochastic rounding.
     """

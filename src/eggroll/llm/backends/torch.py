@@ -17,13 +17,13 @@ from eggroll.llm.backends.scoring import Evaluator, eos_ids
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example
-from eggroll.llm.estimate import Estimate, Workload, rows_budget
+from eggroll.llm.estimate.machine import rows_budget
+from eggroll.llm.estimate.memory import Estimate, Workload
 from eggroll.llm.generation.chat import plain_text
 from eggroll.llm.generation.generate import Sampling, generate
 from eggroll.llm.models.outline import Outline, exclude_of, separate_head
 from eggroll.llm.rewards import Reward
-from eggroll.torch.population import Active, Population
-from eggroll.torch.replica import Replica
+from eggroll.torch import Active, Population, Replica
 
 MOST_CENTER_ROWS = 64
 """Held-out rows that the center is evaluated on together, at most."""

@@ -1,4 +1,4 @@
-"""A vLLM engine whose own base weights are the centre of a run: started, asked, updated, watched.
+"""A vLLM engine whose own base weights are the center of a run: started, asked, updated, watched.
 
 Its workers rebuild each update from its record (:mod:`eggroll.llm.backends.vllm_worker`); this side sends addresses
 and records and gets text back.
@@ -186,7 +186,7 @@ class VllmEngine:
         """Let the engine take one update; returns the norm of the change."""
         self.records.append(record)
         norm = float(check_equal(self.call("eggroll_apply", record.to_json()), "an update's size"))
-        self.llm.reset_prefix_cache()  # what is cached for the centre belonged to the weights before
+        self.llm.reset_prefix_cache()  # what is cached for the center belonged to the weights before
         return norm
 
     def digest(self) -> str:

@@ -202,7 +202,7 @@ class EggrollWorker:
         """Load the current weights into the layers that hold them, through vLLM's own loaders and its repacking.
 
         Only those layers are opened: what else the model has stays as it is. All adapters are dropped, because they
-        belonged to the centre before.
+        belonged to the center before.
         """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload

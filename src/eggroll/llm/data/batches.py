@@ -43,7 +43,7 @@ def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 class BatchSource:
-    """Batches by generation, from examples or from tokenised batches.
+    """Batches by generation, from examples or from tokenized batches.
 
     Args:
         data: what :meth:`EggrollTrainer.evolve` takes.
@@ -81,7 +81,7 @@ class BatchSource:
 
 
 def is_batches(data: Any) -> bool:
-    """Whether data consists of tokenised batches rather than of prompts or texts."""
+    """Whether data consists of tokenized batches rather than of prompts or texts."""
     if isinstance(data, torch.utils.data.DataLoader):
         return True
     if isinstance(data, list | tuple) and data:

@@ -31,7 +31,7 @@ SAMPLING_STREAM = 0x5A3F1E
 class Sampling:
     """How tokens are chosen: greedy at temperature 0, else by inverse distribution function at an addressed uniform.
 
-    ``keys`` is ``(rows, 2)``: one key per row, so that a row's tokens do not depend on its neighbours.
+    ``keys`` is ``(rows, 2)``: one key per row, so that a row's tokens do not depend on its neighbors.
     """
 
     temperature: float = 0.0

@@ -23,7 +23,7 @@ from eggroll.llm.measure.intervals import Interval, mcnemar, mean_interval, pair
 from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.rewards import FunctionReward
 from eggroll.llm.tasks import SOLVED, Task
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 
 __all__ = ["Comparison", "Result", "compare", "draw_problems", "evaluate", "solved"]
 
@@ -113,7 +113,7 @@ def evaluate(
     """
     config = dataclasses.replace(config, population_size=2, rank=1)
     reward = FunctionReward(task.reward, tokenizer=loaded.tokenizer, name=task.name)
-    population = Population(loaded.model, population_size=2, rank=1)  # its centre is the model; no member is made
+    population = Population(loaded.model, population_size=2, rank=1)  # its center is the model; no member is made
     evaluator = TorchEvaluator(population, loaded.tokenizer, reward, config)
     result, start = Result(), time.perf_counter()
     for first in range(0, len(problems), batch_size):

@@ -76,8 +76,8 @@ def mean_interval(scores: NDArray[np.float64], low: float, high: float, *, seed:
     found = stats.bootstrap((scores,), np.mean, n_resamples=RESAMPLES, batch=_BLOCK, method="BCa", rng=rng)
     down, up = found.confidence_interval
     t_low, t_high = stats.t.interval(0.95, len(scores) - 1, loc=mean, scale=stats.sem(scores))
-    bounds = max(low, min(t_low, down)), min(high, max(t_high, up))
-    return Interval(mean, float(bounds[0]), float(bounds[1]), "bootstrap (BCa)")
+    least, most = max(low, min(t_low, down)), min(high, max(t_high, up))
+    return Interval(mean, float(least), float(most), "bootstrap (BCa)")
 
 
 def paired_proportions(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Interval:

@@ -65,9 +65,9 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
 
 
 def drop_quantization(model: Any) -> None:
-    """Forget that a model was read from quantised weights.
+    """Forget that a model was read from quantized weights.
 
-    A GGUF file is turned into ordinary weights while it is read, but the model keeps the quantiser, and then neither
+    A GGUF file is turned into ordinary weights while it is read, but the model keeps the quantizer, and then neither
     saves nor loads again.
     """
     config: Any = getattr(model, "config", None)

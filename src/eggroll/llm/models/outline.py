@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from eggroll._optional import require
 from eggroll.core.select import ParameterSpec, select
-from eggroll.errors import ModelError
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.models import loading
-from eggroll.llm.models.hub import offline_if_unreachable, quiet_progress
-from eggroll.torch.devices import find_device
+from eggroll.llm.models.loading import load_skeleton
 from eggroll.torch.parameters import parameter_specs
 
 KINDS = ("matrix", "embedding", "head", "conv", "experts", "vector", "other")
@@ -129,40 +123,10 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def look_up(
-    source: str,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "auto",
-    trust_remote_code: bool = False,
-) -> Found:
-    """Outline of a model that :func:`eggroll.llm.load` would load, without its weights.
-
-    Arguments and errors are those of ``load``. Of a directory or a hub id only the configuration is read, of a
-    ``.gguf`` file only its metadata; an alias is fetched as for loading.
-    """
-    place = find_device(device)
-    kind = loading.parse_dtype(dtype)
-    location, gguf = loading._locate(source)
-    transformers: Any = require("transformers", extra="llm")
-    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if gguf is not None:
-        require("gguf", extra="llm")
-        arguments["gguf_file"] = gguf
-    notes = []
-    try:
-        with nullcontext() if Path(location).exists() else offline_if_unreachable(), quiet_progress():
-            config = transformers.AutoConfig.from_pretrained(location, **arguments)
-            if kind is None:
-                kind, reason = loading.choose_dtype(place, *loading._typical_shape(config))
-                notes.append(reason)
-            encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-            auto = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
-            with torch.device("meta"):
-                model = auto.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(loading._not_loaded(source, location, error)) from error
-    return Found(Outline.of(model), loading._short_name(source), kind, place, tuple(notes))
+def look_up(source: str, **settings: Any) -> Found:
+    """The outline of a model without its weights; arguments and errors are those of :func:`eggroll.llm.load`."""
+    found = load_skeleton(source, **settings)
+    return Found(Outline.of(found.model), found.name, found.dtype, found.device, found.notes)
 
 
 def separate_head(model: Any) -> tuple[str, ...]:

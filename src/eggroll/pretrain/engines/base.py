@@ -40,7 +40,7 @@ class Work:
         signs: ``(M,)`` 1 or -1, or ``None``.
         generation: of the draws.
         state: ``(W, L, D)`` int8 before the first token, or ``None`` for zeros.
-        outputs: what is asked for.
+        outputs: which results to compute.
     """
 
     tokens: NDArray[np.uint8]
@@ -54,7 +54,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it; ``None`` is what was not asked for.
+    """The results of :class:`Work`; outputs that were not asked for are ``None``.
 
     Attributes:
         fitness: ``(M,)`` int32, sum of the log likelihood over the window, sixteenths of a bit.
@@ -110,7 +110,7 @@ class Engine(Protocol):
         ...
 
     def reload(self) -> None:
-        """Take note that ``params`` were changed from outside."""
+        """Read ``params`` again, after they were changed from outside."""
         ...
 
 
@@ -141,7 +141,7 @@ def run_members(
         tokens: ``(W, T + 1)`` uint8.
         window: ``(M,)`` the window of each.
         state: ``(W, L, D)``, or ``None``.
-        outputs: what is asked for.
+        outputs: which results to compute.
     """
     numbers = np.asarray(members, np.int64)
     signs = (1 - 2 * (numbers % 2)).astype(np.int32)
@@ -150,7 +150,7 @@ def run_members(
 
 
 def check_work(work: Work, shape: ModelShape) -> None:
-    """Refuse what an engine in C would read beyond the ends of.
+    """Check shapes and ranges: the C engine would read out of bounds.
 
     Raises:
         DataError: windows, tokens or states do not fit the model or each other.

@@ -54,7 +54,7 @@ class CEngine:
         self.reload()
 
     def reload(self) -> None:
-        """Take note that ``params`` were changed."""
+        """Read ``params`` again, after they were changed."""
         self._model = self._make_model()
 
     def _make_model(self) -> library.Model:
@@ -199,7 +199,7 @@ class CEngine:
 
 
 def with_scratch(spare: queue.SimpleQueue[NDArray[np.uint8]], size: int, call: Callable[[int], None]) -> None:
-    """Call with the address of ``size`` bytes, kept for the next call: fresh memory would cost page faults."""
+    """Call with the address of ``size`` bytes, kept for the next call: new memory would cost page faults."""
     memory = spare.get()
     try:
         if memory.size < size:

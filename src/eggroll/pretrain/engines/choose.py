@@ -35,7 +35,7 @@ def make_engine(
 
     Args:
         params: int8 arrays as in :func:`eggroll.pretrain.model.oracle.forward`; copied.
-        noise: where draws come from; only the model itself can be run without it.
+        noise: where draws come from; without it only the model itself can be run.
         sigma_shift: perturbations have a standard deviation of ``2^-sigma_shift``, where weights have 1.
         backend: ``c`` (CPUs with AVX2 or AVX-512 VNNI, and a compiler), ``torch``, or whichever is the fastest here.
         threads: of the CPU; ``None`` is PyTorch's number.

@@ -72,7 +72,7 @@ def source() -> str:
 
 @functools.cache
 def load(*flags: str) -> ctypes.CDLL | str:
-    """The library, or the reason why there is none here; ``flags`` for the compiler, beside those it always has."""
+    """The library, or the reason why it cannot be used here; ``flags`` are added to the compiler's usual ones."""
     library = compile_c.load("pretrain", source(), (*FLAGS, *flags))
     if isinstance(library, str):
         return library
@@ -94,7 +94,7 @@ def load(*flags: str) -> ctypes.CDLL | str:
 
 
 def address(array: NDArray[Any] | None) -> int | None:
-    """Where an array lies in memory; it must be contiguous, and be kept by whoever calls."""
+    """Where an array lies in memory; it must be contiguous, and the caller must keep it alive."""
     if array is None:
         return None
     assert array.flags.c_contiguous, "the library reads arrays as they lie in memory"

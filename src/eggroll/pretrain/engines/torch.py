@@ -75,7 +75,7 @@ class TorchEngine:
         self.reload()
 
     def reload(self) -> None:
-        """Take note that ``params`` were changed."""
+        """Read ``params`` again, after they were changed."""
         self._weights = {name: torch.from_numpy(value).to(self.device) for name, value in self.params.items()}
 
     def run(self, work: Work) -> Result:

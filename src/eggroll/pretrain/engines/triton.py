@@ -23,7 +23,7 @@ COMPARED = 16
 class TritonEngine(TorchEngine):
     """See :class:`eggroll.pretrain.engines.base.Engine`.
 
-    A kernel depends on a compiler and a driver, and a wrong one would train on in silence. So the first chunk's first
+    A kernel depends on a compiler and a driver, and a wrong kernel would go unnoticed. So the first chunk's first
     members are compared with what plain PyTorch makes of them; where the kernel cannot be compiled, or they differ,
     plain PyTorch takes over, with a warning.
 
@@ -34,7 +34,7 @@ class TritonEngine(TorchEngine):
     fused: bool | None = None
 
     def reload(self) -> None:
-        """Take note that ``params`` were changed."""
+        """Read ``params`` again, after they were changed."""
         super().reload()
         self._packed = Weights.pack(self._weights, self.shape)
 

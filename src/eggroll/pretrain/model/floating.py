@@ -53,7 +53,7 @@ class FloatBlock(nn.Module):
 
 
 class FloatModel(nn.Module):
-    """The integer model's twin."""
+    """The integer model's network in floating point."""
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         super().__init__()

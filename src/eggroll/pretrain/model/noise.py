@@ -35,7 +35,7 @@ NoiseKind = Literal["table", "counter"]
 DEFAULT_TABLE_SIZE = 1 << 24
 """Entries (bytes) of the table; the paper has 2^30."""
 FEWEST_PLACES = 1 << 12
-"""Offsets of the longest draw that a table must have."""
+"""Places in the table where the longest draw must be able to begin."""
 TABLE_NAME = "pretrain/noise-table"
 _PART = 1 << 20
 

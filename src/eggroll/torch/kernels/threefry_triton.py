@@ -63,10 +63,10 @@ def _normal(bits):
     h = g * g
     w = ((L0 * h + L1) * h + L2) * g + e.to(tl.float32) * MINUS_LN_2
     z = w - 2.5
-    centre = (((((((C0 * z + C1) * z + C2) * z + C3) * z + C4) * z + C5) * z + C6) * z + C7) * z + C8
+    center = (((((((C0 * z + C1) * z + C2) * z + C3) * z + C4) * z + C5) * z + C6) * z + C7) * z + C8
     z = tl.math.sqrt_rn(w) - 3.0
     tail = (((((((T0 * z + T1) * z + T2) * z + T3) * z + T4) * z + T5) * z + T6) * z + T7) * z + T8
-    return tl.where(w < TAIL_FROM, centre, tail) * x * SQRT_2
+    return tl.where(w < TAIL_FROM, center, tail) * x * SQRT_2
 
 
 @triton.jit(do_not_specialize=["start"])

@@ -2,7 +2,7 @@
 
 The number of rows is one that no other dimension shares, so that sizes tell what holds the members
 (:mod:`eggroll.torch.layout.rules` remembers it). Some of the members are then evaluated alone: a model that moves or
-mixes its rows (sorts them, normalises over the batch, concatenates in the batch dimension) is refused before it gives a
+mixes its rows (sorts them, normalizes over the batch, concatenates in the batch dimension) is refused before it gives a
 wrong result. What moves rows only for some inputs may pass; ``Population.verify`` checks the inputs it is given.
 """
 

@@ -1,4 +1,4 @@
-"""Rules for normalisation layers: normalise without scale and shift, then apply each member's own."""
+"""Rules for normalization layers: normalize without scale and shift, then apply each member's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _affine(x: Tensor, weight: Any, bias: Any) -> Any:
 
 @rule(F.layer_norm)
 def layer_norm(x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    """Layer normalisation over the trailing dimensions."""
+    """Layer normalization over the trailing dimensions."""
     if isinstance(x, Value):
         return NotImplemented
     return _affine(F.layer_norm(x, normalized_shape, None, None, eps), weight, bias)
@@ -30,7 +30,7 @@ def layer_norm(x: Any, normalized_shape: Any, weight: Any = None, bias: Any = No
 
 @rule(F.rms_norm)
 def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    """Root-mean-square normalisation over the trailing dimensions."""
+    """Root-mean-square normalization over the trailing dimensions."""
     if isinstance(x, Value):
         return NotImplemented
     return _affine(F.rms_norm(x, normalized_shape, None, eps), weight, None)
@@ -38,7 +38,7 @@ def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | Non
 
 @rule(F.group_norm)
 def group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    """Group normalisation of ``(R, C, ...)``."""
+    """Group normalization of ``(R, C, ...)``."""
     if isinstance(x, Value):
         return NotImplemented
     out = F.group_norm(x, num_groups, None, None, eps)
@@ -56,7 +56,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Batch normalisation with running statistics.
+    """Batch normalization with running statistics.
 
     Raises:
         UnsupportedOperationError: in training mode, where the statistics would mix the members.
@@ -65,7 +65,7 @@ def batch_norm(
         return NotImplemented
     if training:
         raise UnsupportedOperationError(
-            "batch normalisation in training mode computes statistics over all members together; call model.eval()"
+            "batch normalization in training mode computes statistics over all members together; call model.eval()"
         )
     out = F.batch_norm(x, running_mean, running_var, None, None, False, momentum, eps)
     return _affine(out, per_channel(weight, x.ndim - 2), per_channel(bias, x.ndim - 2))
@@ -82,7 +82,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Instance normalisation of ``(R, C, ...)``."""
+    """Instance normalization of ``(R, C, ...)``."""
     if isinstance(x, Value):
         return NotImplemented
     out = torch.nn.functional.instance_norm(x, running_mean, running_var, None, None, use_input_stats, momentum, eps)

@@ -1,4 +1,4 @@
-"""What a population of a language model needs in memory, and what a generation of it costs: counted, not measured.
+"""What a population of a language model needs in memory: counted, not measured.
 
 A run holds some things all the time (weights, float32 masters, optimizer state, kept noise). On top of them come, one
 after the other, the moments of a generation: noise is drawn, prompts are read, completions are written, parameters are
@@ -9,17 +9,11 @@ moment. Tests compare the counts with measured memory; the interpreter and the l
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from eggroll.core.fitness import shape_fitness
-from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
-from eggroll.errors import MemoryBudgetError
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.generation.generate import COMPACT_FRACTION
 from eggroll.llm.models.outline import Outline
@@ -29,8 +23,6 @@ from eggroll.torch.noise import CACHE_BYTES, CHUNK_BYTES
 CPU_ROWS_BYTES = 2**30
 """What the members evaluated together may take on a CPU. It does not depend on the memory that happens to be free, so
 that a resumed run evaluates as it did before."""
-PROMPT_TOKENS = 64
-"""Length of a prompt where it is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -83,27 +75,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a generation costs.
-
-    Attributes:
-        normals: random numbers drawn.
-        tokens: read and written, by all members.
-        base: multiply-adds of the centre's matrices and of attention.
-        low_rank: multiply-adds that the perturbations add.
-        update: multiply-adds of the update's products.
-        log_bytes: growth of ``updates.jsonl``.
-    """
-
-    normals: int
-    tokens: int
-    base: int
-    low_rank: int
-    update: int
-    log_bytes: int
-
-
-@dataclass(frozen=True)
 class Estimate:
     """Counts for a model under a run's settings.
 
@@ -152,8 +123,6 @@ class Estimate:
         """Whether a generation's draws are kept from its evaluation to its update."""
         return self.pairs * self.draw_bytes <= CACHE_BYTES
 
-    # Memory
-
     def fixed(self) -> dict[str, int]:
         """Bytes that a run holds all the time."""
         half, rounding = self.element < 4, self.config.rounding
@@ -183,7 +152,7 @@ class Estimate:
         return max(moment.total for moment in self._rows(workload, 1))
 
     def row_bytes(self, workload: Workload) -> int:
-        """What one more row of the centre needs."""
+        """What one more row of the center needs."""
         return max(moment.total - moment.parts["factors"] for moment in self._rows(replace(workload, rows=1), 1))
 
     def _factors(self, copies: int) -> int:
@@ -251,7 +220,7 @@ class Estimate:
         """The largest set of one row's activations that exist at once: in a block's attention or its inner layer."""
         o = self.outline
         q, kv = o.heads * o.head_size, o.kv_heads * o.head_size
-        # The embedded tokens, the block's input, its sum with the attention, and that normalised; then gate, up and
+        # The embedded tokens, the block's input, its sum with the attention, and that normalized; then gate, up and
         # their product, or an activation function made of several operations.
         inner = 4 * o.width + (3 if o.gated else 4) * o.inner * max(o.experts_per_token, 1)
         attention = 3 * o.width + 4 * q + 2 * kv + (2 * q if kv < q else 0)
@@ -301,154 +270,3 @@ class Estimate:
         if self.element < 4 and self.config.rounding == "nearest":
             return (10 if adam else 6) * spec.size
         return (16 if adam else 8) * spec.size
-
-    # Work
-
-    def work(self, workload: Workload) -> Work:
-        """What a generation costs."""
-        config = self.config
-        rows = config.population_size * workload.rows
-        # Each row's tokens go through the model once, but for the last one that is written.
-        read = workload.prompt + max(workload.new - 1, 0)
-        judged = workload.new or workload.prompt
-        base = sum(self._products(spec, read, judged) for spec in self.outline.specs) + self._attention(read)
-        low_rank = sum(self._products(spec, read, judged, config.rank) for spec in self.specs)
-        normals = self.pairs * sum(spec.draw_size(config.rank) for spec in self.specs)
-        return Work(
-            normals=normals if self.noise_is_kept else 2 * normals,
-            tokens=rows * workload.length,
-            base=rows * base,
-            low_rank=rows * low_rank,
-            update=self.pairs * config.rank * sum(spec.size for spec in self.specs if spec.low_rank),
-            log_bytes=self._log_bytes(),
-        )
-
-    def _products(self, spec: ParameterSpec, read: int, judged: int, rank: int = 0) -> int:
-        """Multiply-adds of a row in the products with one parameter, or in its low-rank term.
-
-        ``read`` tokens go through the model, ``judged`` of them through the output head.
-        """
-        if not spec.low_rank:
-            return 0
-        m, n = spec.matrix_shape
-        product = rank * (m + n) if rank else m * n
-        if spec.name in self.outline.head:
-            return judged * product
-        if spec.kind == "embedding":
-            is_head = self.outline.tied and m == self.outline.vocabulary
-            return read * rank * n + (judged * product if is_head else 0)
-        return read * product * (self.outline.experts_per_token if spec.kind == "experts" else 1)
-
-    def _attention(self, read: int) -> int:
-        """Multiply-adds of a row in scores and mixing: each token attends to all up to itself."""
-        o = self.outline
-        return 2 * o.layers * o.heads * o.head_size * (read * (read + 1) // 2)
-
-    def _log_bytes(self) -> int:
-        """Length of a line of ``updates.jsonl``."""
-        config = self.config
-        shaped = shape_fitness(
-            np.arange(config.population_size, dtype=np.float64),
-            method=config.fitness_shaping,
-            sampling=config.sampling or "antithetic",
-            group_size=config.group_size,
-            elite_k=config.elite_k,
-        )
-        return len(UpdateRecord.make(0, config.sigma, config.lr, shaped).to_json()) + 1
-
-
-def rows_budget(device: torch.device) -> int:
-    """Bytes for what is evaluated together: on a GPU a quarter of the card's memory, on a CPU a fixed amount."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory) // 4
-    return CPU_ROWS_BYTES
-
-
-def machine_memory(device: torch.device) -> tuple[int, int]:
-    """Total and free bytes where a device keeps its tensors; a container's limit counts as the total."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total, free
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024  # also what the file cache would give back
-    limit, used = (_lines(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit and used and limit[0].isdigit():
-        total = min(total, int(limit[0]))
-        free = min(free, max(0, total - int(used[0])))
-    return total, free
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().split("\n")
-    except OSError:
-        return []
-
-
-def check_memory(
-    outline: Outline, config: EggrollConfig, dtype: torch.dtype, device: torch.device, *, free: bool = False
-) -> None:
-    """:func:`ensure_fits` for a device, before the reward and the data are known: with short texts.
-
-    ``free`` counts only the memory that nobody uses at the moment, where several runs share a machine.
-
-    Raises:
-        MemoryBudgetError: such a run cannot fit.
-    """
-    if device.type in ("cpu", "cuda"):
-        workload = Workload(
-            config.prompts_per_generation * config.samples_per_prompt, min(PROMPT_TOKENS, config.max_length)
-        )
-        total, unused = machine_memory(device)
-        where = f"this machine ({device}) free" if free else f"this machine ({device})"
-        ensure_fits(Estimate.of(outline, config, dtype), workload, unused if free else total, where=where)
-
-
-def ensure_fits(estimate: Estimate, workload: Workload, limit: int, *, where: str = "this machine") -> None:
-    """Refuse a run that cannot fit, before anything is allocated.
-
-    Args:
-        estimate: the run.
-        workload: what its members are evaluated on.
-        limit: total bytes of memory.
-        where: whose memory that is, for the message.
-
-    Raises:
-        MemoryBudgetError: what a run holds all the time, with two members evaluated together, is beyond the limit.
-    """
-    memory = estimate.memory(workload, min(2, estimate.config.population_size))
-    if memory.peak <= limit:
-        return
-    worst = memory.worst
-    parts = [f"{key} {gigabytes(value)}" for key, value in memory.fixed.items() if value]
-    parts.append(f"{worst.name} {gigabytes(worst.total)}")
-    raise MemoryBudgetError(
-        f"{estimate.outline.name} with {estimate.outline.size / 1e9:.2f} billion parameters, of which "
-        f"{estimate.evolved / 1e9:.2f} billion are evolved, needs {gigabytes(memory.peak)} even with {memory.members} "
-        f"members evaluated together ({', '.join(parts)}), and {where} has {gigabytes(limit)}. "
-        f"Ways out: {'; '.join(ways_out(estimate))}"
-    )
-
-
-def ways_out(estimate: Estimate) -> list[str]:
-    """What would make a run smaller, the strongest first."""
-    config, found = estimate.config, []
-    if config.optimizer != "sgd" and estimate.fixed()["optimizer"]:
-        found.append(f'optimizer="sgd" (saves {gigabytes(estimate.fixed()["optimizer"])})')
-    if estimate.element == 4:
-        found.append('dtype="bfloat16" with rounding="stochastic"')
-    elif estimate.fixed()["masters"] and estimate.dtype == torch.bfloat16:
-        found.append(f'rounding="stochastic" (saves {gigabytes(estimate.fixed()["masters"])})')
-    if config.target_modules is None:
-        found.append("target_modules=['q_proj', 'v_proj'] or other patterns that evolve fewer parameters")
-    return [*found, "a shorter max_tokens or max_length", "a smaller model"]
-
-
-def gigabytes(size: int) -> str:
-    """A size for people: ``1.50 GB``, ``12.3 MB``."""
-    if size >= 10**9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.1f} MB" if size >= 10**6 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,107 @@
+"""Where a model is: a directory, a GGUF file, the hub, or an alias that needs no hub."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from eggroll.errors import MissingExtraError, ModelError
+from eggroll.llm.models import smollm2
+from eggroll.llm.models.hub import offline_hint, offline_if_unreachable, quiet_progress
+
+ALIASES = {"smollm2-135m": smollm2.directory, "smollm2-135m-instruct": smollm2.directory}
+"""Models that come by another way than the hub: name to a function that returns their directory."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model that was found, or that the hub is to be asked for.
+
+    Attributes:
+        source: what was asked for.
+        path: what transformers gets: a directory or hub id.
+        gguf: the name of the GGUF file in the directory, if it is one.
+    """
+
+    source: str
+    path: str
+    gguf: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name, for directories and titles."""
+        return Path(self.source.rstrip("/")).name.removesuffix(".gguf") or "model"
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While files are read or fetched: no progress bars, and no waiting for a hub that cannot be reached.
+
+        Raises:
+            ModelError: in the place of whatever was raised; the message says what was tried.
+            MissingExtraError: a library is not installed.
+        """
+        try:
+            with nullcontext() if Path(self.path).exists() else offline_if_unreachable(), quiet_progress():
+                yield
+        except MissingExtraError:
+            raise
+        except Exception as error:
+            raise ModelError(_not_loaded(self.source, self.path, error)) from error
+
+
+def locate(source: str) -> Located:
+    """Where a model is; an alias is fetched.
+
+    Raises:
+        ModelError: a directory or file that does not exist, or that holds no model.
+    """
+    alias = ALIASES.get(source.lower())
+    path = Path(source).expanduser()
+    if alias is not None and not path.exists():
+        return Located(source, str(alias()))
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model file {path} does not exist{_files_near(path)}")
+        return Located(source, str(path.parent), path.name)
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return Located(source, str(path))
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Located(source, str(path), ggufs[0])
+        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+        hint = f"say which one: {path / ggufs[0]}" if ggufs else "a model's directory has a config.json"
+        raise ModelError(f"directory {path} holds no model: {hint}. In it there is: {there}")
+    if path.is_file():
+        raise ModelError(f"model {path} is a file that does not end with .gguf; give the model's directory")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"model directory {path} does not exist{_files_near(path)}")
+    return Located(source, source)
+
+
+def _files_near(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f", nor does {path.parent}"
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    return f". Near matches in {path.parent}: {', '.join(near)}" if near else ""
+
+
+def _not_loaded(source: str, location: str, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(location).exists():
+        hint = " Set trust_remote_code=True if you trust its code." if "trust_remote_code" in str(error) else ""
+        return f"the model in {location} cannot be loaded: {type(error).__name__}: {reason}{hint}"
+    near = difflib.get_close_matches(source.lower(), ALIASES, n=1, cutoff=0.4)
+    suggestions = [
+        f"an alias is near: {near[0]!r}" if near else f"aliases that need no hub: {', '.join(sorted(ALIASES))}",
+        "hub ids look like 'Qwen/Qwen2.5-0.5B-Instruct'",
+        f"without a network, give a model's directory or a .gguf file{offline_hint()}",
+    ]
+    return (
+        f"model {source!r} cannot be loaded. Tried: a directory or file of that name (there is none), an alias (no), "
+        f"the Hugging Face hub ({reason[:300]}). " + "; ".join(suggestions)
+    )
