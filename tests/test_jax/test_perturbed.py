@@ -214,33 +214,6 @@ def test_noise_drawn_in_advance_is_the_noise_of_the_address():
         np.testing.assert_allclose(early, late, rtol=0, atol=1e-6)
 
 
-def test_the_same_bits_and_numbers_as_numpy_and_pytorch():
-    torch = pytest.importorskip("torch")
-    from eggroll.core.address import dense_draw, draw_key, factor_draw
-    from eggroll.core.threefry import random_bits
-    from eggroll.torch.noise import Noise
-
-    seed, generation, pair = 2**40 + 5, 17, 4
-    for leaf in (Leaf("layers.3.kernel", (5, 7), 0, 1), Leaf("experts", (2, 3, 4), 1, 1), Leaf("bias", (9,), 0, 0)):
-        got = draw(NoiseSpec(seed, 3, noise_reuse=2), leaf, generation, pair)
-        theirs = Noise([leaf.spec], 3, seed, noise_reuse=2)
-        drawn = theirs.draw(generation, [pair], torch.device("cpu"))[leaf.name]
-        if leaf.low_rank:
-            torch_factors = theirs.factors(leaf.spec, drawn)
-            numpy_factors = factor_draw(leaf.spec, 3, seed, generation, pair, noise_reuse=2)
-            triples = list(zip(got, numpy_factors, torch_factors, strict=True))
-        else:
-            triples = [(got, dense_draw(leaf.spec, seed, generation, pair, noise_reuse=2), drawn)]
-        for mine, in_numpy, in_torch in triples:
-            for other in (in_numpy.reshape(mine.shape), in_torch.numpy().reshape(mine.shape)):
-                ulps = np.abs(np.asarray(mine).view(np.int32).astype(np.int64) - other.view(np.int32))
-                assert ulps.max() <= 2
-        key, size = draw_key(seed, leaf.name, generation, pair, noise_reuse=2), leaf.draw_size(3)
-        words = jnp.array(key, jnp.uint32)
-        bits = jax.random.bits(jax.random.wrap_key_data(words, impl="threefry2x32"), (size,), jnp.uint32)
-        np.testing.assert_array_equal(bits, random_bits(key, size))
-
-
 def test_draws_in_groups_are_the_draws_one_by_one():
     leaves = [Leaf("a", (3, 4), 0, 1), Leaf("v", (3,), 0, 0), Leaf("b", (3, 4), 0, 1)]
     noise = NoiseSpec(3, 2)
