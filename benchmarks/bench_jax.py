@@ -25,7 +25,7 @@ from common import RESULTS, ROOT, hardware, slug
 from eggroll.core.config import ESConfig
 from eggroll.jax import Strategy
 from eggroll.jax.gradient import es_gradient
-from eggroll.jax.noise import draw_pairs, seed_key
+from eggroll.jax.noise import draw_pairs
 from eggroll.jax.perturbed import Address, MemberNoise, perturb
 from eggroll.run.provenance import git_revision, versions
 
@@ -64,7 +64,7 @@ def case(members: int, batch: int, width: int, layers: int, rank: int, at_once: 
     x = jax.random.normal(keys[0], (members // 2, 2, batch, width))
     apply = perturb(network, rank=rank)
     leaves = apply.leaves(params, x[0, 0])
-    draws = jax.jit(lambda: draw_pairs(seed_key(0), leaves, rank, 0, jnp.arange(members // 2)))()
+    draws = jax.jit(lambda: draw_pairs(apply.noise, leaves, 0, jnp.arange(members // 2)))()
     signs = jnp.array([0.1, -0.1])
     pairs = max(1, at_once // 2)
 
@@ -81,7 +81,7 @@ def case(members: int, batch: int, width: int, layers: int, rank: int, at_once: 
         return jax.vmap(member)(jnp.arange(2), x).sum((1, 2))
 
     whole = jax.jit(lambda x: network(params, x).sum())
-    gradient = jax.jit(lambda s: es_gradient(seed_key(0), leaves, s, 0, rank=rank))
+    gradient = jax.jit(lambda s: es_gradient(apply.noise, leaves, s, 0))
     shaped = jax.random.normal(keys[0], (members,))
     times = timed(
         {

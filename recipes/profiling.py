@@ -118,7 +118,7 @@ def jax_medians(options: ProfileOptions) -> dict[str, float]:
     import jax.numpy as jnp
 
     from eggroll.jax.gradient import es_gradient
-    from eggroll.jax.noise import draw_pairs, seed_key
+    from eggroll.jax.noise import draw_pairs
     from eggroll.jax.perturbed import MemberNoise, perturb
 
     size, width = options.population, options.width
@@ -139,10 +139,10 @@ def jax_medians(options: ProfileOptions) -> dict[str, float]:
         return jax.vmap(lambda scale, rows: apply(params, rows, MemberNoise(noise, scale)))(scales, x)
 
     in_parts = {"batch_size": max(1, AT_ONCE // 2)}
-    draw = jax.jit(lambda: draw_pairs(seed_key(0), leaves, options.rank, 0, pairs))
+    draw = jax.jit(lambda: draw_pairs(apply.noise, leaves, 0, pairs))
     forward = jax.jit(lambda x, noise: jax.lax.map(lambda part: pair(*part), (x, noise), **in_parts))
     plain = jax.jit(lambda x: jax.lax.map(lambda rows: network(params, rows), x, **in_parts))
-    gradients = jax.jit(lambda shaped: es_gradient(seed_key(0), leaves, shaped, 0, rank=options.rank))
+    gradients = jax.jit(lambda shaped: es_gradient(apply.noise, leaves, shaped, 0))
     drawn, shaped = draw(), jnp.ones(size)
     parts: dict[str, Callable[[], Any]] = {
         PLAIN: lambda: jax.block_until_ready(plain(x)),

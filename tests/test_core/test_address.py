@@ -120,7 +120,7 @@ def test_noise_at_every_other_address_is_independent():
 
 
 def test_addresses_do_not_collide_when_numbers_trade_places():
-    """(generation, pair) = (a, b) and (b, a) are different places, as are neighbouring seeds and generations."""
+    """(generation, pair) = (a, b) and (b, a) are different places, as are neighboring seeds and generations."""
     keys = {
         draw_key(seed, "w", generation, pair) for seed in range(8) for generation in range(24) for pair in range(24)
     }

@@ -112,7 +112,7 @@ def test_members_are_the_centre_plus_sigma_times_noise():
         np.testing.assert_allclose(member[spec.name], 2.0 + 0.1 * oracle.perturbation(spec, 3, **DRAW))
     for name in [spec.name for spec in SPECS[2:]] + ["frozen"]:
         np.testing.assert_array_equal(member[name], params[name])
-    assert all(np.all(params[spec.name] == 2.0) for spec in SPECS), "the centre is left alone"
+    assert all(np.all(params[spec.name] == 2.0) for spec in SPECS), "the center is left alone"
 
 
 def test_a_step_goes_up_by_lr_times_the_estimate():

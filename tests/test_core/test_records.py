@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eggroll.core.records import UpdateRecord, read_records, truncate
+from eggroll.core.records import UpdateRecord, read_records
 from eggroll.errors import RunError
 
 
@@ -73,10 +73,6 @@ def test_a_gap_or_a_repeat_is_an_error(tmp_path, generations, line, found):
     path = write(tmp_path / "updates.jsonl", generations)
     with pytest.raises(RunError, match=f"line {line} is of generation {found}, expected {line - 1}; a part is missing"):
         list(read_records(path))
-
-
-def test_truncate():
-    assert truncate((record(i) for i in range(5)), 2) == [record(0), record(1)]
 
 
 def test_many_sixteenths_are_packed_and_come_back_exactly():

@@ -215,7 +215,7 @@ def test_trajectory_in_numpy(noiser, decay):
 
     flat, treedef = jax.tree.flatten(params)
     flat_keys, classes = treedef.flatten_up_to(keys), treedef.flatten_up_to(es_map)
-    shapes, centre = [leaf.shape for leaf in flat], [np.float64(leaf) for leaf in flat]
+    shapes, center = [leaf.shape for leaf in flat], [np.float64(leaf) for leaf in flat]
     velocity = [np.zeros(shape) for shape in shapes]
     draw = partial(reference_noise, noiser, dtype="float32", rank=rank)
     for epoch in range(epochs):
@@ -225,7 +225,7 @@ def test_trajectory_in_numpy(noiser, decay):
         ]
         scores = []
         for thread in range(members):
-            b0, w0, b1, w1 = (c + n[thread] for c, n in zip(centre, noise, strict=True))
+            b0, w0, b1, w1 = (c + n[thread] for c, n in zip(center, noise, strict=True))
             y = np.tanh(np.float64(x) @ w0.T + b0) @ w1.T + b1
             scores.append(-np.mean((y - np.float64(target)) ** 2))
         groups = np.reshape(scores, (-1, 4))
@@ -233,11 +233,11 @@ def test_trajectory_in_numpy(noiser, decay):
         for i, n in enumerate(noise):
             gradient = -np.sqrt(members) * np.tensordot(shaped, n, 1) / members
             velocity[i] = gradient + decay * velocity[i]
-            centre[i] = centre[i] - lr(epoch) * velocity[i]
+            center[i] = center[i] - lr(epoch) * velocity[i]
         state, params = step(state, params, epoch)
-        for ours, theirs in zip(jax.tree.leaves(params), centre, strict=True):
+        for ours, theirs in zip(jax.tree.leaves(params), center, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert max(np.abs(c - f).max() for c, f in zip(centre, flat, strict=True)) > 0.1
+    assert max(np.abs(c - f).max() for c, f in zip(center, flat, strict=True)) > 0.1
 
 
 def test_state_keeps_its_types():

@@ -12,7 +12,7 @@ EPOCHS = 6
 
 
 def clean_scores(seed):
-    """Scores of the centre before and after each of the six epochs."""
+    """Scores of the center before and after each of the six epochs."""
     model, noiser = hs.models.common.MLP, hs.noiser.eggroll.EggRoll
     model_key, es_key = jax.random.split(jax.random.key(seed))
     frozen_params, params, scan_map, es_map = model.rand_init(

@@ -18,10 +18,11 @@ from eggroll.core import oracle  # noqa: E402
 from eggroll.core.config import ESConfig  # noqa: E402
 from eggroll.core.fitness import NonFiniteFitnessWarning  # noqa: E402
 from eggroll.core.fitness import shape_fitness as reference_shaping  # noqa: E402
+from eggroll.core.noise_spec import NoiseSpec  # noqa: E402
 from eggroll.core.select import ParameterSpec  # noqa: E402
 from eggroll.errors import ConfigError  # noqa: E402
 from eggroll.jax.gradient import es_gradient  # noqa: E402
-from eggroll.jax.noise import Leaf, seed_key  # noqa: E402
+from eggroll.jax.noise import Leaf  # noqa: E402
 from eggroll.jax.strategy import Strategy  # noqa: E402
 
 LEAVES = [Leaf("w1", (5, 4), 0, 1), Leaf("w2", (5, 4), 0, 1), Leaf("b", (5,), 0, 0), Leaf("e", (2, 3, 4), 1, 1)]
@@ -45,10 +46,8 @@ def fitness(params, x):
 def test_gradient_is_the_dense_sum_over_members(sampling, rank, draw_bytes):
     members = 10
     weights = np.asarray(normal(members, seed=3))
-    got = es_gradient(
-        seed_key(9), LEAVES, weights, 4, rank=rank, antithetic=sampling == "antithetic", noise_reuse=2,
-        draw_bytes=draw_bytes,
-    )  # fmt: skip
+    noise = NoiseSpec(9, rank, sampling == "antithetic", noise_reuse=2)
+    got = es_gradient(noise, LEAVES, weights, 4, draw_bytes=draw_bytes)
     for leaf in LEAVES:
         expected = oracle.es_gradient(
             leaf.spec, weights, rank=rank, seed=9, generation=4, antithetic=sampling == "antithetic", noise_reuse=2
@@ -89,15 +88,15 @@ def test_a_generation_is_the_oracles(members_per_forward):
     state, x, score = strategy.init(params()), normal(6, 4), jax.jit(fitness)
     names = {leaf.name: leaf for leaf in strategy.leaves(state.params, x)}
     for generation in range(3):
-        centre = {name: np.asarray(value) for name, value in state.params.items()}
+        center = {name: np.asarray(value) for name, value in state.params.items()}
         specs = [leaf.spec for leaf in names.values()]
         common = {"rank": 2, "seed": 3, "generation": generation}
         scores = []
         for member in range(16):
-            twin = oracle.member_params(centre, specs, member, sigma=0.2, **common)
+            twin = oracle.member_params(center, specs, member, sigma=0.2, **common)
             scores.append(float(score({n: jnp.asarray(v, jnp.float32) for n, v in twin.items()}, x)))
         weights = reference_shaping(np.array(scores), method="normalized")
-        expected = oracle.sgd_step(centre, specs, weights, lr=0.5, **common)
+        expected = oracle.sgd_step(center, specs, weights, lr=0.5, **common)
         state, got = strategy.step(state, x)
         np.testing.assert_allclose(got, scores, atol=1e-5)
         for name, value in expected.items():

@@ -15,6 +15,7 @@ from eggroll.core.check import is_number, numbers, whole
 from eggroll.core.fitness import Sampling as Sampling
 from eggroll.core.fitness import Shaping as Shaping
 from eggroll.core.fitness import ShapingName, shape_fitness, shaping_name
+from eggroll.core.noise_spec import NoiseSpec
 from eggroll.core.schedules import Schedule, ScheduleName
 from eggroll.core.settings import setting, to_json_values
 from eggroll.errors import ConfigError
@@ -49,7 +50,7 @@ class ESConfig:
     """``centered_rank`` (in [-0.5, 0.5], ties share the mean rank), ``normalized`` (z-score) or ``raw``; in Python also
     a function of the scores (:mod:`eggroll.core.fitness`)."""
     group_size: int = 0
-    """Consecutive members that are centered together; 0 centres over the whole population."""
+    """Consecutive members that are centered together; 0 centers over the whole population."""
     target_modules: tuple[str, ...] | None = None
     """Name patterns of the parameters to evolve; ``None`` evolves all matrices."""
     exclude: tuple[str, ...] = ()
@@ -142,6 +143,11 @@ class ESConfig:
     def sigma_at(self) -> Schedule:
         """Sigma as a function of the generation; it never falls to 0, where nothing could be learned."""
         return Schedule(self.sigma_schedule, self.sigma, self.sigma_decay, self.generations, final_fraction=0.1)
+
+    @property
+    def noise(self) -> NoiseSpec:
+        """Which noise the population has."""
+        return NoiseSpec(self.seed, self.rank, self.antithetic, self.noise_reuse)
 
     def shape(self, fitness: Array) -> Array:
         """The ``(N,)`` float32 weights of the estimate from raw scores, ``(N,)`` or ``(N, Q)``, of any array library.

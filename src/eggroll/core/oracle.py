@@ -1,4 +1,4 @@
-"""A dense float64 EGGROLL step that materialises everything: the one reference for every fast path.
+"""A dense float64 EGGROLL step that materializes everything: the one reference for every fast path.
 
     E_p         = sign_p * A_p B_p^T / sqrt(r)     matrices (for experts: one product per expert)
     E_p         = sign_p * N(0, 1)                 everything else
@@ -54,7 +54,7 @@ def member_params(
     antithetic: bool = True,
     noise_reuse: int = 1,
 ) -> dict[str, Array]:
-    """The weights of one member, float64: perturbed where ``specs`` says so, the centre elsewhere."""
+    """The weights of one member, float64: perturbed where ``specs`` says so, the center elsewhere."""
     result = {name: np.asarray(value, dtype=np.float64) for name, value in params.items()}
     for spec in specs:
         noise = perturbation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,3 @@ def read_records(path: Path) -> Iterator[UpdateRecord]:
             )
         expected += 1
         yield record
-
-
-def truncate(records: Iterable[UpdateRecord], generations: int) -> list[UpdateRecord]:
-    """The first ``generations`` records."""
-    return [record for record in records if record.generation < generations]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Float32, Int
 
-from eggroll.jax.noise import Leaf, draw_pairs, grouped
+from eggroll.core.noise_spec import NoiseSpec
+from eggroll.jax.noise import Draw, Leaf, draw_pairs, grouped
 
 DRAW_BYTES = 2**26
 """Bound on the noise that is held at a time."""
@@ -17,86 +21,73 @@ CACHE_BYTES = 2**20
 """On a CPU, draws that stay in cache are made and used several times as fast."""
 
 
-def pair_weights(shaped_fitness: Any, *, antithetic: bool) -> Any:
-    """One weight for each draw: ``s_{2k} - s_{2k+1}`` for pairs, ``s_k`` for one-sided members."""
-    weights = jnp.asarray(shaped_fitness, jnp.float32)
-    return weights[0::2] - weights[1::2] if antithetic else weights
-
-
 def es_gradient(
-    words: Any,
+    noise: NoiseSpec,
     leaves: Sequence[Leaf],
-    shaped_fitness: Any,
-    generation: Any,
+    shaped_fitness: Float[ArrayLike, " N"],
+    generation: Int[ArrayLike, ""],
     *,
-    rank: int,
-    antithetic: bool = True,
-    noise_reuse: int = 1,
     draw_bytes: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Float32[Array, "*shape"]]:
     """``es_gradient`` of every leaf, float32, of its shape (EGGROLL, section 4).
 
     Matrices of one shape are one batched GEMM ``(m, pairs * r) x (pairs * r, n)`` for each part of the pairs, so that
     memory stays within ``draw_bytes`` whatever the population and compiling does not grow with the number of layers.
 
     Args:
-        words: of :func:`eggroll.jax.noise.seed_key`.
+        noise: which noise the members were drawn from.
         leaves: what is perturbed.
-        shaped_fitness: ``(N,)``.
-        generation: int32 scalar.
-        rank: of the perturbations.
-        antithetic: whether members ``2k`` and ``2k + 1`` are a pair.
-        noise_reuse: generations that share their noise.
+        shaped_fitness: the weights of the N members.
+        generation: of the noise.
         draw_bytes: bound on the noise that is held at a time; ``None`` takes what is fast here, at most 64 MiB.
     """
-    weights = pair_weights(shaped_fitness, antithetic=antithetic)
+    weights = noise.draw_weights(jnp.asarray(shaped_fitness, jnp.float32))
     members = jnp.shape(shaped_fitness)[0]
     result = {}
     for group in grouped(leaves):
-        most = draw_bytes if draw_bytes is not None else _draw_bytes(group)
-        total = _total(words, group, weights, generation, rank=rank, noise_reuse=noise_reuse, draw_bytes=most)
-        scale = 1.0 / members / (math.sqrt(rank) if group[0].low_rank else 1.0)
+        most = draw_bytes if draw_bytes is not None else chunk_bytes(len(group) * group[0].spec.size)
+        total = _total(noise, group, weights, generation, most)
+        scale = 1.0 / members / (math.sqrt(noise.rank) if group[0].low_rank else 1.0)
         for index, leaf in enumerate(group):
             result[leaf.name] = (total[index] * scale).reshape(leaf.shape)
     return {leaf.name: result[leaf.name] for leaf in leaves}
 
 
-def _draw_bytes(group: Sequence[Leaf]) -> int:
-    """Every part reads and writes the whole sum, so it should not be much smaller than that."""
+def chunk_bytes(sum_bytes: int) -> int:
+    """Bytes of noise to hold at a time. Every part reads and writes the whole sum, so it should not be much smaller."""
     if jax.default_backend() != "cpu":
         return DRAW_BYTES
-    return min(DRAW_BYTES, max(CACHE_BYTES, len(group) * group[0].spec.size))
+    return min(DRAW_BYTES, max(CACHE_BYTES, sum_bytes))
 
 
-def _total(
-    words: Any, group: list[Leaf], weights: Any, generation: Any, *, rank: int, noise_reuse: int, draw_bytes: int
-) -> Any:
+def _total(noise: NoiseSpec, group: list[Leaf], weights: Array, generation: Any, draw_bytes: int) -> Array:
     """``sum_k w_k A_k B_k^T`` of leaves of one shape: ``(leaves, *shape)``."""
     pairs = weights.shape[0]
-    part = max(1, min(pairs, draw_bytes // (4 * len(group) * group[0].draw_size(rank))))
+    part = max(1, min(pairs, draw_bytes // (4 * len(group) * group[0].draw_size(noise.rank))))
     parts = -(-pairs // part)
     padding = parts * part - pairs  # draws of pairs that do not exist, with weight 0
-    weights = jnp.concatenate([weights, jnp.zeros(padding, jnp.float32)]).reshape(parts, part)
-    numbers = jnp.arange(parts * part, dtype=jnp.int32).reshape(parts, part)
+    weights = jnp.concatenate([weights, jnp.zeros(padding, jnp.float32)])
 
-    def add(total: Any, chunk: tuple[Any, Any]) -> tuple[Any, None]:
-        drawn = draw_pairs(words, group, rank, generation, chunk[0], noise_reuse=noise_reuse)
-        return total + _sum([drawn[leaf.name] for leaf in group], group[0], chunk[1]), None
+    def one_part(index: Array) -> Array:
+        numbers = index * part + jnp.arange(part, dtype=jnp.int32)
+        drawn = draw_pairs(noise, group, generation, numbers)
+        stacked = jax.tree.map(lambda *draws: jnp.stack(draws), *(drawn[leaf.name] for leaf in group))
+        chosen = jax.lax.dynamic_slice_in_dim(weights, index * part, part)
+        return jax.vmap(weighted_sum, in_axes=(0, None))(stacked, chosen)
 
-    zeros = jnp.zeros((len(group), *_shape(group[0])), jnp.float32)
-    if parts == 1:
-        return add(zeros, (numbers[0], weights[0]))[0]
-    return jax.lax.scan(add, zeros, (numbers, weights))[0]
-
-
-def _shape(leaf: Leaf) -> tuple[int, ...]:
-    return (*leaf.batch_shape, *leaf.matrix_shape) if leaf.low_rank else leaf.shape
+    shape = (*group[0].batch_shape, *group[0].matrix_shape) if group[0].low_rank else group[0].shape
+    return add_parts(parts, one_part, jnp.zeros((len(group), *shape), jnp.float32))
 
 
-def _sum(drawn: list[Any], leaf: Leaf, weights: Any) -> Any:
-    """``sum_k w_k A_k B_k^T`` of each leaf of a group (``w_k E_k`` for dense draws): ``(leaves, *shape)``."""
-    if not leaf.low_rank:
-        return jnp.einsum("p,lp...->l...", weights, jnp.stack(drawn))
-    a, b = (jnp.stack(factors) for factors in zip(*drawn, strict=True))
-    a = a * weights.reshape(1, -1, *(1,) * (a.ndim - 2))
-    return jnp.einsum("lp...mr,lp...nr->l...mn", a, b)
+def weighted_sum(drawn: Draw, weights: Float[Array, " K"], *, precision: str | None = None) -> Float[Array, "*shape"]:
+    """``sum_k w_k A_k B_k^T`` of K pairs of factors, or ``sum_k w_k E_k`` of K dense draws."""
+    if not isinstance(drawn, tuple):
+        return jnp.tensordot(weights, drawn, axes=1, precision=precision)
+    a, b = drawn
+    a = a * weights.reshape(-1, *(1,) * (a.ndim - 1))
+    return jnp.einsum("k...mr,k...nr->...mn", a, b, precision=precision)
+
+
+def add_parts(parts: int | Int[Array, ""], one_part: Callable[[Array], Array], zeros: Array) -> Array:
+    """``sum_i one_part(i)`` for ``i`` below ``parts``, one after the other; their number may be known late."""
+    return jax.lax.fori_loop(0, parts, lambda index, total: total + one_part(index), zeros)

@@ -88,7 +88,7 @@ def _materialized(value: Any, primitive: str) -> Any:
     raise UnsupportedOperationError(
         f"the perturbed parameter {value.name!r}, of shape {value.shape} here, is used in {primitive!r}, which has no "
         f"rule for low-rank perturbations. Leave it unperturbed with exclude=({value.name!r},), or let each member's "
-        f"weight be materialised there with materialize=({value.name!r},)"
+        f"weight be materialized there with materialize=({value.name!r},)"
     )
 
 

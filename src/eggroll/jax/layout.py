@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import PyTree
 
 from eggroll.core.select import ParameterSpec, matches, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
@@ -22,7 +24,7 @@ from eggroll.jax.rules import NotAMatrixError
 from eggroll.jax.weights import PerturbedWeight, Policy
 
 
-def named_leaves(params: Any) -> dict[str, Any]:
+def named_leaves(params: PyTree) -> dict[str, Array]:
     """The arrays of a pytree by path, parts joined by dots; leaves that are no arrays (functions) are left out."""
     named: dict[str, Any] = {}
     for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -32,7 +34,7 @@ def named_leaves(params: Any) -> dict[str, Any]:
 
 
 def choose(
-    params: Any, include: Sequence[str] | None = None, exclude: Sequence[str] = (), *, low_rank: bool = True
+    params: PyTree, include: Sequence[str] | None = None, exclude: Sequence[str] = (), *, low_rank: bool = True
 ) -> list[Leaf]:
     """The leaves to perturb, each with the layout that its number of axes suggests (see :func:`fit`).
 
@@ -66,7 +68,7 @@ def fit(
         jaxpr: the closed jaxpr of the function; its first inputs are the parameters.
         names: of those parameters, in order.
         rank: of the perturbations.
-        materialize: path patterns of parameters that may be materialised where there is no rule.
+        materialize: path patterns of parameters that may be materialized where there is no rule.
 
     Raises:
         UnsupportedOperationError: a matrix is used in a primitive without a rule.
@@ -131,7 +133,7 @@ def _try(trial: dict[str, Leaf], jaxpr: Any, names: Sequence[str], rank: int, po
 
 
 def policy_for(leaf: Leaf, materialize: Sequence[str]) -> Policy:
-    """Whether an operation without a rule may materialise the leaf."""
+    """Whether an operation without a rule may materialize the leaf."""
     return "materialize" if any(matches(leaf.name, pattern) for pattern in materialize) else "refuse"
 
 

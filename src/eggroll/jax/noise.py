@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float32, Int, UInt32
 
 from eggroll.core import threefry
+from eggroll.core.noise_spec import NoiseSpec
 from eggroll.core.select import ParameterSpec
+
+Draw: TypeAlias = Float32[Array, "*shape"] | tuple[Float32[Array, "*batch m r"], Float32[Array, "*batch n r"]]
+"""A dense draw, or the two factors ``(a, b)`` of a matrix's."""
 
 
 @dataclass(frozen=True)
@@ -61,41 +68,27 @@ class Leaf:
         return self.spec.draw_size(rank)
 
 
-def seed_key(seed: int) -> tuple[Any, Any]:
-    """The two words of a seed's key as uint32 scalars; given to a compiled function, they do not recompile it."""
-    hi, lo = threefry.seed_key(seed)
-    return jnp.uint32(hi), jnp.uint32(lo)
-
-
-def draw(words: Any, leaf: Leaf, rank: int, generation: Any, pair: Any, *, noise_reuse: int = 1) -> Any:
+def draw(noise: NoiseSpec, leaf: Leaf, generation: Int[ArrayLike, ""], pair: Int[ArrayLike, ""]) -> Draw:
     """One draw of a parameter in float32, not scaled: ``normal(key(draw))`` of the noise specification.
-
-    Args:
-        words: of :func:`seed_key`.
-        leaf: the parameter.
-        rank: of its factors.
-        generation: int32 scalar.
-        pair: int32 scalar.
-        noise_reuse: generations that share their noise.
 
     Returns:
         ``(a, b)`` of shapes ``(*batch, m, rank)`` and ``(*batch, n, rank)``, or an array of the parameter's shape.
     """
-    return _draw(words, _name_words([leaf])[0], leaf, rank, generation, pair, noise_reuse)
+    return _draw(noise, _name_words([leaf])[0], leaf, generation, pair)
 
 
 def draw_pairs(
-    words: Any, leaves: Sequence[Leaf], rank: int, generation: Any, pairs: Any, *, noise_reuse: int = 1
-) -> dict[str, Any]:
-    """The draws of many pairs: each leaf's arrays get a first axis ``len(pairs)``.
+    noise: NoiseSpec, leaves: Sequence[Leaf], generation: Int[ArrayLike, ""], pairs: Int[ArrayLike, " K"]
+) -> dict[str, Draw]:
+    """The draws of many pairs: each leaf's arrays get a first axis of length K.
 
     Parameters of one shape are drawn in one go, so that compiling does not grow with the number of layers.
     """
     drawn: dict[str, Any] = {}
     for group in grouped(leaves):
 
-        def one(name_words: Any, pair: Any, shape: Leaf = group[0]) -> Any:
-            return _draw(words, name_words, shape, rank, generation, pair, noise_reuse)
+        def one(name_words: Any, pair: Any, shape: Leaf = group[0]) -> Draw:
+            return _draw(noise, name_words, shape, generation, pair)
 
         many = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))(_name_words(group), jnp.asarray(pairs))
         for index, leaf in enumerate(group):
@@ -111,17 +104,18 @@ def grouped(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
     return list(groups.values())
 
 
-def _name_words(leaves: Sequence[Leaf]) -> Any:
+def _name_words(leaves: Sequence[Leaf]) -> UInt32[Array, "L 2"]:
     hashes = [threefry.name_hash(leaf.name) for leaf in leaves]
     return jnp.array([[value >> 32, value & 0xFFFFFFFF] for value in hashes], jnp.uint32)
 
 
-def _draw(words: Any, name_words: Any, leaf: Leaf, rank: int, generation: Any, pair: Any, noise_reuse: int) -> Any:
-    key = jax.random.wrap_key_data(jnp.stack([words[0], words[1]]), impl="threefry2x32")
-    for word in (name_words[0], name_words[1], jnp.uint32(generation // noise_reuse), jnp.uint32(pair)):
+def _draw(noise: NoiseSpec, name_words: UInt32[Array, " two"], leaf: Leaf, generation: Any, pair: Any) -> Draw:
+    words = jnp.array(threefry.seed_key(noise.seed), jnp.uint32)
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    for word in (name_words[0], name_words[1], jnp.uint32(noise.epoch(generation)), jnp.uint32(pair)):
         key = jax.random.fold_in(key, word)
     if not leaf.low_rank:
         return jax.random.normal(key, leaf.shape, jnp.float32)
     m, n = leaf.matrix_shape
-    factors = jax.random.normal(key, (*leaf.batch_shape, n + m, rank), jnp.float32)
+    factors = jax.random.normal(key, (*leaf.batch_shape, n + m, noise.rank), jnp.float32)
     return factors[..., n:, :], factors[..., :n, :]

@@ -9,13 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, PyTree
 
-from eggroll.core.check import whole
+from eggroll.core.noise_spec import NoiseSpec
 from eggroll.errors import ConfigError
 from eggroll.jax.interpreter import evaluate
 from eggroll.jax.layout import check_patterns, choose, fit, named_leaves, policy_for, weight
-from eggroll.jax.noise import Leaf, draw, draw_pairs, seed_key
+from eggroll.jax.noise import Draw, Leaf, draw, draw_pairs
 from eggroll.jax.rules import as_array
+from eggroll.jax.weights import PerturbedWeight
 
 
 @jax.tree_util.register_dataclass
@@ -24,14 +28,14 @@ class Address:
     """Which member of which generation; noise is a pure function of it.
 
     Attributes:
-        generation: int32 scalar, from 0.
-        member: int32 scalar, from 0. With antithetic sampling members ``2k`` and ``2k + 1`` are a pair.
-        sigma: float32 scalar, the standard deviation of a perturbation's entries.
+        generation: from 0.
+        member: from 0. With antithetic sampling members ``2k`` and ``2k + 1`` are a pair.
+        sigma: the standard deviation of a perturbation's entries.
     """
 
-    generation: Any
-    member: Any
-    sigma: Any
+    generation: Int[ArrayLike, "*members"]
+    member: Int[ArrayLike, "*members"]
+    sigma: Float[ArrayLike, "*members"]
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +45,11 @@ class MemberNoise:
 
     Attributes:
         draws: for each parameter ``(a, b)`` or a dense array, of one pair, not scaled.
-        scale: float32 scalar: sigma, with the member's sign.
+        scale: sigma, with the member's sign.
     """
 
-    draws: dict[str, Any]
-    scale: Any
+    draws: dict[str, Draw]
+    scale: Float[ArrayLike, ""]
 
 
 class Perturbed:
@@ -53,32 +57,27 @@ class Perturbed:
 
     def __init__(
         self,
-        fn: Callable[[Any, Any], Any],
+        fn: Callable[[PyTree, PyTree], PyTree],
+        noise: NoiseSpec,
         *,
-        rank: int,
-        seed: int,
-        antithetic: bool,
-        noise_reuse: int,
-        include: Sequence[str] | None,
-        exclude: Sequence[str],
-        materialize: Sequence[str],
-        low_rank: bool,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        materialize: Sequence[str] = (),
+        low_rank: bool = True,
     ) -> None:
-        self.fn, self.rank, self.seed = fn, rank, seed
-        self.antithetic, self.noise_reuse = antithetic, noise_reuse
+        self.fn, self.noise = fn, noise
         self.include, self.exclude, self.materialize = include, tuple(exclude), tuple(materialize)
         self.low_rank = low_rank
         self._fitted: dict[Any, list[Leaf]] = {}
         self._latest: dict[Any, list[Leaf]] = {}
-        problems = whole(self, rank=1, seed=0, noise_reuse=1)
-        if problems:
+        if problems := noise.problems():
             raise ConfigError.from_problems("perturb", problems)
 
-    def __call__(self, params: Any, x: Any, address: Address | MemberNoise) -> Any:
+    def __call__(self, params: PyTree, x: PyTree, address: Address | MemberNoise) -> PyTree:
         """``fn(params of the member, x)``; use it under ``jit``, ``vmap`` over addresses, inside ``scan``.
 
         Args:
-            params: the centre.
+            params: the center.
             x: the second argument of ``fn``, any pytree.
             address: the member's address, or its noise drawn in advance (:meth:`draw`).
 
@@ -87,7 +86,7 @@ class Perturbed:
         """
         closed, shape, arrays = self._trace(params, x)
         leaves = self._leaves(params, closed)
-        noise = address if isinstance(address, MemberNoise) else self._noise(leaves, address)
+        noise = address if isinstance(address, MemberNoise) else self._drawn(leaves, address)
         by_name = {leaf.name: leaf for leaf in leaves}
         values = [
             self._value(value, by_name.get(name), noise)
@@ -96,11 +95,11 @@ class Perturbed:
         outputs = evaluate(closed.jaxpr, closed.consts, [*values, *jax.tree_util.tree_leaves(x)])
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shape), [as_array(value) for value in outputs])
 
-    def leaves(self, params: Any, x: Any) -> list[Leaf]:
+    def leaves(self, params: PyTree, x: PyTree) -> list[Leaf]:
         """What is perturbed, and how, for these arguments (arrays or their shapes)."""
         return self._leaves(params, self._trace(params, x)[0])
 
-    def _trace(self, params: Any, x: Any) -> tuple[Any, Any, list[Any]]:
+    def _trace(self, params: PyTree, x: PyTree) -> tuple[Any, PyTree, list[Array]]:
         """The function's closed jaxpr over the arrays of ``params`` and ``x``, its result's shapes, and the arrays."""
         flat, structure = jax.tree_util.tree_flatten(params)
         is_array = [hasattr(value, "shape") and hasattr(value, "dtype") for value in flat]
@@ -114,23 +113,23 @@ class Perturbed:
         closed, shape = jax.make_jaxpr(call, return_shape=True)(arrays, x)
         return closed, shape, arrays
 
-    def draw(self, leaves: Sequence[Leaf], generation: Any, pairs: Any) -> dict[str, Any]:
+    def draw(
+        self, leaves: Sequence[Leaf], generation: Int[ArrayLike, ""], pairs: Int[ArrayLike, " K"]
+    ) -> dict[str, Draw]:
         """The draws of many pairs in advance; see :func:`eggroll.jax.noise.draw_pairs`."""
-        return draw_pairs(
-            seed_key(self.seed), leaves, self.rank, generation, pairs, noise_reuse=self.noise_reuse
-        )  # fmt: skip
+        return draw_pairs(self.noise, leaves, generation, pairs)
 
-    def _leaves(self, params: Any, closed: Any) -> list[Leaf]:
+    def _leaves(self, params: PyTree, closed: Any) -> list[Leaf]:
         named = named_leaves(params)
         signature = (_signature(params), str(closed.in_avals))
         if signature not in self._fitted:
             leaves = choose(params, self.include, self.exclude, low_rank=self.low_rank)
             check_patterns(self.materialize, leaves)
-            self._fitted[signature] = fit(leaves, closed, list(named), self.rank, materialize=self.materialize)
+            self._fitted[signature] = fit(leaves, closed, list(named), self.noise.rank, materialize=self.materialize)
         self._latest[signature[0]] = self._fitted[signature]
         return self._fitted[signature]
 
-    def known_leaves(self, params: Any) -> list[Leaf]:
+    def known_leaves(self, params: PyTree) -> list[Leaf]:
         """What is perturbed for these parameters, known from the last call with them.
 
         Raises:
@@ -144,32 +143,29 @@ class Perturbed:
                 "call leaves(params, x)"
             ) from None
 
-    def _noise(self, leaves: Sequence[Leaf], address: Address) -> MemberNoise:
-        member = jnp.asarray(address.member)
-        pair, sign = (member // 2, 1 - 2 * (member % 2)) if self.antithetic else (member, 1)
-        words = seed_key(self.seed)
-        draws = {
-            leaf.name: draw(words, leaf, self.rank, address.generation, pair, noise_reuse=self.noise_reuse)
-            for leaf in leaves
-        }
+    def _drawn(self, leaves: Sequence[Leaf], address: Address) -> MemberNoise:
+        pair, sign = self.noise.draw_of(jnp.asarray(address.member))
+        draws = {leaf.name: draw(self.noise, leaf, address.generation, pair) for leaf in leaves}
         return MemberNoise(draws, jnp.asarray(address.sigma, jnp.float32) * sign)
 
-    def _value(self, value: Any, leaf: Leaf | None, noise: MemberNoise) -> Any:
+    def _value(self, value: Array, leaf: Leaf | None, noise: MemberNoise) -> Array | PerturbedWeight:
         if leaf is None:
             return value
         drawn = noise.draws[leaf.name]
         if not leaf.low_rank:
             return value + (noise.scale * drawn).astype(value.dtype)
         a, b = drawn
-        return weight(value, leaf, a * (noise.scale / math.sqrt(self.rank)), b, policy_for(leaf, self.materialize))
+        return weight(
+            value, leaf, a * (noise.scale / math.sqrt(self.noise.rank)), b, policy_for(leaf, self.materialize)
+        )
 
 
-def _signature(params: Any) -> Any:
+def _signature(params: PyTree) -> Any:
     return tuple((name, tuple(value.shape), str(value.dtype)) for name, value in named_leaves(params).items())
 
 
 def perturb(
-    fn: Callable[[Any, Any], Any],
+    fn: Callable[[PyTree, PyTree], PyTree],
     *,
     rank: int = 1,
     seed: int = 0,
@@ -194,7 +190,7 @@ def perturb(
         noise_reuse: generations that share their noise, at least 1.
         include: path patterns of parameters to perturb, such as ``"layers.*.kernel"``; ``None`` takes all.
         exclude: path patterns of parameters to leave alone.
-        materialize: path patterns of parameters that may be materialised, for each member, in primitives that have no
+        materialize: path patterns of parameters that may be materialized, for each member, in primitives that have no
             rule; elsewhere those raise.
         low_rank: false perturbs matrices densely too: plain ES, to compare with.
 
@@ -207,7 +203,5 @@ def perturb(
         >>> jax.vmap(lambda member: apply(params, x, Address(0, member, 0.1)))(jnp.arange(8)).shape
         (8, 2)
     """
-    return Perturbed(
-        fn, rank=rank, seed=seed, antithetic=antithetic, noise_reuse=noise_reuse, include=include, exclude=exclude,
-        materialize=materialize, low_rank=low_rank,
-    )  # fmt: skip
+    noise = NoiseSpec(seed, rank, antithetic, noise_reuse)
+    return Perturbed(fn, noise, include=include, exclude=exclude, materialize=materialize, low_rank=low_rank)

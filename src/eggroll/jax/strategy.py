@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Float, Float32, Int32, PyTree
 
 from eggroll.core.config import ESConfig
 from eggroll.errors import ConfigError
 from eggroll.jax.gradient import es_gradient
 from eggroll.jax.layout import named_leaves
-from eggroll.jax.noise import Leaf, draw_pairs, seed_key
-from eggroll.jax.perturbed import Address, MemberNoise, Perturbed, perturb
+from eggroll.jax.noise import Leaf, draw_pairs
+from eggroll.jax.perturbed import Address, MemberNoise, Perturbed
 
 
 @jax.tree_util.register_dataclass
@@ -26,16 +29,16 @@ class State:
     """Where a run is.
 
     Attributes:
-        params: the centre.
+        params: the center.
         opt_state: of the optax optimizer.
-        generation: updates done, an int32 scalar.
+        generation: updates done.
         masters: float32 copies of 16-bit parameters by path, so that small steps are not lost to rounding.
     """
 
-    params: Any
-    opt_state: Any
-    generation: Any
-    masters: dict[str, Any]
+    params: PyTree[Array]
+    opt_state: PyTree[Array]
+    generation: Int32[Array, ""]
+    masters: dict[str, Float32[Array, "*shape"]]
 
 
 def optimizer_for(config: ESConfig) -> optax.GradientTransformation:
@@ -69,7 +72,7 @@ class Strategy:
             below each device's share it makes scores equal to the bit, whatever the number of devices.
         devices: devices to share the members among; ``None`` is one. Only fitness is gathered.
         low_rank: false is ES with dense noise, to compare with.
-        materialize: path patterns of parameters that may be materialised where a primitive has no rule.
+        materialize: path patterns of parameters that may be materialized where a primitive has no rule.
 
     Example:
         >>> config = ESConfig(population_size=64, lr=0.5)
@@ -83,7 +86,7 @@ class Strategy:
 
     def __init__(
         self,
-        fitness: Callable[[Any, Any], Any],
+        fitness: Callable[[PyTree, PyTree], Float[ArrayLike, ""]],
         config: ESConfig,
         *,
         optimizer: optax.GradientTransformation | None = None,
@@ -96,13 +99,12 @@ class Strategy:
         self.config, self.x_per_member, self.members_per_forward = config, x_per_member, members_per_forward
         self.optimizer = optimizer or optimizer_for(config)
         self._scheduled = optimizer is None
-        self.apply: Perturbed = perturb(
-            fitness, rank=config.rank, seed=config.seed, antithetic=config.antithetic, noise_reuse=config.noise_reuse,
-            include=config.target_modules, exclude=config.exclude, materialize=materialize, low_rank=low_rank,
+        self.apply = Perturbed(
+            fitness, config.noise, include=config.target_modules, exclude=config.exclude, materialize=materialize,
+            low_rank=low_rank,
         )  # fmt: skip
-        self.num_draws = config.population_size // 2 if config.antithetic else config.population_size
+        self.num_draws = config.noise.num_draws(config.population_size)
         self.mesh = self._mesh(devices)
-        self._words = seed_key(config.seed)
         self._evaluate = jax.jit(self._evaluate_all)
         self._tell = jax.jit(self._update)
         self._step = jax.jit(self._generation)
@@ -112,7 +114,7 @@ class Strategy:
             return None
         if self.num_draws % len(devices):
             unit = "pairs" if self.config.antithetic else "members"
-            step = len(devices) * (2 if self.config.antithetic else 1)
+            step = len(devices) * len(self.config.noise.signs)
             low = self.config.population_size // step * step
             raise ConfigError(
                 f"population_size (={self.config.population_size}) makes {self.num_draws} {unit}, which {len(devices)} "
@@ -120,24 +122,31 @@ class Strategy:
             )
         return Mesh(np.array(devices), ("members",))
 
-    def init(self, params: Any) -> State:
+    def init(self, params: PyTree[Array]) -> State:
         """The state before the first generation, with a fresh optimizer."""
         arrays = _arrays(params)
         masters = {name: value.astype(jnp.float32) for name, value in arrays.items() if value.dtype.itemsize < 4}
         return State(params, self.optimizer.init(arrays | masters), jnp.int32(0), masters)
 
-    def ask(self, state: State, sigma: Any | None = None) -> Address:
+    def ask(self, state: State, sigma: Float[ArrayLike, ""] | None = None) -> Address:
         """The addresses of this generation's members, arrays ``(N,)``; ``strategy.apply`` evaluates one of them."""
         size = self.config.population_size
         generation = jnp.broadcast_to(state.generation, (size,))
         sigmas = jnp.full((size,), self._sigma(state.generation) if sigma is None else sigma, jnp.float32)
         return Address(generation, jnp.arange(size, dtype=jnp.int32), sigmas)
 
-    def evaluate(self, state: State, x: Any, sigma: Any | None = None) -> Any:
+    def evaluate(self, state: State, x: PyTree, sigma: Float[ArrayLike, ""] | None = None) -> Float32[Array, " N"]:
         """``(N,)`` scores of this generation's members, one compiled call; noise is drawn once for each pair."""
         return self._evaluate(state, x, self._sigma(state.generation) if sigma is None else sigma)
 
-    def tell(self, state: State, fitness: Any, *, shaped: bool = False, lr: Any | None = None) -> State:
+    def tell(
+        self,
+        state: State,
+        fitness: Float[ArrayLike, " N"],
+        *,
+        shaped: bool = False,
+        lr: Float[ArrayLike, ""] | None = None,
+    ) -> State:
         """The state after an update from ``(N,)`` scores (or weights that are ``shaped`` already)."""
         fitness = jnp.asarray(fitness, jnp.float32)
         if fitness.shape != (self.config.population_size,):
@@ -148,22 +157,22 @@ class Strategy:
         weights = fitness if shaped else self.config.shape(fitness)
         return self._tell(state, weights, self._lr(state.generation) if lr is None else lr)
 
-    def step(self, state: State, x: Any) -> tuple[State, Any]:
+    def step(self, state: State, x: PyTree) -> tuple[State, Float32[Array, " N"]]:
         """One generation as one compiled call: the next state and the members' ``(N,)`` scores."""
         return self._step(state, x, self._sigma(state.generation), self._lr(state.generation))
 
-    def leaves(self, params: Any, x: Any) -> list[Leaf]:
+    def leaves(self, params: PyTree, x: PyTree) -> list[Leaf]:
         """What is evolved, and how."""
         one = jax.tree.map(lambda value: value[0], x) if self.x_per_member else x
         return self.apply.leaves(params, one)
 
-    def _sigma(self, generation: Any) -> Any:
+    def _sigma(self, generation: Int32[Array, ""]) -> Float32[Array, ""]:
         return jnp.float32(self.config.sigma_at(int(generation)))
 
-    def _lr(self, generation: Any) -> Any:
+    def _lr(self, generation: Int32[Array, ""]) -> Float32[Array, ""]:
         return jnp.float32(self.config.lr_at(int(generation)))
 
-    def _generation(self, state: State, x: Any, sigma: Any, lr: Any) -> tuple[State, Any]:
+    def _generation(self, state: State, x: PyTree, sigma: Array, lr: Array) -> tuple[State, Array]:
         fitness = self._evaluate_all(state, x, sigma)
         return self._update(state, self.config.shape(fitness), lr), fitness
 
@@ -188,26 +197,25 @@ class Strategy:
 
         return run
 
-    def _evaluate_all(self, state: State, x: Any, sigma: Any) -> Any:
+    def _evaluate_all(self, state: State, x: PyTree, sigma: Array) -> Float32[Array, " N"]:
         if self.x_per_member:
-            signs = 2 if self.config.antithetic else 1
+            signs = len(self.config.noise.signs)
             x = jax.tree.map(lambda value: value.reshape(self.num_draws, signs, *value.shape[1:]), x)
         evaluate = self.spread(self._evaluate_draws, shared_out=(1,) if self.x_per_member else ())
         return evaluate(state, x, sigma).reshape(-1)
 
-    def _evaluate_draws(self, state: State, x: Any, sigma: Any, draws: Any) -> Any:
+    def _evaluate_draws(
+        self, state: State, x: PyTree, sigma: Array, draws: Int32[Array, " K"]
+    ) -> Float32[Array, "K signs"]:
         """``(draws, signs)`` scores of some draws of this generation."""
         first = jax.tree.map(lambda value: value[0, 0], x) if self.x_per_member else x
         leaves = self.apply.leaves(state.params, first)
-        signs = jnp.array([1.0, -1.0] if self.config.antithetic else [1.0], jnp.float32)
+        signs = jnp.array(self.config.noise.signs, jnp.float32)
 
         def pair(arguments: tuple[Any, Any]) -> Any:
             number, own = arguments
-            noise = draw_pairs(
-                self._words, leaves, self.config.rank, state.generation, number[None],
-                noise_reuse=self.config.noise_reuse,
-            )  # fmt: skip
-            noise = jax.tree.map(lambda value: value[0], noise)
+            drawn = draw_pairs(self.config.noise, leaves, state.generation, number[None])
+            noise = jax.tree.map(lambda value: value[0], drawn)
 
             def member(sign: Any, x: Any) -> Any:
                 score = self.apply(state.params, x, MemberNoise(noise, sigma * sign))
@@ -225,14 +233,12 @@ class Strategy:
             return jax.vmap(pair)(arguments)
         return jax.lax.map(pair, arguments, batch_size=at_once)
 
-    def _update(self, state: State, weights: Any, lr: Any) -> State:
-        gradient = es_gradient(
-            self._words, self.apply.known_leaves(state.params), weights, state.generation, rank=self.config.rank,
-            antithetic=self.config.antithetic, noise_reuse=self.config.noise_reuse,
-        )  # fmt: skip
+    def _update(self, state: State, weights: Float32[Array, " N"], lr: Array) -> State:
+        leaves = self.apply.known_leaves(state.params)
+        gradient = es_gradient(self.config.noise, leaves, weights, state.generation)
         arrays = _arrays(state.params)
         exact = arrays | state.masters
-        # Optimizers minimise; parameters that are not evolved have no gradient and stay as they are.
+        # Optimizers minimize; parameters that are not evolved have no gradient and stay as they are.
         descent = {
             name: -gradient[name].astype(value.dtype) if name in gradient else jnp.zeros_like(value)
             for name, value in exact.items()
@@ -248,12 +254,12 @@ class Strategy:
         return State(_replaced(state.params, rounded), opt_state, state.generation + 1, masters)
 
 
-def _arrays(params: Any) -> dict[str, Any]:
+def _arrays(params: PyTree) -> dict[str, Array]:
     """The arrays of a pytree by path: what the optimizer sees."""
     return {name: value for name, value in named_leaves(params).items() if jnp.issubdtype(value.dtype, jnp.floating)}
 
 
-def _replaced(params: Any, new: dict[str, Any]) -> Any:
+def _replaced(params: PyTree, new: dict[str, Array]) -> PyTree:
     """The pytree with the arrays of ``new`` in their places."""
     flat, structure = jax.tree_util.tree_flatten(params)
     names = iter(named_leaves(params))

@@ -24,10 +24,10 @@ Policy = Literal["refuse", "materialize", "fit", "fit_matrix", "fit_matrix_mater
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class PerturbedWeight:
-    """A member's weight, not materialised.
+    """A member's weight, not materialized.
 
     Attributes:
-        base: the centre's weight as it is used here, for example transposed.
+        base: the center's weight as it is used here, for example transposed.
         a: base's shape with 1 where it lacks the axis, then the rank; scale and sign are in it.
         b: likewise.
         name: the parameter's name, for messages.
@@ -82,7 +82,7 @@ class PerturbedWeight:
         return self.base + product.astype(self.base.dtype)
 
     def added(self, base: Any, a: Any, b: Any) -> PerturbedWeight:
-        """The weight with an array added, which is as large as its base: from here on materialising costs no more."""
+        """The weight with an array added, which is as large as its base: from here on materializing costs no more."""
         policies: dict[Policy, Policy] = {"refuse": "materialize", "fit_matrix": "fit_matrix_materialize"}
         return PerturbedWeight(base, a, b, self.name, policies.get(self.policy, self.policy))
 

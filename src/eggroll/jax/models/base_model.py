@@ -11,7 +11,7 @@ from eggroll.errors import UnsupportedOperationError
 
 
 class CommonInit(NamedTuple):
-    """What initialising a model gives.
+    """What initializing a model gives.
 
     Attributes:
         frozen_params: static values (names of activations, sizes), a dict or ``None``.
@@ -70,7 +70,7 @@ class Model:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The output of one member (``iterinfo=(epoch, thread_id)``) or of the centre (``iterinfo=None``).
+        """The output of one member (``iterinfo=(epoch, thread_id)``) or of the center (``iterinfo=None``).
 
         The first arguments are the fields of :class:`CommonParams`; the others go to the model.
         """

@@ -46,8 +46,8 @@ __all__ = [
 def layer_norm(x: Any, eps: float = 1e-5) -> Any:
     """``(x - mean) / sqrt(var + eps)`` over the last axis, without scale and shift; half precision goes by float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return (centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def _pqn(x: Any) -> Any:

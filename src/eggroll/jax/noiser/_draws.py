@@ -18,7 +18,7 @@ IterInfo = tuple[Any, Any]
 
 
 def true_epoch(epoch: Any, noise_reuse: int) -> Any:
-    """The epoch of the noise: ``epoch // noise_reuse``, or 0 for ``noise_reuse=0`` (the same noise for ever)."""
+    """The epoch of the noise: ``epoch // noise_reuse``, or 0 for ``noise_reuse=0`` (the same noise forever)."""
     return epoch // noise_reuse if noise_reuse else epoch * 0
 
 

@@ -22,15 +22,12 @@ import numpy as np
 import optax  # type: ignore[import-untyped]
 
 from eggroll.errors import ConfigError
+from eggroll.jax.gradient import add_parts, chunk_bytes, weighted_sum
 from eggroll.jax.models._leaves import CLASS_NAMES
 from eggroll.jax.noiser import _draws
 
 LOW_RANK = "low_rank"
 DENSE = "dense"
-CHUNK_BYTES = 64 * 2**20
-"""Bound on the draws that are live at one time, in bytes."""
-CACHE_BYTES = 2**20
-"""On a CPU draws that stay in its cache are made and used up to twice as fast."""
 
 
 class Draws(NamedTuple):
@@ -131,20 +128,12 @@ def _gradients(frozen: dict[str, Any], sigma: Any, leaves: list[_Leaf], draws: D
         rank = frozen["rank"] if members[0].kind == LOW_RANK else 0
         keys = jnp.concatenate([leaf.keys for leaf in members]) if len(members) > 1 else members[0].keys
         sums = weighted_sums(
-            keys, draws, sigma, members[0].shape, members[0].dtype, rank, chunk_bytes(members[0].shape)
+            keys, draws, sigma, members[0].shape, members[0].dtype, rank, chunk_bytes(math.prod(members[0].shape))
         )
         ends = np.cumsum([leaf.keys.shape[0] for leaf in members])
         for leaf, end in zip(members, ends, strict=True):
             result[leaf.place] = sums[end - leaf.keys.shape[0] : end]
     return result
-
-
-def chunk_bytes(shape: tuple[int, ...]) -> int:
-    """Bound on the draws of a parameter that are live at one time."""
-    if jax.default_backend() != "cpu":
-        return CHUNK_BYTES
-    # Every chunk reads and writes the whole sum, so a chunk should not be much smaller than the matrix.
-    return min(CHUNK_BYTES, max(CACHE_BYTES, math.prod(shape)))
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -174,23 +163,19 @@ def weighted_sums(
     epochs, pairs, weights = (jnp.pad(array, (0, -places % chunk)) for array in draws[:3])
     scale = sigma / math.sqrt(rank) if rank else sigma
 
-    def one_chunk(key: Any, start: Any) -> Any:
+    def one_part(key: Any, index: Any) -> Any:
         epoch, pair, weight = (
-            jax.lax.dynamic_slice_in_dim(array, start, chunk) for array in (epochs, pairs, weights.astype(wide))
+            jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk) for array in (epochs, pairs, weights.astype(wide))
         )
         draw_keys = jax.vmap(_draws.draw_key, in_axes=(None, 0, 0))(key, epoch, pair)
         if not rank:
             noise = jax.vmap(lambda draw_key: _draws.dense_draw(draw_key, shape, dtype))(draw_keys)
-            return jnp.tensordot(weight, _draws.scaled(noise, scale).astype(wide), axes=1, precision="highest")
+            return weighted_sum(_draws.scaled(noise, scale).astype(wide), weight, precision="highest")
         a, b = jax.vmap(lambda draw_key: _draws.factor_draw(draw_key, shape, dtype, rank))(draw_keys)
-        a = _draws.scaled(a, scale).astype(wide) * weight[:, None, None]
-        return jnp.einsum("nir,njr->ij", a, b.astype(wide), precision="highest")
+        return weighted_sum((_draws.scaled(a, scale).astype(wide), b.astype(wide)), weight, precision="highest")
 
     def one_key(key: Any) -> Any:
-        def add(index: Any, total: Any) -> Any:
-            return total + one_chunk(key, index * chunk)
-
-        return jax.lax.fori_loop(0, -(-draws.number // chunk), add, jnp.zeros(shape, wide))
+        return add_parts(-(-draws.number // chunk), partial(one_part, key), jnp.zeros(shape, wide))
 
     if keys.shape[0] == 1:
         return one_key(keys[0])[None]

@@ -41,7 +41,7 @@ class Noiser:
         """Static and dynamic state for a model.
 
         Args:
-            params: pytree of arrays, the centre of the population.
+            params: pytree of arrays, the center of the population.
             sigma: standard deviation of an entry of a perturbation.
             lr: learning rate of the solver, a number or an optax schedule.
             *args: ignored, for noisers with settings of their own.
@@ -159,7 +159,7 @@ class Noiser:
         raw_scores: Any,
         num_episodes_list: Any = None,
     ) -> Any:
-        """Normalised fitness, one per member.
+        """Normalized fitness, one per member.
 
             group_size = 0:  (s - mean) / sqrt(var + 1e-5)
             group_size > 0:  (s - mean of its group) / sqrt(var + 1e-5)        with the variance of all scores
@@ -170,7 +170,7 @@ class Noiser:
         Args:
             frozen_noiser_params: static state.
             noiser_params: dynamic state.
-            raw_scores: ``(N,)``, higher is better. Groups are runs of ``group_size`` neighbours.
+            raw_scores: ``(N,)``, higher is better. Groups are runs of ``group_size`` neighbors.
             num_episodes_list: ``(N,)``, the number of episodes that each score is the mean of. They weigh the means
                 and the variance, so that every *episode* counts the same in them; equal numbers change nothing. A
                 member without an episode (0) has no score, and gets the fitness 0.

@@ -2,7 +2,7 @@
 
     W_p = W + sign_p sigma N(0, 1)          (Salimans et al. 2017, with antithetic pairs)
 
-Each member's weights are materialised where they are used. Key, sign, fitness and update are those of EggRoll, so that
+Each member's weights are materialized where they are used. Key, sign, fitness and update are those of EggRoll, so that
 the two differ in the perturbation only.
 """
 
