@@ -54,7 +54,7 @@ class Bench:
         population, generation = self.population, next(self.numbers)
 
         def run() -> None:
-            population.noise.prepare(generation, population.num_pairs, self.device)
+            population.prepare(generation)
             with population.perturbed(generation):
                 self.score(population.population_size)
 

@@ -38,7 +38,7 @@ class Bench:
         self.last = torch.tensor([-1], device=self.device)
         self.generations = count(1)
         self.caches: dict[tuple[int, bool], Any] = {}
-        self.population.noise.prepare(0, self.population.num_pairs, self.device)
+        self.population.prepare(0)
         # Speed of wrong results would be worth nothing: compare some members with the same members alone.
         self.population.verify(**self.inputs(self.tokens(members)))
 
@@ -94,12 +94,12 @@ class Bench:
         generation = next(self.generations)
 
         def draw_and_fill() -> None:
-            self.population.noise.prepare(generation, self.population.num_pairs, self.device)
+            self.population.prepare(generation)
             with self.population.perturbed(generation):
                 self.fill(ids)
 
         taken = common.seconds(draw_and_fill, self.device)
-        self.population.noise.prepare(0, self.population.num_pairs, self.device)
+        self.population.prepare(0)
         return taken
 
 

@@ -80,7 +80,7 @@ def run(options: ProfileOptions) -> dict[str, float]:
         with population.perturbed(0):
             return model(rows)
 
-    population.noise.prepare(0, population.num_pairs, place)
+    population.prepare(0)
     shaped = f.normalize_fitnesses(fitness)
     parts: dict[str, Callable[[], Any]] = {
         PLAIN: lambda: model(rows),

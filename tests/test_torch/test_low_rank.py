@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from eggroll import _environment
 from eggroll.torch import Population, low_rank
 from eggroll.torch.kernels import low_rank_c
 
@@ -345,7 +344,7 @@ def test_the_fused_kernel_is_called_as_it_wants_to_be(kind, monkeypatch):
 def test_the_fused_kernel_is_used_only_where_it_is_asked_for(monkeypatch):
     x = torch.randn(2, 3)
     for setting in ("", "0", "1"):
-        monkeypatch.setenv(_environment.FUSED_LINEAR, setting)
+        monkeypatch.setenv("EGGROLL_FUSED_LINEAR", setting)
         assert low_rank._fused_kernel(x, x) is None, "these are no tensors of a GPU"
 
 

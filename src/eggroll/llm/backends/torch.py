@@ -92,7 +92,7 @@ class TorchEvaluator(Evaluator):
 
     def prepare(self, generation: int) -> None:
         """Draw the generation's noise, of all members: an update needs every pair of it anyway."""
-        self.population.noise.prepare(generation, self.population.num_pairs, self.device)
+        self.population.prepare(generation)
 
     @contextlib.contextmanager
     def perturbed(self, generation: int, members: range, sigma: float) -> Iterator[Active | None]:
