@@ -102,7 +102,7 @@ def places(tmp_path, monkeypatch, tiny_tokenizer, build_model):
     (tmp_path / "wikitext.txt").write_text(
         "\n\n".join(f"The {n}th line of an encyclopedia , with spaces ." for n in range(9))
     )
-    monkeypatch.setattr(importlib.import_module("eggroll.cli.session"), "DEFAULT_DATASET", "wikitext.txt")
+    monkeypatch.setattr(importlib.import_module("eggroll.llm.kind"), "DEFAULT_DATASET", "wikitext.txt")
     return tmp_path
 
 
