@@ -55,8 +55,9 @@ def language(folder):
     config = EggrollConfig(population_size=SIZE, rank=1, max_tokens=3, prompts_per_generation=2)
     prompts = [Example("What is red?"), Example("Name a fish."), Example("Why?")]
     factory = WorkerFactory(
-        str(folder / "tiny"), config, lambda text: float(len(text) % 7), prompts, prompts[:1], dtype="float32"
-    )
+        model=str(folder / "tiny"), config=config, reward=lambda text: float(len(text) % 7), dtype="float32",
+        train=prompts, heldout=prompts[:1],
+    )  # fmt: skip
     return config, factory
 
 
