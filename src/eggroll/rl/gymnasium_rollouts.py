@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, PyTree
 from numpy.typing import NDArray
 
 from eggroll._optional import require
@@ -16,7 +17,7 @@ from eggroll.rl.envs.gymnasium_env import GymnasiumEnvironment
 from eggroll.rl.policies import LARGEST, ObsStats, act, forward
 from eggroll.rl.rollouts import HELDOUT, Played, Rollouts
 
-Actions = Callable[[NDArray[np.float32], Any], NDArray[Any]]
+Actions = Callable[[NDArray[np.float32], PRNGKeyArray], NDArray[Any]]
 """Observations ``(episodes, obs_size)`` and a key to actions, one for each episode."""
 
 
@@ -31,7 +32,9 @@ class GymnasiumRollouts(Rollouts):
         self._act_center = jax.jit(self._center_actions)
         self._draws = jax.jit(self.draws)
 
-    def population(self, params: Any, stats: ObsStats, generation: int, sigma: float, pairs: Any) -> Played:
+    def population(
+        self, params: PyTree, stats: ObsStats, generation: int, sigma: float, pairs: Int[Array, " pairs"]
+    ) -> Played:
         """All episodes of some pairs: arrays ``(pairs, 2, episodes)``; both members of a pair have the same seeds."""
         at_once = min(self.pairs_at_once or len(pairs), len(pairs))
         parts = [
@@ -44,15 +47,15 @@ class GymnasiumRollouts(Rollouts):
         returns, lengths = (np.concatenate([getattr(part, name) for part in parts]) for name in ("returns", "lengths"))
         return Played(returns, lengths, count, total, squares)
 
-    def center(self, params: Any, stats: ObsStats, count: int) -> Played:
+    def center(self, params: PyTree, stats: ObsStats, count: int) -> Played:
         """Held-out episodes of the unperturbed policy, the same ones each time: arrays ``(count,)``."""
 
-        def actions(x: NDArray[np.float32], key: Any) -> NDArray[Any]:
+        def actions(x: NDArray[np.float32], key: PRNGKeyArray) -> NDArray[Any]:
             return np.asarray(self._act_center(params, stats, jnp.asarray(x), key))
 
         return self._play(self._seeds(HELDOUT, np.arange(1), count).ravel(), actions, np.asarray(stats.mean))
 
-    def draw(self, params: Any, stats: ObsStats, path: Path) -> tuple[Path, float] | None:
+    def draw(self, params: PyTree, stats: ObsStats, path: Path) -> tuple[Path, float] | None:
         """An animated GIF of one held-out episode, where the environment renders to arrays."""
         gymnasium = require("gymnasium", extra="rl")
         try:
@@ -82,12 +85,12 @@ class GymnasiumRollouts(Rollouts):
         images[0].save(file, save_all=True, append_images=images[1:], duration=40, loop=0)
         return file, total
 
-    def _part(self, params: Any, stats: ObsStats, generation: int, sigma: float, pairs: NDArray[np.int32]) -> Played:
+    def _part(self, params: PyTree, stats: ObsStats, generation: int, sigma: float, pairs: NDArray[np.int32]) -> Played:
         draws = self._draws(params, jnp.int32(generation), pairs)
         seeds = np.repeat(self._seeds(generation, pairs, self.episodes)[:, None], 2, axis=1)
         shape = (*seeds.shape, self.env.obs_size)
 
-        def actions(x: NDArray[np.float32], key: Any) -> NDArray[Any]:
+        def actions(x: NDArray[np.float32], key: PRNGKeyArray) -> NDArray[Any]:
             rows = jnp.asarray(x).reshape(shape)
             return np.asarray(self._act_pairs(params, stats, draws, jnp.float32(sigma), rows, key))
 
@@ -97,14 +100,24 @@ class GymnasiumRollouts(Rollouts):
             played.count, played.total, played.squares,
         )  # fmt: skip
 
-    def _pairs_actions(self, params: Any, stats: ObsStats, draws: Any, sigma: Any, x: Any, key: Any) -> Any:
+    def _pairs_actions(
+        self,
+        params: PyTree,
+        stats: ObsStats,
+        draws: dict[str, Any],
+        sigma: Float[Array, ""],
+        x: Float[Array, "pairs 2 episodes obs"],
+        key: PRNGKeyArray,
+    ) -> Num[Array, "flat ..."]:
         seen = stats.normalize(x) if self.normalize else x
         return self._actions(self.outputs(params, draws, sigma, seen), key)
 
-    def _center_actions(self, params: Any, stats: ObsStats, x: Any, key: Any) -> Any:
+    def _center_actions(
+        self, params: PyTree, stats: ObsStats, x: Float[Array, "episodes obs"], key: PRNGKeyArray
+    ) -> Num[Array, "episodes ..."]:
         return self._actions(forward(params, stats.normalize(x) if self.normalize else x), key)
 
-    def _actions(self, raw: Any, key: Any) -> Any:
+    def _actions(self, raw: Float[Array, "... outputs"], key: PRNGKeyArray) -> Num[Array, "flat ..."]:
         flat = raw.reshape(-1, raw.shape[-1])
         if not self.sampling:
             return jax.vmap(lambda row: act(row, self.env.actions, None))(flat)

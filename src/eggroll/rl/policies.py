@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
 
 from eggroll.rl.envs.base import ActionSpace, Continuous, Discrete, MultiDiscrete
 
@@ -20,7 +21,9 @@ LARGEST = 1e15
 """Observations beyond this, or not finite, are left out of the statistics: one would spoil them for good."""
 
 
-def init_policy(key: Any, obs_size: int, actions: ActionSpace, *, hidden: int, layers: int, sampling: bool) -> Any:
+def init_policy(
+    key: PRNGKeyArray, obs_size: int, actions: ActionSpace, *, hidden: int, layers: int, sampling: bool
+) -> dict[str, Any]:
     """Parameters: a dict of ``layer_i`` and ``head``, each ``{"weight": (out, in), "bias": (out,)}``, float32.
 
     Hidden weights are N(0, 1 / in), the head's a hundredth of that, so that a first policy prefers no action. A policy
@@ -39,7 +42,7 @@ def init_policy(key: Any, obs_size: int, actions: ActionSpace, *, hidden: int, l
     return params
 
 
-def forward(params: Any, observations: Any) -> Any:
+def forward(params: PyTree, observations: Float[Array, "... obs"]) -> Float[Array, "... outputs"]:
     """``(..., obs_size)`` normalized observations to ``(..., num_outputs)``; then ``log_std`` behind them, if any."""
     x = observations
     for index in range(len([name for name in params if name.startswith("layer_")])):
@@ -54,7 +57,7 @@ def forward(params: Any, observations: Any) -> Any:
     return outputs
 
 
-def act(outputs: Any, actions: ActionSpace, key: Any | None) -> Any:
+def act(outputs: Float[Array, " outputs"], actions: ActionSpace, key: PRNGKeyArray | None) -> Num[Array, " *action"]:
     """An action from one row of the network's outputs; without a key the best one, with a key a sample."""
     if isinstance(actions, Discrete):
         choice = jnp.argmax(outputs) if key is None else jax.random.categorical(key, outputs)
@@ -76,17 +79,11 @@ def act(outputs: Any, actions: ActionSpace, key: Any | None) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ObsStats:
-    """Count, mean and sum of squared deviations of observations; parts merge exactly (Chan et al. 1979).
+    """Count, mean and sum of squared deviations of observations; parts merge exactly (Chan et al. 1979)."""
 
-    Attributes:
-        count: float32 scalar.
-        mean: ``(obs_size,)`` float32.
-        m2: ``(obs_size,)`` float32.
-    """
-
-    count: Any
-    mean: Any
-    m2: Any
+    count: Float[Array, ""]
+    mean: Float[Array, " obs"]
+    m2: Float[Array, " obs"]
 
     @classmethod
     def empty(cls, obs_size: int) -> ObsStats:
@@ -94,7 +91,13 @@ class ObsStats:
         return cls(jnp.float32(0), jnp.zeros(obs_size, jnp.float32), jnp.zeros(obs_size, jnp.float32))
 
     @classmethod
-    def of_sums(cls, count: Any, total: Any, squares: Any, shift: Any) -> ObsStats:
+    def of_sums(
+        cls,
+        count: Float[Array, ""],
+        total: Float[Array, " obs"],
+        squares: Float[Array, " obs"],
+        shift: Float[Array, " obs"],
+    ) -> ObsStats:
         """From the sums of ``x - shift`` and its square; a shift near the mean keeps the digits."""
         safe = jnp.maximum(count, 1.0)
         offset = total / safe
@@ -108,7 +111,7 @@ class ObsStats:
         mean = self.mean + delta * (other.count / safe)
         return ObsStats(count, mean, self.m2 + other.m2 + delta**2 * (self.count * other.count / safe))
 
-    def normalize(self, observations: Any) -> Any:
+    def normalize(self, observations: Float[Array, "... obs"]) -> Float[Array, "... obs"]:
         """``(x - mean) / std``, within ``CLIP``; as they are before anything was seen."""
         variance = self.m2 / jnp.maximum(self.count, 1.0)
         scaled = (observations - self.mean) * jax.lax.rsqrt(variance + EPSILON)

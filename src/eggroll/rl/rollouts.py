@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from eggroll.jax.noise import Leaf
 from eggroll.jax.perturbed import MemberNoise
@@ -23,20 +24,20 @@ HELDOUT = 2**31
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Played:
-    """What episodes gave.
+    """What episodes gave, in arrays of JAX or of NumPy.
 
     Attributes:
-        returns: ``(..., episodes)``, sums of rewards.
-        lengths: ``(..., episodes)`` integers, steps.
-        count, total, squares: of the observations, shifted by the running mean: ``(parts,)`` and ``(parts, obs_size)``,
-            one for each part of the members that was played at once.
+        returns: sums of rewards.
+        lengths: steps.
+        count, total, squares: of the observations, shifted by the running mean, one for each part of the members that
+            was played at once.
     """
 
-    returns: Any
-    lengths: Any
-    count: Any
-    total: Any
-    squares: Any
+    returns: Float[Array, "... episodes"]
+    lengths: Int[Array, "... episodes"]
+    count: Float[Array, " parts"]
+    total: Float[Array, "parts obs"]
+    squares: Float[Array, "parts obs"]
 
 
 class Rollouts:
@@ -72,35 +73,43 @@ class Rollouts:
         self._population: Callable[..., Played] = jax.jit(spread)
         self._center = jax.jit(self._heldout, static_argnums=2)
 
-    def population(self, params: Any, stats: ObsStats, generation: int, sigma: float, pairs: Any) -> Played:
+    def population(
+        self, params: PyTree, stats: ObsStats, generation: int, sigma: float, pairs: Int[Array, " pairs"]
+    ) -> Played:
         """All episodes of some pairs: arrays ``(pairs, 2, episodes)``; compiled for each number of pairs."""
         return self._population(params, stats, jnp.int32(generation), jnp.float32(sigma), jnp.asarray(pairs, jnp.int32))
 
-    def center(self, params: Any, stats: ObsStats, count: int) -> Played:
+    def center(self, params: PyTree, stats: ObsStats, count: int) -> Played:
         """Held-out episodes of the unperturbed policy, the same ones each time: arrays ``(count,)``."""
         return self._center(params, stats, count)
 
-    def draw(self, params: Any, stats: ObsStats, path: Path) -> tuple[Path, float] | None:
+    def draw(self, params: PyTree, stats: ObsStats, path: Path) -> tuple[Path, float] | None:
         """Write an animation of one held-out episode; its file and return, or ``None`` where nothing can be drawn."""
         states, score = self.episode(params, stats)
         written = self.env.render(states, path)
         return None if written is None else (written, score)
 
-    def leaves(self, params: Any) -> list[Leaf]:
+    def leaves(self, params: PyTree) -> list[Leaf]:
         """What is evolved."""
         return self.policy.leaves(params, self.example)
 
-    def draws(self, params: Any, generation: Any, pairs: Any) -> Any:
+    def draws(self, params: PyTree, generation: Int[Array, ""], pairs: Int[Array, " pairs"]) -> dict[str, Any]:
         """The noise of some pairs."""
         return self.policy.draw(self.leaves(params), generation, pairs)
 
-    def keys(self, generation: Any, pair: Any) -> Any:
-        """``(episodes,)`` keys of the episodes that both members of a pair play."""
+    def keys(self, generation: Int[Array, ""], pair: Int[Array, ""]) -> Key[Array, " episodes"]:
+        """Keys of the episodes that both members of a pair play."""
         key = jax.random.fold_in(jax.random.fold_in(self._key(), generation), pair)
         return jax.random.split(key, self.episodes)
 
-    def outputs(self, params: Any, draws: Any, sigma: Any, observations: Any) -> Any:
-        """``(pairs, 2, episodes, obs_size)`` to network outputs: each member's own network on its episodes."""
+    def outputs(
+        self,
+        params: PyTree,
+        draws: dict[str, Any],
+        sigma: Float[Array, ""],
+        observations: Float[Array, "pairs 2 episodes obs"],
+    ) -> Float[Array, "pairs 2 episodes outputs"]:
+        """Each member's own network on the observations of its episodes."""
 
         def member(noise: Any, scale: Any, rows: Any) -> Any:
             return self.policy(params, rows, MemberNoise(noise, scale))
@@ -108,7 +117,14 @@ class Rollouts:
         both = jax.vmap(member, in_axes=(None, 0, 0))
         return jax.vmap(both, in_axes=(0, None, 0))(draws, jnp.array([sigma, -sigma]), observations)
 
-    def _pairs(self, params: Any, stats: ObsStats, generation: Any, sigma: Any, pairs: Any) -> Played:
+    def _pairs(
+        self,
+        params: PyTree,
+        stats: ObsStats,
+        generation: Int[Array, ""],
+        sigma: Float[Array, ""],
+        pairs: Int[Array, " pairs"],
+    ) -> Played:
         count = pairs.shape[0]
         # Parts of one size, at most what was asked for; the last one may be filled up with pairs that do not play.
         parts = -(-count // min(self.pairs_at_once or count, count))
@@ -132,11 +148,11 @@ class Rollouts:
             played.squares.reshape(-1, self.env.obs_size),
         )  # fmt: skip
 
-    def _heldout(self, params: Any, stats: ObsStats, count: int) -> Played:
+    def _heldout(self, params: PyTree, stats: ObsStats, count: int) -> Played:
         keys = jax.random.split(jax.random.fold_in(self._key(), HELDOUT), count)
         return self.play(lambda observations: forward(params, observations), keys, stats)
 
-    def episode(self, params: Any, stats: ObsStats, index: int = 0) -> tuple[list[Any], float]:
+    def episode(self, params: PyTree, stats: ObsStats, index: int = 0) -> tuple[list[PyTree], float]:
         """The states of one held-out episode, and its return."""
         key = jax.random.split(jax.random.fold_in(self._key(), HELDOUT), index + 1)[index]
         start, key = jax.random.split(key)
@@ -158,10 +174,16 @@ class Rollouts:
                 break
         return states, total
 
-    def _key(self) -> Any:
+    def _key(self) -> PRNGKeyArray:
         return jax.random.fold_in(jax.random.key(self.seed % 2**32), 0x5EED)
 
-    def play(self, outputs: Any, keys: Any, stats: ObsStats, playing: Any = None) -> Played:
+    def play(
+        self,
+        outputs: Callable[[Float[Array, "... obs"]], Float[Array, "... outputs"]],
+        keys: Key[Array, " *episodes"],
+        stats: ObsStats,
+        playing: Bool[Array, " flat"] | None = None,
+    ) -> Played:
         """Play until every episode is over; ``outputs`` maps observations of the keys' shape.
 
         Only episodes of which the flat ``playing`` is true take part; ``None`` is all.

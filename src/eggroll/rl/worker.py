@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
+from numpy.typing import NDArray
 
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError, ConfigError
@@ -39,7 +41,7 @@ class PolicyWorker:
         eval_episodes: held-out episodes, the same ones each time.
     """
 
-    def __init__(self, strategy: Strategy, rollouts: Rollouts, params: Any, *, eval_episodes: int = 64) -> None:
+    def __init__(self, strategy: Strategy, rollouts: Rollouts, params: PyTree, *, eval_episodes: int = 64) -> None:
         self.strategy, self.rollouts, self.eval_episodes = strategy, rollouts, eval_episodes
         self.state: State = strategy.init(params)
         strategy.leaves(params, rollouts.example)
@@ -89,7 +91,7 @@ class PolicyWorker:
         """Write an animation of one held-out episode; its file and return, or ``None`` where nothing can be drawn."""
         return self.rollouts.draw(self.state.params, self.stats, path)
 
-    def state_tensors(self) -> dict[str, np.ndarray]:
+    def state_tensors(self) -> dict[str, NDArray[Any]]:
         """Everything that a checkpoint holds, as NumPy arrays by path."""
         arrays = {name: np.asarray(value) for name, value in self._flat()}
         return {**arrays, "env_steps": np.array(self.env_steps, np.int64)}
@@ -186,7 +188,7 @@ def make_worker(config: RLConfig, env: Environment | None = None) -> PolicyWorke
     return PolicyWorker(strategy, rollouts, first_policy(config, env), eval_episodes=config.eval_episodes)
 
 
-def first_policy(config: RLConfig, env: Environment) -> Any:
+def first_policy(config: RLConfig, env: Environment) -> PyTree:
     """The weights that a run begins with."""
     return init_policy(
         jax.random.key(config.seed % 2**32), env.obs_size, env.actions, hidden=config.hidden, layers=config.layers,

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # names of environments are looked up without loading JAX
+    from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 
 
 @dataclass(frozen=True)
@@ -90,18 +93,20 @@ class Environment(Protocol):
         """The library's time limit."""
         ...
 
-    def reset(self, key: Any) -> tuple[Any, Any]:
+    def reset(self, key: PRNGKeyArray) -> tuple[PyTree, Float[Array, " obs"]]:
         """``key -> (state, observation)``; the observation is ``(obs_size,)`` float32, flattened."""
         ...
 
-    def step(self, key: Any, state: Any, action: Any) -> tuple[Any, Any, Any, Any]:
+    def step(
+        self, key: PRNGKeyArray, state: PyTree, action: Num[Array, " *action"]
+    ) -> tuple[PyTree, Float[Array, " obs"], Float[Array, ""], Bool[Array, ""]]:
         """``(key, state, action) -> (state, observation, reward, done)``.
 
         The reward is a float32 scalar, ``done`` a bool scalar: the episode is over, by its own end or its time limit.
         """
         ...
 
-    def render(self, states: list[Any], path: Path) -> Path | None:
+    def render(self, states: list[PyTree], path: Path) -> Path | None:
         """Write one episode's states as an animation to ``path`` plus an ending (``.gif``, ``.html``).
 
         Returns the file, or ``None`` where the library cannot draw (or lacks what it needs for that).
