@@ -55,7 +55,7 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     from eggroll.llm.data.examples import Example
     from eggroll.llm.rewards import PerplexityReward
     from eggroll.llm.rewards.load import as_reward
-    from eggroll.torch.population import Population
+    from eggroll.torch import Population
     from eggroll.torch.replica import MATRIX_KINDS
 
     torch.set_num_threads(job["threads"])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eggroll import llm
 from eggroll.llm.rewards import PerplexityReward
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 from eggroll.torch.replica import MATRIX_KINDS
 
 MEASURE = "members per second of the population / members per second one at a time in place"

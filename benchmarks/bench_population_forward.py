@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eggroll import llm
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 from eggroll.torch.replica import MATRIX_KINDS
 
 EVERYTHING = ("matrix", "conv", "experts", "embedding", "vector", "other")

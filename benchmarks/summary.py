@@ -34,6 +34,9 @@ Machines differ and are noisy. Every figure is therefore a ratio of two things t
 process (for memory: in two processes). It shows the median over the turns, with the smallest and the largest.
 `make bench` repeats the measurements, which needs a quiet machine. `python benchmarks/summary.py` writes this page from
 `benchmarks/results/`, which also has the times behind each ratio.
+
+The figures on language models dated 2026-11-22 were measured before the low-rank term was rewritten in C, and have not
+been repeated on a quiet machine since ([the log](dev/log.md)).
 """
 
 Result = Mapping[str, Any]

@@ -23,7 +23,7 @@ from eggroll.distributed import TorchWorker
 from eggroll.lifecycle import Sitting
 from eggroll.recipes.common import Options, Recipe, program, trained
 from eggroll.run.run_dir import RunDir
-from eggroll.torch.population import Active
+from eggroll.torch import Active
 
 LONGEST = 500
 SOLVED = 475.0

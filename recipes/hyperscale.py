@@ -173,7 +173,7 @@ def _in_parts(
     from eggroll.core.config import ESConfig
     from eggroll.core.fitness import shape_fitness
     from eggroll.core.records import UpdateRecord
-    from eggroll.torch.replica import Replica
+    from eggroll.torch import Replica
 
     layers = [torch.nn.Linear(w.shape[1], w.shape[0], bias=False) for w in params.values()]
     model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2]).eval().to(x.device)

@@ -26,7 +26,7 @@ from eggroll.lifecycle import Sitting
 from eggroll.recipes.common import Options, Recipe, program
 from eggroll.recipes.images import Images, load
 from eggroll.run.run_dir import RunDir
-from eggroll.torch.population import Active
+from eggroll.torch import Active
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from eggroll.recipes.common import console, program
+from eggroll.torch import Population
 from eggroll.torch import functional as f
-from eggroll.torch.population import Population
 
 PLAIN = "plain inference, same rows"
 AT_ONCE = 32

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from eggroll._lazy import attach
 
 if TYPE_CHECKING:
+    from eggroll.core.config import ESConfig as ESConfig
     from eggroll.llm.config import EggrollConfig as EggrollConfig
     from eggroll.llm.rewards import CodeExecutionReward as CodeExecutionReward
     from eggroll.llm.rewards import CustomReward as CustomReward
@@ -26,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "CodeExecutionReward": "eggroll.llm.rewards",
         "CustomReward": "eggroll.llm.rewards",
+        "ESConfig": "eggroll.core.config",
         "EggrollConfig": "eggroll.llm.config",
         "EggrollTrainer": "eggroll.llm.trainer",
         "FunctionReward": "eggroll.llm.rewards",

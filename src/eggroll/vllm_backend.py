@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from eggroll.errors import RunError
-from eggroll.llm.backends.build import vllm_worker
+from eggroll.llm.backends.build import WorkerFactory
 from eggroll.llm.backends.torch import replica_for
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.models.adapter import AdapterReport, save_adapter
@@ -57,9 +57,10 @@ class VllmEggrollTrainer(EggrollTrainer):
         engine_args: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        worker = vllm_worker(
-            model_id, config, reward_fn, dtype=dtype, engine_args=engine_args, trust_remote_code=trust_remote_code
-        )
+        worker = WorkerFactory(
+            model=model_id, config=config, reward=reward_fn, backend="vllm", dtype=dtype,
+            engine_args=engine_args or {}, trust_remote_code=trust_remote_code,
+        )()  # fmt: skip
         self._hold(worker)
         self.engine: Any = worker.learner
         self._evaluator: Any = worker.evaluator

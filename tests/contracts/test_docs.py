@@ -33,7 +33,14 @@ def examples(page):
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/population.md", "docs/functional.md", "docs/trainer.md", "docs/jax.md", "docs/pretrain.md"]
+    "page",
+    [
+        "docs/population.md",
+        "docs/functional.md",
+        "docs/trainer.md",
+        "docs/pretrain.md",
+        pytest.param("docs/jax.md", marks=pytest.mark.slow),
+    ],
 )
 def test_examples_of_a_page_run(page):
     blocks = examples(page)

@@ -23,6 +23,7 @@ HEAVY = ("torch", "jax", "transformers", "datasets", "vllm", "ray", "matplotlib"
 PUBLIC = [
     "CodeExecutionReward",
     "CustomReward",
+    "ESConfig",
     "EggrollConfig",
     "EggrollTrainer",
     "FunctionReward",

@@ -42,15 +42,6 @@ def test_the_readme_is_short_and_names_every_page():
     assert pages - set(re.findall(r"\]\((docs/[^)#]+)", readme)) == set()
 
 
-def test_environment_variables_are_documented():
-    """Every variable of eggroll's own that the code names is on the page, and the other way around."""
-    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]
-    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
-    assert [name for name in re.findall(r"\bEGGROLL_[A-Z_]+\b", code) if name not in page] == []
-    assert [name for name in re.findall(r"\bEGGROLL_[A-Z_]+\b", page) if name not in code] == []
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_python_examples_parse(path):
     for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):

@@ -13,7 +13,7 @@ import time
 import torch
 import transformers
 
-import eggroll.cli.session
+import eggroll.llm.kind
 import eggroll.run.report
 from eggroll.cli.main import main
 from eggroll.run.run_dir import RunDir
@@ -69,7 +69,7 @@ def generations():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # loaded before the forks
-    assert eggroll.cli.session.Session
+    assert eggroll.llm.kind.KIND
     assert eggroll.run.report.write_report
     assert transformers.LlamaForCausalLM
     assert transformers.AutoTokenizer

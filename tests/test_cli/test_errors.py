@@ -46,7 +46,7 @@ def test_unknown_flag_suggests_the_right_one(eggroll):
 def test_wrong_type_and_wrong_choice(eggroll):
     done = eggroll("tune", "tiny", "--population", "four")
     assert done.status == 2
-    assert "Error parsing -p/--population-size/--population: invalid literal for int()" in plain(done)
+    assert "Error parsing -p/--population/--pop-size/--population-size: invalid literal for int()" in plain(done)
     assert "'four'" in plain(done)
     done = eggroll("tune", "tiny", "--optimizer", "adma")
     assert done.status == 2
@@ -134,7 +134,7 @@ def test_patterns_that_match_nothing(eggroll):
 def test_settings_that_cannot_work_are_all_reported(eggroll):
     assert refused(
         eggroll.tune("-p", "7"),
-        "error: EggrollConfig: population_size (=7) must be even when antithetic=True; use 8 or antithetic=False",
+        "error: eggroll tune: population_size (=7) must be even when antithetic=True; use 8 or antithetic=False",
     )
     assert eggroll.tune("-p", "7", "--sampling", "one_sided", "-g", "1", "-o", "odd").status == 0
     done = eggroll.tune("-p", "7", "--sigma", "-1", "--rank", "0", "--temperature", "-1", "--noise-reuse", "0")

@@ -81,7 +81,7 @@ def test_more_generations(eggroll):
     assert eggroll.tune("-g", "5", "-o", "whole").status == 0
     assert same("run", "whole")
     config = RunDir.open("run").config
-    assert config["options"]["generations"] == config["config"]["generations"] == 5
+    assert config["options"]["generations"] == 5
     environment = RunDir.open("run").environment
     assert [entry["generation"] for entry in environment["resumed"]] == [2, 3]
 
@@ -109,7 +109,7 @@ def test_fewer_generations_are_refused(eggroll):
         "error: --generations 1: the run in run has 3 finished generations already; give more, or rebuild an earlier "
         "one: eggroll replay run --to 1"
     ) in done.err
-    assert RunDir.open("run").config["config"]["generations"] == 3
+    assert RunDir.open("run").setting("generations") == 3
 
 
 def test_changed_settings_are_refused(eggroll):
@@ -120,10 +120,10 @@ def test_changed_settings_are_refused(eggroll):
     assert done.err == (
         "error: the run in run was started with other settings:\n"
         "  - --sigma: 0.05 in the run, 0.5 now\n"
-        '  - --target-modules: null in the run, ["q_proj"] now\n'
-        "Resume it with the settings it has, or start a new run in another directory (-o). Only --checkpoint-every, "
-        "--device, --engine-args, --eval-every, --generations, --ray-address, --report-to, --worker-cpus, "
-        "--worker-gpus, --workers may change.\n"
+        '  - --target-modules: not given in the run, ["q_proj"] now\n'
+        "Leave them out, as --resume takes them from the run, or start a new run in another directory (-o). Only "
+        "--generations, --members-per-forward, --eval-every, --checkpoint-every, --samples-per-generation, --device, "
+        "--report-to, --workers, --ray-address, --worker-cpus, --worker-gpus, --engine-args may change.\n"
     )
     assert (eggroll.work / "run/config.json").read_bytes() == before
     assert "--output: " in eggroll("tune", "--resume", "run", "-o", "elsewhere").err

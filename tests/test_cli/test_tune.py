@@ -7,13 +7,11 @@ import subprocess
 import sys
 
 import pytest
-import tyro
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eggroll.cli.main import COMMANDS
-from eggroll.cli.session import _cell
-from eggroll.cli.tune import TuneOptions, _with_task, default_options
+from eggroll.cli.parse import parse
+from eggroll.cli.tune import OPTIONS, _cell, default_options, with_task
 from eggroll.llm.tasks import get_task
 from eggroll.run.run_dir import RunDir
 
@@ -21,28 +19,33 @@ from eggroll.run.run_dir import RunDir
 FLAGS = {
     "tune": """
         MODEL --reward/-r --task --shots --dataset/-d --prompts --eval-prompts --output/-o --resume --generations/-g
-        --population/-p/--population-size --rank --sigma --lr --target-modules --exclude --embeddings --head --vectors
-        --optimizer --lr-schedule --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k
-        --weight-decay --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
+        --population/-p/--population-size/--pop-size --rank --sigma --lr --target-modules --exclude --embeddings
+        --head --vectors --group-size --momentum --betas --chat --samples-per-generation --optimizer --lr-schedule
+        --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k --weight-decay
+        --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
-        --batch-members --eval-every --checkpoint-every --dtype --device --backend --report-to --seed
-        --trust-remote-code
+        --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
+        --device --backend --report-to --seed --trust-remote-code
     """,
     "eval": """
-        MODEL --task --shots --samples --max-tokens --max-length --temperature --system --batch-size --output/-o
-        --dtype --device --seed --trust-remote-code
+        MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
+        --output/-o --dtype --device --seed --trust-remote-code
     """,
+    # All settings of tune, so that its command line can be pasted, and the length of a prompt.
     "info": """
-        MODEL --population/-p/--population-size --rank --target-modules --exclude --embeddings --head --vectors
-        --optimizer --sampling --batch-size --prompt-tokens --max-tokens --max-length --batch-members --dtype --device
-        --trust-remote-code
+        MODEL --population/-p/--population-size/--pop-size --rank --target-modules --exclude --embeddings --head
+        --vectors --optimizer --sampling --batch-size --prompt-tokens --max-tokens --max-length --batch-members
+        --dtype --device --trust-remote-code --betas --chat --checkpoint-every --elite-k --eval-every
+        --fitness-shaping --generations/-g --group-size --lr --lr-decay --lr-schedule --members-per-forward
+        --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
+        --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
     """,
     "replay": "RUN --to --output/-o",
     "report": "RUN",
 }
 DEFAULTS = {
     "generations": 100,
-    "population": 64,
+    "population_size": 64,
     "rank": 8,
     "sigma": 0.01,
     "lr": 0.001,
@@ -67,6 +70,10 @@ FILES = {
 }
 
 
+def parsed(arguments):
+    return parse(OPTIONS, arguments, prog="eggroll tune", description="", default=default_options(arguments))
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -86,8 +93,7 @@ def test_the_flags_are_frozen(command, eggroll, monkeypatch):
 
 
 def test_the_defaults_are_frozen():
-    kind, _ = COMMANDS["tune"]
-    options = kind("tiny")
+    options = OPTIONS(model="tiny")
     assert {name: getattr(options, name) for name in DEFAULTS} == DEFAULTS
 
 
@@ -112,7 +118,7 @@ def test_a_run_leaves_every_file(eggroll):
     assert {path.name for path in run.iterdir()} == FILES
     config = json.loads((run / "config.json").read_text())
     assert config["options"]["sigma"] == 0.05
-    assert config["config"]["population_size"] == 4
+    assert config["options"]["population_size"] == 4
     environment = json.loads((run / "environment.json").read_text())
     assert environment["model"] == "tiny"
     assert environment["device"] == "cpu"
@@ -225,7 +231,7 @@ def test_flags_reach_the_run(eggroll):
         "Be brief.",
     )
     assert done.status == 0, done.err
-    config = json.loads((eggroll.work / "run" / "config.json").read_text())["config"]
+    config = json.loads((eggroll.work / "run" / "config.json").read_text())["options"]
     expected = {
         "target_modules": ["q_proj", "v_proj"],
         "exclude": ["layers.1"],
@@ -276,7 +282,7 @@ def test_a_task_brings_its_settings(eggroll):
     done = eggroll("tune", "tiny", "--task", "one_sentence", *given, "--eval-prompts", "held.jsonl", "-o", "run")
     assert done.status == 0, done.err
     assert "reward one_sentence, " in done.out
-    config = json.loads((eggroll.work / "run" / "config.json").read_text())["config"]
+    config = json.loads((eggroll.work / "run" / "config.json").read_text())["options"]
     assert config["population_size"] == 2
     assert config["max_tokens"] == 2
     settings = get_task("one_sentence").settings
@@ -319,9 +325,9 @@ def test_worked_examples_come_before_each_problem(eggroll):
 
 @pytest.mark.parametrize(("backend", "vectors"), [("torch", True), ("vllm", False)])
 def test_a_task_does_not_recommend_what_adapters_of_vllm_cannot_evolve(backend, vectors):
-    options = TuneOptions("tiny", task="one_sentence", backend=backend)
-    assert _with_task(options).vectors is vectors
-    assert _with_task(options).lr == get_task("one_sentence").settings["lr"]
+    options = OPTIONS(model="tiny", task="one_sentence", backend=backend)
+    assert with_task(options).vectors is vectors
+    assert with_task(options).lr == get_task("one_sentence").settings["lr"]
 
 
 def test_worked_examples_of_no_task_are_refused(eggroll):
@@ -342,13 +348,13 @@ def test_worked_examples_beside_a_file_of_prompts_are_refused(eggroll, option):
 def test_what_is_typed_counts_more_than_what_a_task_recommends():
     """Even where it is the default of a run without a task."""
     given = ["tiny", "--task", "countdown", "--rank", "8", "--optimizer", "adam", "--max-tokens=128"]
-    options = tyro.cli(TuneOptions, args=given, default=default_options(given))
+    options = parsed(given)
     assert (options.rank, options.optimizer, options.max_tokens) == (8, "adam", 128)
     wrong = [*given, "--backend", "foo"]
     with pytest.raises(SystemExit):
-        tyro.cli(TuneOptions, args=wrong, default=default_options(wrong))
+        parsed(wrong)
     task = get_task("countdown")
-    assert (options.lr, options.population) == (task.settings["lr"], task.settings["population_size"])
+    assert (options.lr, options.population_size) == (task.settings["lr"], task.settings["population_size"])
 
 
 def test_a_data_set_beside_a_task_is_what_is_trained_on(eggroll):

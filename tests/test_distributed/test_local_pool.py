@@ -88,9 +88,8 @@ def test_dead_workers_are_replaced_and_results_stay(toys, alone, victims):
     settings = toys.config()
     with make(toys) as pool:
         run(pool, settings, generations=4)
-        for victim in victims:
-            pool._transport._processes[victim].alive = False
-            pool._transport._processes[victim].queue.clear()
+        for number in [pool.workers()[victim]["number"] for victim in victims]:
+            pool.kill(number)
         with pytest.warns(WorkerWarning, match=r"worker \d .* is gone .*; its members are scored by others"):
             run(pool, settings, start=4)
         assert np.array_equal(theta(pool), alone)
@@ -154,8 +153,8 @@ def test_a_lost_checkpoint_is_replaced_by_the_leads_state_or_by_all_records(toys
         pool.state_tensors()
         held = pool._crew.history.base
         held._value, held._error = None, distributed.local.WorkerLostError("its machine is gone")
-        for process in list(pool._transport._processes):
-            process.alive = False
+        for one in pool.workers():
+            pool.kill(one["number"])
         with pytest.warns(WorkerWarning):
             run(pool, settings, start=5)
         assert np.array_equal(theta(pool), alone)

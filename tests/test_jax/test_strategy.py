@@ -120,7 +120,7 @@ def test_ask_evaluate_tell_is_step_and_ask_gives_the_addresses():
 def test_the_same_update_as_pytorch(optimizer):
     torch = pytest.importorskip("torch")
     from eggroll.core.records import UpdateRecord
-    from eggroll.torch.replica import Replica
+    from eggroll.torch import Replica
 
     config = ESConfig(
         population_size=12, sigma=0.1, lr=0.05, rank=2, optimizer=optimizer, weight_decay=0.01, seed=8, generations=5

@@ -10,7 +10,7 @@ from eggroll.errors import ConfigError, DataError, RewardError
 from eggroll.llm.data.examples import Example
 from eggroll.llm.rewards import PerplexityReward
 from eggroll.llm.rewards.logits import chunked_logits
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 
 CAUSAL = ["llama", "gpt2", "gemma2", "cohere", "granite", "mixtral", "mamba"]
 ENCODER_DECODER = ["t5", "bart"]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from eggroll.core.oracle import member_params
+from eggroll.torch import Population
 from eggroll.torch.compare import relative_difference
-from eggroll.torch.population import Population
 
 
 @pytest.fixture(autouse=True)

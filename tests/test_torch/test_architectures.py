@@ -223,7 +223,7 @@ def kinds_of(model):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mamba"])
 def test_bfloat16_errs_at_most_twice_as_much_as_the_plain_model(name, filled, weights_of):
-    from eggroll.torch.population import Population
+    from eggroll.torch import Population
 
     torch.manual_seed(1)
     reference = filled(build(name)).to(torch.bfloat16)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 
 
 class Model(nn.Module):

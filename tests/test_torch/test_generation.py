@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 import torch
 
@@ -78,8 +77,7 @@ MEASURE = (
     REPAIR_BFLOAT16
     + """
     import json, sys
-    from eggroll.torch.kernels.linear_triton import linear, linear_on_the_fly
-    from eggroll.torch.threefry import normals
+    from eggroll.torch.kernels.linear_triton import linear
 
     def measure(dtype, members, batch, m, n, rank, special):
         generator = torch.Generator().manual_seed(members + batch + m + n + rank)
@@ -89,19 +87,15 @@ MEASURE = (
         weight, bias = randn(m, n), randn(m) if "bias" in special else None
         if "strided" in special:
             x, weight = x.mT.contiguous().mT, weight.T.contiguous().T
-        # One draw for two members, in an order of its own, and one draw that nobody has.
-        draw = (torch.arange(members) // 2 + 1).flip(0)
-        keys = np.random.default_rng(rank).integers(0, 2**32, (members // 2 + 2, 2), dtype=np.uint32)
+        factors = torch.randn((members, n + m, rank), generator=generator)
         scale = torch.linspace(-1, 1, members) + 0.3
-        factors = normals(keys, (n + m) * rank).view(-1, n + m, rank)[draw]
         u = (factors[:, n:] * scale[:, None, None]).to(dtype).mT
         v = factors[:, :n].to(dtype).mT
 
         perturbed = weight.double() + u.double().mT @ v.double()
         exact = x.double() @ perturbed.mT + (0 if bias is None else bias.double())
         plain = torch.nn.functional.linear(x, weight, bias) + (x @ v.mT) @ u
-        stored = linear(x, weight, u, v, bias)
-        drawn = linear_on_the_fly(x, weight, keys, draw, scale, rank, bias)
+        fused = linear(x, weight, u, v, bias)
         largest = exact.abs().max()
         half_ulp = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
 
@@ -113,9 +107,7 @@ MEASURE = (
             return (((result.double() - exact).abs() - half_ulp * exact.abs()).max() / largest).item()
 
         return dict(
-            plain=error(plain), stored=error(stored), drawn=error(drawn),
-            stored_beyond=beyond_rounding(stored), drawn_beyond=beyond_rounding(drawn),
-            apart=((stored.double() - drawn.double()).abs().max() / largest).item(),
+            plain=error(plain), fused=error(fused), beyond_rounding=beyond_rounding(fused)
         )
 
     print(json.dumps([[measure(getattr(torch, dtype), *case) for case in CASES] for dtype in DTYPES]))
@@ -131,93 +123,24 @@ def measured():
     return {dtype: dict(zip(CASES, of_dtype, strict=True)) for dtype, of_dtype in zip(DTYPES, found, strict=True)}
 
 
-@pytest.mark.parametrize("factors", ["stored", "drawn"])
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_errors_are_at_most_twice_those_of_plain_operations(measured, dtype, case, factors):
+def test_errors_are_at_most_twice_those_of_plain_operations(measured, dtype, case):
     errors = measured[dtype][case]
-    assert errors[factors] <= 2 * errors["plain"] + FLOOR
+    assert errors["fused"] <= 2 * errors["plain"] + FLOOR
     # More than that: beyond the one rounding of the result there is only what float32 sums have.
-    assert errors[f"{factors}_beyond"] <= FLOOR
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_drawn_factors_are_the_stored_ones(measured, dtype, case):
-    # The sums may be made in another order, after which a result can round the other way.
-    assert measured[dtype][case]["apart"] <= 2 * FLOOR + (
-        0 if dtype == "float32" else torch.finfo(getattr(torch, dtype)).eps
-    )
-
-
-def test_every_factor_is_drawn_bit_for_bit():
-    """With a center of zeros, rank 1 and inputs of a single 1, a result is one product ``v[j] u[i]`` without a sum."""
-    equal = run_python(
-        REPAIR_BFLOAT16
-        + """
-    import json
-    from eggroll.torch.kernels.linear_triton import linear_on_the_fly
-    from eggroll.torch.threefry import normals
-    m, n, members = 21, 18, 2
-    keys, draw = np.array([[1, 2], [2**32 - 1, 3], [4, 2**31]], np.uint32), torch.tensor([2, 1], dtype=torch.int32)
-    scale = torch.tensor([0.3, -0.7])
-    factors = normals(keys, n + m)[draw]
-    equal = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        u, v = (factors[:, n:] * scale[:, None]).to(dtype), factors[:, :n].to(dtype)
-        for rows in (range(n), range(3, 8)):
-            x, weight = torch.eye(n, dtype=dtype)[rows].expand(members, -1, -1), torch.zeros(m, n, dtype=dtype)
-            for words in (keys, torch.from_numpy(keys), torch.from_numpy(keys.view(np.int32))):
-                got = linear_on_the_fly(x, weight, words, draw, scale, 1)
-                equal.append(torch.equal(got, v[:, rows, None] * u[:, None, :]))
-    print(json.dumps(equal))
-""",
-        TRITON_INTERPRET="1",
-    )
-    assert equal == [True] * 18
-
-
-def test_counters_beyond_32_bits(tmp_path):
-    """No matrix is that large, so this draws the entries of one by themselves."""
-    script = tmp_path / "entries.py"
-    script.write_text(
-        textwrap.dedent("""
-            import numpy as np, torch, triton, triton.language as tl
-            from eggroll.core import threefry
-            from eggroll.torch.kernels.linear_triton import _entries
-
-            @triton.jit
-            def draw(keys, out, first, rank):
-                k0, k1 = tl.load(keys).to(tl.uint32, bitcast=True), tl.load(keys + 1).to(tl.uint32, bitcast=True)
-                i = tl.arange(0, 8)
-                entries = _entries(None, 0, 0, 0, k0, k1, 0, i[None, :], i[:, None], first, rank, None)
-                tl.store(out + 8 * i[:, None] + i[None, :], entries)
-
-            first, rank, out = 2**31 - 20, 3000, torch.zeros(8, 8)
-            draw[(1,)](torch.tensor([7, -9], dtype=torch.int32), out, first, rank)
-            key = (7, 2**32 - 9)
-            print([[threefry.normal(key, (8,), start=(first + i) * rank).tolist() for i in range(8)] == out.tolist()])
-        """)
-    )
-    done = subprocess.run(
-        [sys.executable, script],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.stdout.strip() == "[True]", done.stderr
+    assert errors["beyond_rounding"] <= FLOOR
 
 
 @pytest.mark.parametrize(("batch", "rank"), [(1, 1), (3, 2), (20, 3)])
-def test_a_population_on_the_fly_is_that_of_the_oracle(batch, rank):
+def test_a_population_is_that_of_the_oracle(batch, rank):
     error = run_python(
         f"""
         import json, numpy as np, torch
         from eggroll.core import oracle
-        from eggroll.core.address import draw_keys, factor_draw, member_of
+        from eggroll.core.address import factor_draw, member_of
         from eggroll.core.select import ParameterSpec
-        from eggroll.torch.kernels.linear_triton import linear, linear_on_the_fly
+        from eggroll.torch.kernels.linear_triton import linear
         batch, rank, members, m, n, sigma, seed, generation = {batch}, {rank}, 6, 11, 13, 0.2, 5, 9
         spec, rng = ParameterSpec("layer.weight", (m, n), "matrix"), np.random.default_rng(0)
         weight, x = rng.standard_normal((m, n), np.float32), rng.standard_normal((members, batch, n), np.float32)
@@ -228,16 +151,14 @@ def test_a_population_on_the_fly_is_that_of_the_oracle(batch, rank):
         ])
         who = [member_of(p, antithetic=True) for p in range(members)]
         scale = torch.tensor([one.sign * sigma / rank**0.5 for one in who])
-        keys = draw_keys(seed, spec.name, generation, range(members // 2))
         x, weight = torch.from_numpy(x), torch.from_numpy(weight)
-        drawn = linear_on_the_fly(x, weight, keys, torch.tensor([one.pair for one in who]), scale, rank)
         a, b = (np.stack(f) for f in zip(*(factor_draw(spec, rank, seed, generation, one.pair) for one in who)))
-        stored = linear(x, weight, torch.from_numpy(a).mT * scale[:, None, None], torch.from_numpy(b).mT)
-        print(json.dumps([float(abs(y.numpy() - exact).max() / abs(exact).max()) for y in (drawn, stored)]))
+        y = linear(x, weight, torch.from_numpy(a).mT * scale[:, None, None], torch.from_numpy(b).mT)
+        print(json.dumps(float(abs(y.numpy() - exact).max() / abs(exact).max())))
         """,
         TRITON_INTERPRET="1",
     )
-    assert max(error) <= FLOOR
+    assert error <= FLOOR
 
 
 COMPILE = """
@@ -254,31 +175,26 @@ COMPILE = """
     run, made = linear_triton.linear_kernel.run, []
     linear_triton.linear_kernel.run = lambda *args, **kw: made.append(run(*args, **(kw | dict(warmup=True))))
 
-    def compiled(dtype, members, batch, m, n, rank, factors, tf32):
+    def compiled(dtype, members, batch, m, n, rank, tf32):
         dtype = getattr(torch, dtype)
         x, weight, bias = torch.empty(n, dtype=dtype).expand(members, batch, n), *(
             torch.empty(shape, dtype=dtype) for shape in ((m, n), (m,))
         )
-        if factors == "stored":
-            both = torch.empty(members, n + m, rank, dtype=dtype)
-            linear_triton.linear(x, weight, both[:, n:].mT, both[:, :n].mT, bias, tf32=tf32)
-        else:
-            who, scale = torch.empty(members, dtype=torch.int64), torch.empty(members)
-            linear_triton.linear_on_the_fly(x, weight, np.zeros((1, 2), np.uint32), who, scale, rank, bias, tf32=tf32)
+        both = torch.empty(members, n + m, rank, dtype=dtype)
+        linear_triton.linear(x, weight, both[:, n:].mT, both[:, :n].mT, bias, tf32=tf32)
         ptx = made[-1].asm["ptx"]
-        words = ("mma", "wgmma.mma_async", "bf16.bf16", "tf32.tf32", "cp.async", "fma.rn.f32", "approx", "div.full")
+        words = ("mma", "wgmma.mma_async", "bf16.bf16", "tf32.tf32", "cp.async")
         return {word: ptx.count(word) for word in words} | {"shared": made[-1].metadata.shared}
 
     print(json.dumps([compiled(*case) for case in CASES]))
 """
 TILE, GATHER, LONG, ONES = (256, 64, 256, 256), (2048, 1, 256, 256), (64, 64, 4096, 4096), (1, 1, 1, 1)
 COMPILED = [
-    *((dtype, *shape, 1, factors, False) for factors in ("stored", "drawn")
-      for dtype in ("bfloat16", "float32") for shape in (TILE, GATHER)),
-    ("bfloat16", *LONG, 8, "drawn", False),
-    *(("bfloat16", *ONES, 1, factors, False) for factors in ("stored", "drawn")),
-    ("float16", *TILE, 1, "stored", False),
-    ("float32", *TILE, 1, "stored", True),
+    *((dtype, *shape, 1, False) for dtype in ("bfloat16", "float32") for shape in (TILE, GATHER)),
+    ("bfloat16", *LONG, 8, False),
+    ("bfloat16", *ONES, 1, False),
+    ("float16", *TILE, 1, False),
+    ("float32", *TILE, 1, True),
 ]  # fmt: skip
 
 
@@ -290,7 +206,7 @@ def compiled():
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_every_variant_compiles_for_a_gpu(compiled, case):
-    ptx, (dtype, *shape, _, factors, tf32) = compiled[case], case
+    ptx, (dtype, *shape, _, tf32) = compiled[case], case
     assert ptx["shared"] <= 227 * 1024  # what a block of threads may have on sm_90
     assert (ptx["mma"] > 0) == (dtype != "float32" or tf32)  # float32 keeps its precision unless asked
     if tuple(shape) in (TILE, LONG) and (dtype != "float32" or tf32):
@@ -298,13 +214,6 @@ def test_every_variant_compiles_for_a_gpu(compiled, case):
         assert ptx["tf32.tf32" if tf32 else "bf16.bf16"] > 0 or dtype == "float16"
     if tuple(shape) != ONES:
         assert ptx["cp.async"] > 0  # loads run ahead of the products
-    if factors == "drawn":
-        # In products of float32 operations are fused, as many as with stored factors, but in normals none.
-        assert (ptx["approx"], ptx["div.full"]) == (0, 0)
-        if dtype == "bfloat16":
-            assert ptx["fma.rn.f32"] == 0
-        elif tuple(shape) == TILE:
-            assert ptx["fma.rn.f32"] == compiled[(dtype, *shape, 1, "stored", tf32)]["fma.rn.f32"]
 
 
 def test_empty_results_launch_nothing():
@@ -342,20 +251,7 @@ def test_bad_arguments():
         ValueError, match=r"v_Prn must be torch.float32 \(2, 1, 5\) on cpu; got torch.float32 \(1, 1, 5\)"
     ):
         linear(weight, u, v[:1])
-    with pytest.raises(ValueError, match=r"rank \(=0\) must be at least 1, and stored factors \(members, rank, size\)"):
+    with pytest.raises(ValueError, match=r"rank \(=0\) must be at least 1, and factors \(members, rank, size\)"):
         linear(weight, u[0], v)
     with pytest.raises(ValueError, match=r"bias_m must be torch.float32 \(4,\) on cpu; got torch.float32 \(5,\)"):
         linear(weight, u, v, x[0, 0])
-
-    keys, who, scale = np.zeros((1, 2), np.uint32), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
-    drawn = functools.partial(linear_triton.linear_on_the_fly, x, weight)
-    with pytest.raises(ValueError, match=r"keys_K2 must be \(K, 2\) of uint32 or int32; got torch.int64 \(1, 2\)"):
-        drawn(keys.astype(np.int64), who, scale, 1)
-    with pytest.raises(ValueError, match=r"keys_K2 must be .*; got torch.uint32 \(2,\)"):
-        drawn(keys[0], who, scale, 1)
-    with pytest.raises(ValueError, match=r"draw_of_member_P must be torch.int32 \(2,\) on cpu; got torch.float32"):
-        drawn(keys, scale, scale, 1)
-    with pytest.raises(ValueError, match=r"scale_P must be torch.float32 \(2,\) on cpu; got torch.float64 \(2,\)"):
-        drawn(keys, who, scale.double(), 1)
-    with pytest.raises(ValueError, match=r"rank \(=0\) must be at least 1"):
-        drawn(keys, who, scale, 0)

@@ -12,9 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from eggroll.torch import low_rank
+from eggroll.torch import Population, low_rank
 from eggroll.torch.kernels import low_rank_c
-from eggroll.torch.population import Population
 
 NEEDS_COMPILER = pytest.mark.skipif(bool(low_rank_c.why_not()), reason=str(low_rank_c.why_not()))
 # Members, rows per member, n, m: one row each, odd sizes, sizes around those of vectors, one row, one member, nothing.

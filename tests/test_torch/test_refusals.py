@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from eggroll.errors import EggrollError, UnsupportedOperationError
+from eggroll.torch import Population
 from eggroll.torch.perturbed import Value
-from eggroll.torch.population import Population
 
 
 class Model(nn.Module):

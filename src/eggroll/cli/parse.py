@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Sequence
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 import tyro
 
 from eggroll.core.settings import about
+from eggroll.errors import ConfigError
 
 Options = TypeVar("Options")
 
@@ -34,7 +36,10 @@ def parse(
         absent = command(**{name: getattr(default, name) for name in names})
     given = tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
     # Checked here, so that what cannot work is said in the words of the settings.
-    return kind(**{name: getattr(given, name) for name in names})
+    try:
+        return kind(**{name: getattr(given, name) for name in names})
+    except ConfigError as error:
+        raise type(error)(str(error).replace(kind.__name__, prog, 1)) from None
 
 
 @cache
@@ -77,5 +82,6 @@ def field_texts(kind: Any) -> dict[str, str]:
             if not (isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)):
                 continue
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                found[one.target.id] = " ".join(str(after.value.value).split())
+                text = re.sub(r":\w+:`~?([^`]*)`", r"\1", str(after.value.value)).replace("``", "")
+                found[one.target.id] = " ".join(text.split())
     return found

@@ -147,7 +147,8 @@ class Ledger:
         Every member is in exactly one of them: a ledger in which it is not is a bug, not a user's mistake.
         """
         members = [member for index in sorted(self.results) for member in self.ranges[index]]
-        assert members == list(range(len(members))), "members are scored twice or out of order"
+        expected = [member for part in self.ranges for member in part]
+        assert members == expected[: len(members)], "members are scored twice or out of order"
         assert self.done, "members are not scored"
         return [self.results[index] for index in range(len(self.ranges))]
 

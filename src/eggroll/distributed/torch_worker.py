@@ -11,8 +11,8 @@ from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import ConfigError
 from eggroll.loop import Evaluation, Heldout
-from eggroll.torch.population import Active
-from eggroll.torch.replica import MATRIX_KINDS, Replica
+from eggroll.torch import Active, Replica
+from eggroll.torch.replica import MATRIX_KINDS
 
 Fitness = Callable[[nn.Module, Active, int], Any]
 

@@ -15,8 +15,8 @@ from rich.markup import escape
 from eggroll.core.settings import narrowed
 from eggroll.errors import ConfigError, DataError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
-from eggroll.llm.backends.build import torch_worker
-from eggroll.llm.backends.worker import ModelWorker, save
+from eggroll.llm.backends.build import WorkerFactory
+from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.models.export import load_line, save_pretrained
@@ -142,7 +142,7 @@ def _plan(options: TuneOptions) -> Plan:
 
     def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
         about = {"base_model": options.model, "generations": sitting.generation}
-        save(worker, run.path / MODEL, about)
+        worker.save(run.path / MODEL, about)
         return {}
 
     return Plan(
@@ -189,10 +189,10 @@ def count(parameters: int) -> str:
 
 
 def _base(options: TuneOptions, run: RunDir) -> ModelWorker:
-    return torch_worker(
-        options.model, narrowed(options, EggrollConfig), lambda text: 0.0, dtype=options.dtype,
+    return WorkerFactory(
+        model=options.model, config=narrowed(options, EggrollConfig), reward=lambda text: 0.0, dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
+    )()  # fmt: skip
 
 
 def _save(worker: ModelWorker, directory: Path, generation: int) -> Saved:

@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from eggroll.core.select import ParameterSpec
 from eggroll.errors import ConfigError, RunError
-from eggroll.llm.backends.build import BackendName, torch_worker, vllm_worker, worker_of
+from eggroll.llm.backends.build import BackendName, WorkerFactory, worker_of
 from eggroll.llm.backends.pool import PoolWorker
-from eggroll.llm.backends.worker import ModelWorker, save
+from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import EggrollConfig
 from eggroll.loop import Listener, Loop
 from eggroll.run.run_dir import RunDir
@@ -49,8 +49,8 @@ class EggrollTrainer:
         config: EggrollConfig,
         reward: Any,
         *,
-        backend: BackendName = "torch",
         workers: int | None = None,
+        backend: BackendName = "torch",
         dtype: str = "auto",
         device: str = "auto",
         engine_args: Mapping[str, Any] | None = None,
@@ -66,37 +66,27 @@ class EggrollTrainer:
                 trainer.save("./evolved-model")
 
         Args:
-            model: directory, hub id or alias; workers look for it on their machines.
+            model: directory, hub id, ``.gguf`` file or alias.
             config: the settings.
-            reward: as for the class, or a name for :func:`~eggroll.llm.rewards.load.load_reward`. Workers load a
-                reward file by themselves, so every machine needs it.
-            backend: who generates: ``torch``, or ``vllm`` (rewards of text and matrices of linear layers only).
+            reward: as for the class, or a name for :func:`~eggroll.llm.rewards.load.load_reward`.
             workers: score members in so many processes; ``None`` stays in this one.
-            dtype: of the weights; ``auto`` takes the faster of float32 and bfloat16 here.
-            device: of the weights in PyTorch.
-            engine_args: further arguments of ``vllm.LLM``.
-            trust_remote_code: run code that comes with the model.
-            **placement: of workers, see :class:`eggroll.llm.backends.pool.PoolWorker`.
+            backend, dtype, device, engine_args, trust_remote_code: see
+                :class:`~eggroll.llm.backends.build.WorkerFactory`.
+            **placement: of workers, see :class:`~eggroll.llm.backends.pool.PoolWorker`.
 
         Raises:
             ConfigError: settings, backend and workers do not fit each other.
             EggrollError: the model, the reward or the engine cannot be had.
         """
-        trust: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        trainer = cls.__new__(cls)
-        if workers is not None:
-            trainer._hold(
-                PoolWorker(
-                    model, config, reward, workers=workers, backend=backend, device=device, engine_args=engine_args,
-                    **trust, **placement,
-                )
-            )  # fmt: skip
-        elif placement:
+        factory = WorkerFactory(
+            model=model, config=config, reward=reward, backend=backend, dtype=dtype, device=device,
+            engine_args=engine_args or {}, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if placement and workers is None:
             raise ConfigError(f"{', '.join(placement)}: these place workers; say how many with workers=N")
-        elif backend == "vllm":
-            trainer._hold(vllm_worker(model, config, reward, engine_args=engine_args, **trust))
-        else:
-            trainer._hold(torch_worker(model, config, reward, device=device, **trust))
+        worker: ModelWorker = factory() if workers is None else PoolWorker(factory, workers=workers, **placement)
+        trainer = cls.__new__(cls)
+        trainer._hold(worker)
         return trainer
 
     def _hold(self, worker: ModelWorker) -> None:
@@ -174,7 +164,7 @@ class EggrollTrainer:
 
     def save(self, directory: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
         """Write the model as a plain Hugging Face directory that ``from_pretrained`` loads."""
-        return save(self.worker, directory, {"generations": self.done, **(metadata or {})})
+        return self.worker.save(directory, {"generations": self.done, **(metadata or {})})
 
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write the evolved parameters and the optimizer's state, so that :meth:`load_checkpoint` can go on."""

@@ -20,9 +20,8 @@ from eggroll.pretrain.data import Corpus
 from eggroll.pretrain.measure import SAMPLES_NAME, lanes_of
 from eggroll.pretrain.model.floating import FloatModel
 from eggroll.pretrain.worker import PretrainWorker
+from eggroll.torch import Active, Replica
 from eggroll.torch.devices import find_device
-from eggroll.torch.population import Active
-from eggroll.torch.replica import Replica
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LN_2 = math.log(2.0)

@@ -27,7 +27,7 @@ PPO_SETTINGS: dict[str, Any] = {
     "num_envs": 64, "num_steps": 128, "num_epochs": 4, "num_minibatches": 16, "learning_rate": 3e-4, "gamma": 0.99,
     "gae_lambda": 0.95, "clip_eps": 0.2, "ent_coef": 0.001, "max_grad_norm": 0.5, "normalize_observations": True,
 }  # fmt: skip
-"""Within the paper's search ranges for PPO (FACTS: clip .1-.3, gae .9-.98, lr 1e-4 to 1e-3, 64-256 environments)."""
+"""Within the search ranges that the paper gives PPO: clip .1-.3, gae .9-.98, lr 1e-4 to 1e-3, 64-256 environments."""
 
 
 OF_EVOLUTION = (

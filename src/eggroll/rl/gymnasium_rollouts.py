@@ -108,16 +108,16 @@ class GymnasiumRollouts(Rollouts):
         sigma: Float[Array, ""],
         x: Float[Array, "pairs 2 episodes obs"],
         key: PRNGKeyArray,
-    ) -> Num[Array, "flat ..."]:
+    ) -> Num[Array, "flat *action"]:
         seen = stats.normalize(x) if self.normalize else x
         return self._actions(self.outputs(params, draws, sigma, seen), key)
 
     def _center_actions(
         self, params: PyTree, stats: ObsStats, x: Float[Array, "episodes obs"], key: PRNGKeyArray
-    ) -> Num[Array, "episodes ..."]:
+    ) -> Num[Array, "episodes *action"]:
         return self._actions(forward(params, stats.normalize(x) if self.normalize else x), key)
 
-    def _actions(self, raw: Float[Array, "... outputs"], key: PRNGKeyArray) -> Num[Array, "flat ..."]:
+    def _actions(self, raw: Float[Array, "... outputs"], key: PRNGKeyArray) -> Num[Array, "flat *action"]:
         flat = raw.reshape(-1, raw.shape[-1])
         if not self.sampling:
             return jax.vmap(lambda row: act(row, self.env.actions, None))(flat)

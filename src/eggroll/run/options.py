@@ -11,7 +11,7 @@ from eggroll.core.settings import setting
 class RunOptions:
     """Where a run is kept and who is told of it."""
 
-    output: str | None = setting(None, flags=("-o",), resume=True)
+    output: str | None = setting(None, flags=("-o",))
     """Run directory (default: runs/NAME-TIME)."""
     resume: str | None = setting(None, resume=True)
     """Continue the run in this directory with the settings it has."""

@@ -15,7 +15,7 @@ from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
 from eggroll.torch.members import Members
 from eggroll.torch.ops.shared import SharedRows
-from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
+from eggroll.torch.perturbed import MemberContext, PerturbedWeight, Value
 from eggroll.torch.swap import place, swapped
 
 
@@ -53,10 +53,8 @@ class Active:
         """
         if isinstance(y, SharedRows):
             y = y.written_out()
-        if isinstance(y, PerturbedWeight):
-            y = MemberTensor(y.dense(), name=y.parameter, context=y.context)
-        if isinstance(y, MemberTensor):
-            return member_data(y, self.members, self.context.rows or 0)
+        if isinstance(y, Value):
+            return member_data(y.by_member(), self.members, self.context.rows or 0)
         dim = self._batch_dim(y)
         if y.ndim == 0 or y.shape[dim] % self.members:
             raise UnsupportedOperationError(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from eggroll.core.select import Kind
 from eggroll.errors import UnsupportedOperationError
@@ -111,17 +111,18 @@ class Value(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        leaves, structure = tree_flatten((args, kwargs or {}))
-        values = [leaf for leaf in leaves if isinstance(leaf, Value)]
+        values = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
         if all(value.context.single for value in values) and not func._schema.is_mutable:  # type: ignore[attr-defined]
-            plain = [leaf.dense() if isinstance(leaf, PerturbedWeight) else leaf for leaf in leaves]
-            plain_args, plain_kwargs = tree_unflatten(plain, structure)
-            return func(*plain_args, **plain_kwargs)
+            return call_materialized(func, args, kwargs or {})
         name = values[0].parameter if values else "a parameter"
         raise UnsupportedOperationError(
             f"parameter {name!r} is perturbed and reached the operation {func} without a population rule. "
             + WAYS_OUT.format(name=name)
         )
+
+    def by_member(self) -> MemberTensor:
+        """The same values with the member axis spelled out."""
+        raise NotImplementedError
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         members = self.context.members or "one"
@@ -167,6 +168,10 @@ class PerturbedWeight(Value):
         """The factors of members at ``index`` (a subset, any order)."""
         return self.like(self.base, _chosen(self.a, index), _chosen(self.b, index))
 
+    def by_member(self) -> MemberTensor:
+        """All members materialized."""
+        return MemberTensor(self.dense(), name=self.parameter, context=self.context)
+
     def transposed(self) -> PerturbedWeight:
         """The last two dimensions swapped: ``W^T + b a^T``."""
         return self.like(self.base.transpose(-1, -2), self.b, self.a)
@@ -195,6 +200,12 @@ class PerturbedWeight(Value):
         return (self.base.to(wide) + noise).to(self.base.dtype)
 
 
+def call_materialized(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` on the weights of a single member."""
+    plain_args, plain_kwargs = tree_map_only(PerturbedWeight, PerturbedWeight.dense, (args, kwargs))
+    return func(*plain_args, **plain_kwargs)
+
+
 def _chosen(factor: Tensor, index: Tensor) -> Tensor:
     """Members of a factor, with the rank before the long dimension in memory as before."""
     return factor.transpose(-1, -2)[index].transpose(-1, -2)
@@ -220,6 +231,10 @@ class MemberTensor(Value):
     def like(self, data: Tensor) -> MemberTensor:
         """The same origin with other contents."""
         return MemberTensor(data, name=self.parameter, context=self.context)
+
+    def by_member(self) -> MemberTensor:
+        """This."""
+        return self
 
     def chosen(self, index: Tensor) -> MemberTensor:
         """The tensors of members at ``index`` (a subset, any order)."""

@@ -170,6 +170,3 @@ class Population(PerturbedModel):
         """
         chosen = range(self.population_size) if members is None else members
         return verify(Call(self, (args, kwargs), generation, chosen, sigma))
-
-
-__all__ = ["Active", "Mode", "Population"]

@@ -13,8 +13,7 @@ from eggroll.errors import ConfigError, DataError, RunError
 from eggroll.llm.backends.build import BackendName, WorkerFactory
 from eggroll.llm.backends.vllm_engine import check_vllm
 from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel
-from eggroll.llm.backends.worker import Setup
-from eggroll.llm.config import EggrollConfig
+from eggroll.llm.backends.worker import ModelWorker, Setup
 from eggroll.llm.data.batches import is_batches
 from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.models.loading import load_surroundings
@@ -23,25 +22,19 @@ from eggroll.llm.rewards.load import as_reward
 from eggroll.loop import Evaluation, Heldout
 
 
-class PoolWorker:
+class PoolWorker(ModelWorker):
     """Workers that score members, each with a replica of the model; this process holds none.
 
     Results do not depend on the number of workers (see ``docs/cluster.md``). What happens to them is told by warnings.
 
     Args:
-        model: directory, hub id or alias, to be found on every machine.
-        config: the settings.
-        reward: a name, a file that every machine has, or a function.
+        factory: makes each worker; every machine has to find the model and the reward's file. ``dtype="auto"`` is
+            decided here, for all workers; ``device="auto"`` takes the GPU that a worker was given, else the CPU.
         workers: processes that score members.
-        backend: who generates in each: ``torch`` or ``vllm``.
-        dtype: of the weights; ``auto`` is decided here, for all workers.
-        device: of each worker; ``auto`` takes the GPU that it was given, else the CPU.
-        engine_args: further arguments of ``vllm.LLM``. An engine on several GPUs (``tensor_parallel_size``) needs as
-            many ``gpus_per_worker``; they are on one node, or with ``distributed_executor_backend="ray"`` perhaps on
-            several.
-        trust_remote_code: run code that comes with the model.
         **placement: ``address``, ``cpus_per_worker``, ``gpus_per_worker``, ``range_size``, ``check_every`` and the
-            other arguments of :class:`eggroll.distributed.RayPool`.
+            other arguments of :class:`eggroll.distributed.RayPool`. An engine on several GPUs
+            (``tensor_parallel_size``) needs as many ``gpus_per_worker``; they are on one node, or with
+            ``distributed_executor_backend="ray"`` perhaps on several.
 
     Raises:
         ConfigError: settings and backend do not fit, or an engine and the GPUs of a worker.
@@ -49,38 +42,22 @@ class PoolWorker:
     """
 
     module = None
-    note = ""
 
-    def __init__(
-        self,
-        model: str,
-        config: EggrollConfig,
-        reward: Any,
-        *,
-        workers: int,
-        backend: BackendName = "torch",
-        dtype: str = "auto",
-        device: str = "auto",
-        engine_args: Mapping[str, Any] | None = None,
-        trust_remote_code: bool = False,
-        **placement: Any,
-    ) -> None:
-        arguments = dict(engine_args or {})
-        self.placement = placement_of(backend, arguments, placement)
+    def __init__(self, factory: WorkerFactory, *, workers: int, **placement: Any) -> None:
+        self.placement = placement_of(factory.backend, factory.engine_args, placement)
         self.workers = workers
-        place = "cpu" if device == "auto" else device  # of this process, which may have no GPU
-        found = look_up(model, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-        around = load_surroundings(model, trust_remote_code=trust_remote_code)
-        checked = as_reward(reward, around.tokenizer)
-        specs = check_vllm(config, found.outline, checked) if backend == "vllm" else found.outline.evolved(config)
+        model, config, trust = factory.model, factory.config, factory.trust_remote_code
+        place = "cpu" if factory.device == "auto" else factory.device  # of this process, which may have no GPU
+        found = look_up(model, dtype=factory.dtype, device=place, trust_remote_code=trust)
+        tokenizer = load_surroundings(model, trust_remote_code=trust).tokenizer
+        reward = as_reward(factory.reward, tokenizer)
+        vllm = factory.backend == "vllm"
+        specs = check_vllm(config, found.outline, reward) if vllm else found.outline.evolved(config)
         self.setup = Setup(
-            config, checked, around.tokenizer, tuple(specs), found.name, found.outline.size, found.dtype,
-            f"{workers} worker{'s' if workers != 1 else ''}", found.notes, model, trust_remote_code,
+            config, reward, tokenizer, tuple(specs), found.name, found.outline.size, found.dtype,
+            f"{workers} worker{'s' if workers != 1 else ''}", found.notes, model, trust,
         )  # fmt: skip
-        self._parts: dict[str, Any] = {
-            "model": model, "config": config, "reward": reward, "dtype": self.setup.dtype_name, "device": device,
-            "backend": backend, "engine_args": arguments, "trust_remote_code": trust_remote_code,
-        }  # fmt: skip
+        self.factory = dataclasses.replace(factory, dtype=found.dtype)
         self._notes = found.notes
         self.pool: Pool | None = None
         self._data: tuple[Any, Any] = (None, None)
@@ -100,7 +77,7 @@ class PoolWorker:
         state = self._state if self.pool is None else self.pool.state_tensors()
         self.close()
         train, heldout = self._examples(data), None if eval_data is None else self._examples(eval_data)
-        factory = WorkerFactory(train=train, heldout=heldout, **self._parts)
+        factory = dataclasses.replace(self.factory, train=train, heldout=heldout)
         size = self.setup.config.population_size
         self.pool = RayPool(factory, workers=self.workers, population_size=size, **self.placement)
         self._data = (data, eval_data)
@@ -131,10 +108,6 @@ class PoolWorker:
         else:
             self.pool.load_state_tensors(tensors)
 
-    def model(self) -> Any:
-        """The evolved model in PyTorch, on the CPU."""
-        return self.setup.with_state(self.state_tensors())
-
     def close(self) -> None:
         """End the workers."""
         if self.pool is not None:
@@ -156,7 +129,7 @@ class PoolWorker:
         address = self.placement.get("address")
         each = f"{cpus} CPU{'s' if cpus > 1 else ''}" + (f" and {gpus:g} GPU{'s' if gpus > 1 else ''}" if gpus else "")
         where = f"the Ray cluster {address}" if address else "this machine"
-        return f"workers on {where}, each with {each} and a replica of the model ({self._parts['backend']})"
+        return f"workers on {where}, each with {each} and a replica of the model ({self.factory.backend})"
 
 
 def placement_of(backend: BackendName, engine_args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from eggroll.llm.generation.chat import plain_text
 from eggroll.llm.generation.generate import Sampling, generate
 from eggroll.llm.models.outline import Outline, exclude_of, separate_head
 from eggroll.llm.rewards import Reward
-from eggroll.torch.population import Active, Population
-from eggroll.torch.replica import Replica
+from eggroll.torch import Active, Population, Replica
 
 MOST_CENTER_ROWS = 64
 """Held-out rows that the center is evaluated on together, at most."""

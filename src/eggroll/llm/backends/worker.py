@@ -80,22 +80,32 @@ class ModelWorker(Worker, Protocol):
     @property
     def note(self) -> str:
         """Why members are evaluated in a slow way; empty if they are not."""
-        ...
+        return ""
 
     def use(self, data: Any, eval_data: Any = None) -> None:
         """Take the data to train on and the held-out data."""
-        ...
-
-    def model(self) -> Any:
-        """The evolved model in PyTorch."""
-        ...
 
     def close(self) -> None:
-        """Free what is held outside of this process's memory."""
-        ...
+        """Free what is held outside of this process's memory. The worker cannot be used after that."""
+
+    def model(self) -> Any:
+        """The evolved model in PyTorch: the module itself, or a copy on the CPU of weights that are elsewhere."""
+        return self.module if self.module is not None else self.setup.with_state(self.state_tensors())
+
+    def save(self, directory: str | Path, metadata: Mapping[str, Any]) -> Path:
+        """Write the evolved model as a plain Hugging Face directory that ``from_pretrained`` loads.
+
+        Args:
+            directory: where to.
+            metadata: further entries of ``eggroll.json``.
+        """
+        setup = self.setup
+        about: dict[str, Any] = {} if setup.base is None else {"base_model": setup.base}
+        about |= {"reward": setup.reward.name, "config": setup.config.to_dict(), **metadata}
+        return save_pretrained(self.model(), setup.tokenizer, directory, metadata=about)
 
 
-class LanguageWorker:
+class LanguageWorker(ModelWorker):
     """An evaluator, the replica or engine whose weights it reads, and the data.
 
     Args:
@@ -148,26 +158,8 @@ class LanguageWorker:
         """The inverse of :meth:`state_tensors`."""
         self.learner.load_state_tensors(tensors)
 
-    def model(self) -> Any:
-        """The evolved model in PyTorch: the module itself, or a copy on the CPU of what is in the engine."""
-        return self.module if self.module is not None else self.setup.with_state(self.state_tensors())
-
     def close(self) -> None:
         """Free the engine. The worker cannot be used after that."""
         close = getattr(self.learner, "close", None)
         if close is not None:
             close()
-
-
-def save(worker: ModelWorker, directory: str | Path, metadata: Mapping[str, Any]) -> Path:
-    """Write the evolved model as a plain Hugging Face directory that ``from_pretrained`` loads.
-
-    Args:
-        worker: whose center is written.
-        directory: where to.
-        metadata: further entries of ``eggroll.json``.
-    """
-    setup = worker.setup
-    about: dict[str, Any] = {} if setup.base is None else {"base_model": setup.base}
-    about |= {"reward": setup.reward.name, "config": setup.config.to_dict(), **metadata}
-    return save_pretrained(worker.model(), setup.tokenizer, directory, metadata=about)

@@ -23,7 +23,7 @@ from eggroll.llm.measure.intervals import Interval, mcnemar, mean_interval, pair
 from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.rewards import FunctionReward
 from eggroll.llm.tasks import SOLVED, Task
-from eggroll.torch.population import Population
+from eggroll.torch import Population
 
 __all__ = ["Comparison", "Result", "compare", "draw_problems", "evaluate", "solved"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -59,7 +60,8 @@ def save_adapter(
         k = min(rank, len(s))
         root = s[:k].sqrt()
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        left, right = _padded(u[:, :k] * root, rank, 1), _padded(root[:, None] * vt[:k], rank, 0)
+        # Zeros at the end: all matrices of an adapter have one rank.
+        left, right = F.pad(u[:, :k] * root, (0, rank - k)), F.pad(root[:, None] * vt[:k], (0, 0, 0, rank - k))
         tensors[f"{module}.lora_B.weight"] = left.float().contiguous()
         tensors[f"{module}.lora_A.weight"] = right.float().contiguous()
         lost += float(s[k:].square().sum())
@@ -83,13 +85,3 @@ def save_adapter(
     except OSError as error:
         raise ModelError(f"the adapter cannot be saved to {folder}: {error}. Give another directory") from error
     return report
-
-
-def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:
-    """Zeros at the end of an axis: all matrices of an adapter have one rank."""
-    missing = size - matrix.shape[dim]
-    if missing == 0:
-        return matrix
-    shape = list(matrix.shape)
-    shape[dim] = missing
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim)

@@ -73,25 +73,14 @@ def load(
     return LoadedModel(model, tokenizer, source, located.name, about.dtype, place, about.notes)
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """A model without weights (on the ``meta`` device), and what it would be loaded as; see :class:`LoadedModel`."""
-
-    model: Any
-    name: str
-    dtype: torch.dtype
-    device: torch.device
-    notes: tuple[str, ...] = ()
-
-
 def load_skeleton(
     source: str,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
-) -> Skeleton:
-    """The model that :func:`load` would load, without its weights. Arguments and errors are those of ``load``.
+) -> LoadedModel:
+    """What :func:`load` would load, without weights (on the ``meta`` device) and tokenizer; its arguments and errors.
 
     Of a directory or a hub id only the configuration is read, of a ``.gguf`` file only its metadata; an alias is
     fetched as for loading.
@@ -105,7 +94,7 @@ def load_skeleton(
         about = _read_config(located, kind, place, trust_remote_code)
         with torch.device("meta"):
             model = about.auto.from_config(about.config, dtype=about.dtype, trust_remote_code=trust_remote_code)
-    return Skeleton(model, located.name, about.dtype, place, about.notes)
+    return LoadedModel(model, None, source, located.name, about.dtype, place, about.notes)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
     out[p] = x[p] W^T + bias + (x[p] v[p]^T) u[p]            v[p] = B_p^T,  u[p] = sign_p sigma / sqrt(r) A_p^T
 
 It is made to cost what a plain product over the same rows costs. A tile of x is loaded once for W and v together, and
-the result is rounded and stored once, so that the bytes are those of the plain product and ``P r (m + n)`` factors (of
-``linear_on_the_fly``: 8 bytes of key a member); the multiply-adds are its ``P B m n`` and another ``P B r (m + n)``. A
-drawn normal costs some 170 instructions: v is drawn again for each tile of outputs, u for each tile of rows.
+the result is rounded and stored once, so that the bytes are those of the plain product and ``P r (m + n)`` factors; the
+multiply-adds are its ``P B m n`` and another ``P B r (m + n)``.
 
 Sums are made in float32, those of x v^T too. Imports triton, so it is itself imported only for a CUDA device.
 
-Suffixes: P members, B rows of a member, n inputs, m outputs, r rank, K draws. In the kernel R, M and N are the rows,
+Suffixes: P members, B rows of a member, n inputs, m outputs, r rank. In the kernel R, M and N are the rows,
 outputs and inputs of a tile; a column of a tile is one rank of one of the members that its rows belong to.
 """
 
@@ -18,17 +17,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
-from numpy.typing import NDArray
 from torch import Tensor
-
-from eggroll.torch.kernels.threefry_triton import _bits, _normal
-
-_Stored = tuple[Tensor | None, Tensor | None]
-_Drawn = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROWS = 2**31 - 128
@@ -41,32 +33,14 @@ MULTIPROCESSORS = 128
 
 
 @triton.jit
-def _entries(factor, stride_p, stride_r, stride_j, k0, k1, member, k, j, first, rank, mask):
-    """Entries ``[member, k, j]`` of a stored factor; where it is None, of a draw, where ``j`` counts from ``first``."""
-    if factor is None:
-        counter = (first + j).to(tl.int64) * rank + k
-        entries = _normal(_bits(k0, k1, (counter >> 32).to(tl.uint32), counter.to(tl.uint32)))
-    else:
-        entries = tl.load(factor + member * stride_p + k * stride_r + j * stride_j, mask=mask, other=0.0)
-    return entries
-
-
-@triton.jit
-def _repeat(tile, TIMES: tl.constexpr):
-    """The rows of a tile, ``TIMES`` times over."""
-    wide = tl.broadcast_to(tile[None, :, :], (TIMES, tile.shape[0], tile.shape[1]))
-    return tl.reshape(wide, (TIMES * tile.shape[0], tile.shape[1]))
-
-
-@triton.jit
 def linear_kernel(
-    x, weight, bias, out, u, v, keys, draw_of_member, scale, members, batch, m, n,
+    x, weight, bias, out, u, v, members, batch, m, n,
     x_p, x_b, x_n, weight_m, weight_n, u_p, u_r, u_m, v_p, v_r, v_n,
-    RANK: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, REPEAT: tl.constexpr,
+    RANK: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of outputs; ``x_p`` and the like are strides. The factors are drawn where ``u`` and ``v`` are None.
+    """One tile of outputs; ``x_p`` and the like are strides.
 
     The rows of all members are numbered through, and a tile may hold those of several. Either each row gathers the
     factors of its member (``GATHER``: few rows a member), or the tile is multiplied with the factors of all its members
@@ -93,18 +67,12 @@ def linear_kernel(
         k_of_part = column % PADDED
     exists = member < members
     member = member.to(tl.int64)
-    k0, k1, factor_scale = 0, 0, 1.0
-    if keys is not None:
-        draw = tl.load(draw_of_member + member, mask=exists, other=0)
-        k0 = tl.load(keys + 2 * draw).to(tl.uint32, bitcast=True)
-        k1 = tl.load(keys + 2 * draw + 1).to(tl.uint32, bitcast=True)
-        factor_scale = tl.load(scale + member, mask=exists, other=0.0)
 
     acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     for part in tl.static_range(PARTS):
         k = part * PADDED + k_of_part
         needed = exists & (k < RANK)
-        low = tl.zeros((BLOCK_R, PADDED if GATHER else COLUMNS * REPEAT), tl.float32)
+        low = tl.zeros((BLOCK_R, PADDED if GATHER else COLUMNS), tl.float32)
         for start in tl.range(0, n, BLOCK_N, num_stages=STAGES):
             n_N = start + tl.arange(0, BLOCK_N)
             x_mask = (row_R < rows)[:, None] & (n_N < n)[None, :]
@@ -114,26 +82,23 @@ def linear_kernel(
                 weight_NM = tl.load(weight_M + n_N.to(tl.int64)[:, None] * weight_n, mask=weight_mask, other=0.0)
                 acc = tl.dot(x_RN, weight_NM, acc, input_precision=PRECISION)
             v_j = n_N[None, None, :] if GATHER else n_N[None, :]
-            v_tile = _entries(v, v_p, v_r, v_n, k0, k1, member, k, v_j, 0, RANK, needed & (v_j < n)).to(dtype)
+            v_tile = tl.load(v + member * v_p + k * v_r + v_j * v_n, mask=needed & (v_j < n), other=0.0)
             if GATHER:
                 low += tl.sum(x_RN.to(tl.float32)[:, None, :] * v_tile.to(tl.float32), 2)
             else:
-                low = tl.dot(x_RN, tl.trans(_repeat(v_tile, REPEAT)), low, input_precision=PRECISION)
+                low = tl.dot(x_RN, tl.trans(v_tile), low, input_precision=PRECISION)
 
         u_j = m_M[None, None, :] if GATHER else m_M[None, :]
-        u_tile = _entries(u, u_p, u_r, u_m, k0, k1, member, k, u_j, n, RANK, needed & (u_j < m))
-        if keys is not None:
-            u_tile = u_tile * factor_scale
-        u_tile = u_tile.to(dtype).to(tl.float32)
+        u_tile = tl.load(u + member * u_p + k * u_r + u_j * u_m, mask=needed & (u_j < m), other=0.0).to(tl.float32)
         if GATHER:
             own = part * PADDED + tl.arange(0, PADDED)[None, :] < RANK
             acc += tl.sum(tl.where(own, low, 0.0)[:, :, None] * u_tile, 1)
         else:
-            column = tl.arange(0, COLUMNS * REPEAT)[None, :]
+            column = tl.arange(0, COLUMNS)[None, :]
             own = member_R[:, None] == row_tile * BLOCK_R // batch + column // PADDED
             own &= part * PADDED + column % PADDED < RANK
             # Of 16-bit dtypes TF32 keeps u whole and x v^T to 11 bits and without overflow; "ieee" keeps float32.
-            acc = tl.dot(tl.where(own, low, 0.0), _repeat(u_tile, REPEAT), acc, input_precision=PRECISION)
+            acc = tl.dot(tl.where(own, low, 0.0), u_tile, acc, input_precision=PRECISION)
     if bias is not None:
         acc += tl.load(bias + m_M, mask=m_M < m, other=0.0).to(tl.float32)[None, :]
     out_RM = out + row_R.to(tl.int64)[:, None] * m + m_M[None, :]
@@ -161,48 +126,7 @@ def linear(
     members, _, n = x_PBn.shape
     _require("u_Prm", u_Prm, (members, rank, weight_mn.shape[0]), x_PBn.dtype, x_PBn.device)
     _require("v_Prn", v_Prn, (members, rank, n), x_PBn.dtype, x_PBn.device)
-    return _launch(x_PBn, weight_mn, bias_m, rank, (u_Prm, v_Prn), (None, None, None), tf32)
-
-
-def linear_on_the_fly(
-    x_PBn: Tensor,
-    weight_mn: Tensor,
-    keys_K2: NDArray[np.uint32] | Tensor,
-    draw_of_member_P: Tensor,
-    scale_P: Tensor,
-    rank: int,
-    bias_m: Tensor | None = None,
-    *,
-    tf32: bool = False,
-) -> Tensor:
-    """As :func:`linear`, but the factors are drawn in the kernel (docs/noise-spec.md) and are never in memory.
-
-    The draw of a key is ``n + m`` rows of ``rank`` normals, first ``B``, then ``A``. Member p has that of
-    ``keys[draw_of_member[p]]``, its ``A`` multiplied by ``scale[p]``, both then rounded to x's dtype.
-
-    Args:
-        x_PBn: as for :func:`linear`.
-        weight_mn: as for :func:`linear`.
-        keys_K2: two 32-bit words per draw, as uint32 or as int32 of the same bits; best on x's device already.
-        draw_of_member_P: int32 or int64, 0 to ``K - 1``; not checked.
-        scale_P: float32, ``sigma / sqrt(r)`` times the sign.
-        rank: at least 1.
-        bias_m: as for :func:`linear`.
-        tf32: as for :func:`linear`.
-
-    Raises:
-        ValueError: the shapes do not fit, or dtypes or devices are not those asked for.
-    """
-    _check(x_PBn, weight_mn, bias_m, rank)
-    keys = torch.as_tensor(keys_K2)
-    if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype not in (torch.uint32, torch.int32):
-        raise ValueError(f"keys_K2 must be (K, 2) of uint32 or int32; got {keys.dtype} {tuple(keys.shape)}")
-    members, index = (x_PBn.shape[0],), torch.int64 if draw_of_member_P.dtype == torch.int64 else torch.int32
-    _require("draw_of_member_P", draw_of_member_P, members, index, x_PBn.device)
-    _require("scale_P", scale_P, members, torch.float32, x_PBn.device)
-    words = keys.contiguous().view(torch.int32).to(x_PBn.device, non_blocking=True)
-    drawn = (words, draw_of_member_P.contiguous(), scale_P.contiguous())
-    return _launch(x_PBn, weight_mn, bias_m, rank, (None, None), drawn, tf32)
+    return _launch(x_PBn, weight_mn, bias_m, u_Prm, v_Prn, tf32)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int) -> None:
@@ -212,7 +136,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int) -> None:
             f"got {x.dtype} {tuple(x.shape)}"
         )
     if rank < 1:
-        raise ValueError(f"rank (={rank}) must be at least 1, and stored factors (members, rank, size)")
+        raise ValueError(f"rank (={rank}) must be at least 1, and factors (members, rank, size)")
     outputs = weight.shape[:1]
     _require("weight_mn", weight, (*outputs, x.shape[2]), x.dtype, x.device)
     if bias is not None:
@@ -226,28 +150,23 @@ def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dty
         )
 
 
-def _plan(x: Tensor, m: int, rank: int, *, tensor_cores: bool, drawn: bool) -> dict[str, Any]:
+def _plan(x: Tensor, m: int, rank: int, *, tensor_cores: bool) -> dict[str, Any]:
     """The kernel's constants and options, by shape and dtype alone."""
     members, batch, n = x.shape
-    gather, stages = batch < MIN_BATCH, 3
-    # A thread holds all its entries of a tile of factors at once, and a drawn one needs many registers meanwhile. The
-    # fewer the tiles of outputs, the less often is v drawn.
-    padded = min(triton.next_power_of_2(rank), (8 if gather else 16) if drawn else 32)
+    gather = batch < MIN_BATCH
+    # A thread holds all its entries of a tile of factors at once.
+    padded = min(triton.next_power_of_2(rank), 32)
     if gather:
-        side, entries = 64, 2048 if drawn else 8192
-        while side > 16 and side * side * padded > entries:
+        side = 64
+        while side > 16 and side * side * padded > 8192:
             side //= 2
-        columns, block_r, block_m, block_n = padded, side, 4 * side if drawn else side, side
+        columns, block_r, block_m, block_n = padded, side, side, side
     else:
         # Where the loop is short, two small blocks on a multiprocessor hide one another's beginnings and ends.
-        short = n <= 512
-        largest = 128 if tensor_cores and not (drawn and short) else 64
-        sizes = [size for size in (128, 64, 32) if size <= largest and size < 2 * members * batch]
-        most = max(padded, 16 if drawn else 32)
-        block_r = next((size for size in sizes if padded * _members_in(size, batch) <= most), 16)
+        sizes = [size for size in (128, 64, 32) if size <= (128 if tensor_cores else 64) and size < 2 * members * batch]
+        block_r = next((size for size in sizes if padded * _members_in(size, batch) <= 32), 16)
         columns = padded * _members_in(block_r, batch)
-        block_m, block_n = (128 if short and not drawn else 256, 128 // x.element_size()) if tensor_cores else (128, 16)
-        stages = 2 if tensor_cores and drawn and short else 3
+        block_m, block_n = (128 if n <= 512 else 256, 128 // x.element_size()) if tensor_cores else (128, 16)
     block_m = min(block_m, max(16, triton.next_power_of_2(m)))
     block_n = min(block_n, max(16, triton.next_power_of_2(n)))
     while block_m > 32 and triton.cdiv(members * batch, block_r) * triton.cdiv(m, block_m) < MULTIPROCESSORS:
@@ -255,15 +174,13 @@ def _plan(x: Tensor, m: int, rank: int, *, tensor_cores: bool, drawn: bool) -> d
     return {
         "PARTS": triton.cdiv(rank, padded),
         "PADDED": padded,
-        # Drawn columns are padded by repeating them, as others would be drawn in vain.
-        "COLUMNS": columns if drawn else max(MIN_COLUMNS, columns),
-        "REPEAT": max(1, MIN_COLUMNS // columns) if drawn else 1,
+        "COLUMNS": max(MIN_COLUMNS, columns),
         "BLOCK_R": block_r,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "GATHER": gather,
-        "STAGES": stages,
-        "num_warps": 8 if block_r * block_m > 16384 or (gather and drawn) else 4,
+        "STAGES": 3,
+        "num_warps": 8 if block_r * block_m > 16384 else 4,
     }
 
 
@@ -274,21 +191,16 @@ def _members_in(block_r: int, batch: int) -> int:
     return triton.next_power_of_2((block_r - 2) // batch + 2)
 
 
-def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, stored: _Stored, drawn: _Drawn, tf32: bool
-) -> Tensor:
-    m = weight.shape[0]
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, tf32: bool) -> Tensor:
+    m, rank = weight.shape[0], u.shape[1]
     out = torch.empty((*x.shape[:2], m), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     tensor_cores = tf32 or x.dtype != torch.float32
-    plan = _plan(x, m, rank, tensor_cores=tensor_cores, drawn=drawn[0] is not None)
+    plan = _plan(x, m, rank, tensor_cores=tensor_cores)
     tiles = triton.cdiv(out.numel() // m, plan["BLOCK_R"]) * triton.cdiv(m, plan["BLOCK_M"])
-    strides = [stride for factor in stored for stride in ((0, 0, 0) if factor is None else factor.stride())]
-    tensors = (x, weight, None if bias is None else bias.contiguous(), out, *stored, *drawn)
-    sizes = (*x.shape[:2], m, x.shape[2], *x.stride(), *weight.stride(), *strides)
-    # Normals are equal bit for bit only without fused operations; the products of tl.dot are fused all the same.
-    options = plan | {"PRECISION": "tf32" if tensor_cores else "ieee", "enable_fp_fusion": drawn[0] is None}
+    tensors = (x, weight, None if bias is None else bias.contiguous(), out, u, v)
+    sizes = (*x.shape[:2], m, x.shape[2], *x.stride(), *weight.stride(), *u.stride(), *v.stride())
     with torch.cuda.device_of(out):
-        linear_kernel[(tiles,)](*tensors, *sizes, RANK=rank, **options)
+        linear_kernel[(tiles,)](*tensors, *sizes, RANK=rank, PRECISION="tf32" if tensor_cores else "ieee", **plan)
     return out

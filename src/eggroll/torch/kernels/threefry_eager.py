@@ -45,13 +45,6 @@ def fill_normals(out: Tensor, keys: NDArray[np.uint32], start: int) -> None:
         target.copy_(work.as_rows(work.normals(target.numel()), target))
 
 
-def bits_to_normals(bits: Tensor) -> Tensor:
-    """The normals (float32) of the given 32-bit words (int32): a copy, in one block, of any shape."""
-    work = _Workspace(torch.empty(1, bits.numel(), device=bits.device), block=bits.numel())
-    torch.bitwise_xor(bits.reshape(-1), -_SIGN, out=work.a)
-    return work.normals(bits.numel()).view(bits.shape)
-
-
 def _blocks(out: Tensor, size: int, start: int) -> Iterator[tuple[slice, slice]]:
     """Cut ``(K, count)`` into blocks of at most ``size`` elements whose counters share their upper 32 bits."""
     num_keys, count = out.shape
@@ -70,10 +63,10 @@ class _Workspace:
     0-dim tensors, because at this size PyTorch needs up to a third less time for ``x + tensor`` than for ``x + 1.5``.
     """
 
-    def __init__(self, out: Tensor, block: int | None = None) -> None:
+    def __init__(self, out: Tensor) -> None:
         self.device = out.device
         on_cpu = self.device.type == "cpu"
-        self.block = block or (BLOCK_PER_THREAD * torch.get_num_threads() if on_cpu else BLOCK_ON_DEVICE)
+        self.block = BLOCK_PER_THREAD * torch.get_num_threads() if on_cpu else BLOCK_ON_DEVICE
         size = min(self.block, out.numel())
         num_buffers = 5 if out.dtype.is_floating_point else 3
         self.buffers = [torch.empty(size, dtype=torch.int32, device=self.device) for _ in range(num_buffers)]

@@ -171,11 +171,9 @@ def plain_outputs(tree: Any, members: int, rows: int, batch_dim: int) -> Any:
     """
 
     def plain(x: Any) -> Any:
-        if isinstance(x, PerturbedWeight):
-            return plain(MemberTensor(x.dense(), name=x.parameter, context=x.context))
-        if not isinstance(x, MemberTensor):
+        if not isinstance(x, MemberTensor | PerturbedWeight):
             return x
-        return join(list(member_data(x, members, rows).unbind(0)), batch_dim)
+        return join(list(member_data(x.by_member(), members, rows).unbind(0)), batch_dim)
 
     return tree_map(plain, tree)
 

@@ -1,19 +1,11 @@
-"""What torch functions do with population values: one module per family of functions."""
+"""What torch functions do with population values: one module per family of functions, whose rules are in one table."""
 
-from eggroll.torch.ops import attention, convolution, elementwise, norms, products, recurrent
-from eggroll.torch.ops.dispatch import dispatch
-from eggroll.torch.ops.per_member import per_member
-from eggroll.torch.ops.registry import RULES, rule
-
-__all__ = [
-    "RULES",
-    "attention",
-    "convolution",
-    "dispatch",
-    "elementwise",
-    "norms",
-    "per_member",
-    "products",
-    "recurrent",
-    "rule",
-]
+from eggroll.torch.ops import (  # noqa: F401  (importing a module registers its rules)
+    attention,
+    convolution,
+    dispatch,
+    elementwise,
+    norms,
+    products,
+    recurrent,
+)

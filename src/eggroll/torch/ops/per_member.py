@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.layout.rules import is_constant, layout_in_broadcast, layout_of, layout_of_ids
-from eggroll.torch.ops.registry import as_member_tensor, flatten_rows, name_of
-from eggroll.torch.perturbed import WAYS_OUT, Layout, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.ops.registry import flatten_rows, name_of
+from eggroll.torch.perturbed import WAYS_OUT, Layout, MemberTensor, PerturbedWeight, Value, call_materialized
 
 
 def per_member(
@@ -41,9 +41,7 @@ def per_member(
     context, name = values[0].context, values[0].parameter
     in_place = _refuse_writes(func, args, kwargs, name)
     if context.single:
-        plain = [leaf.dense() if isinstance(leaf, PerturbedWeight) else leaf for leaf in leaves]
-        plain_args, plain_kwargs = tree_unflatten(plain, structure)
-        return func(*plain_args, **plain_kwargs)
+        return call_materialized(func, args, kwargs)
     members = context.members
     assert members is not None
     find = functools.partial(_layout, func, values) if layout is None else lambda _: layout
@@ -56,7 +54,7 @@ def per_member(
             continue
         dim: int | None = 0
         if isinstance(leaf, Value):
-            tensor = as_member_tensor(leaf).data_P
+            tensor = leaf.by_member().data_P
         else:
             where = find(leaf)
             if where == "time_major":

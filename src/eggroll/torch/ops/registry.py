@@ -39,14 +39,6 @@ def context_of(*candidates: Any) -> MemberContext:
     raise AssertionError("no value among the arguments")
 
 
-def as_member_tensor(value: Value) -> MemberTensor:
-    """Any population value with its member axis spelled out."""
-    if isinstance(value, MemberTensor):
-        return value
-    assert isinstance(value, PerturbedWeight)
-    return MemberTensor(value.dense(), name=value.parameter, context=value.context)
-
-
 def flatten_rows(data_PB: Tensor) -> Tensor:
     """``(P, B, ...)`` to rows ``(P * B, ...)``."""
     return data_PB.reshape(data_PB.shape[0] * data_PB.shape[1], *data_PB.shape[2:])
@@ -81,7 +73,7 @@ def _clone(value: Any, **_: Any) -> Any:
     if value.context.single:
         assert isinstance(value, PerturbedWeight)
         return value.dense()
-    held = as_member_tensor(value)
+    held = value.by_member()
     return held.like(held.data_P.clone())
 
 
