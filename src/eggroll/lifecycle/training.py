@@ -94,7 +94,7 @@ def train(
                 listeners = opened(Opened(kind, plan, run, worker, start)) if opened is not None else None
                 loop.listeners = [*(listeners or ()), TrackerListener(tracker)]
                 began = time.perf_counter()
-                if start < plan.config.generations:
+                if start == 0 or start < plan.config.generations:
                     loop.go(start)
                 sitting = Sitting(start, max(loop.applied, start), time.perf_counter() - began, loop.interrupted)
             finally:
