@@ -1,10 +1,18 @@
 """Data sets of every kind, batches that a resumed run repeats, and what wrong data is told."""
 
+import collections
 import gzip
+import io
 import json
+import re
+import tempfile
 from collections import Counter
 
 import datasets
+import numpy as np
+import pandas
+import pyarrow
+import pyarrow.dataset
 import pytest
 
 from eggroll.errors import DataError
@@ -86,6 +94,185 @@ def test_dict_of_columns():
     assert load_examples({"prompt": ["a", "b"], "n": [1, 2]})[1] == Example("b", None, {"n": 2})
     message = message_of(lambda: load_examples({"prompt": ["a", "b"], "n": [1]}))
     assert message == "the columns of the data set have different lengths: {'prompt': 2, 'n': 1}"
+
+
+ROWS = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}]
+TABLE = pyarrow.Table.from_pylist(ROWS)
+
+
+class PolarsFrame:
+    """What counts of polars: it iterates over its columns, ``to_dicts`` gives its rows."""
+
+    def __iter__(self):
+        return iter(["prompt", "answer"])
+
+    def to_dicts(self):
+        return list(ROWS)
+
+
+class ArrowStream:
+    """Any library's frame: it iterates over its columns and can hand itself over to Arrow."""
+
+    def __iter__(self):
+        return iter(["prompt", "answer"])
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return TABLE.__arrow_c_stream__(requested_schema)
+
+
+class Yields:
+    """An iterable of an unknown kind."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pandas.DataFrame(ROWS),
+        pandas.DataFrame(ROWS, index=[7, 3]),
+        TABLE,
+        TABLE.to_batches()[0],
+        pyarrow.dataset.dataset(TABLE),
+        PolarsFrame(),
+        ArrowStream(),
+        {"train": pandas.DataFrame(ROWS), "test": 3},
+        {"train": TABLE},
+        {"train": ROWS, "test": ROWS[:1]},
+        {"prompt": np.array(["a", "b"]), "answer": pandas.Series(["1", None], dtype=object)},
+        {"prompt": TABLE.column(0), "answer": TABLE.column(1)},
+        Yields(ROWS),
+        (row for row in ROWS),
+    ],
+    ids=lambda frame: type(frame).__name__,
+)
+def test_frames_and_tables_become_rows(frame):
+    """Most of them iterate over the names of their columns."""
+    assert load_examples(frame) == [Example("a", None, {"answer": "1"}), Example("b", None, {"answer": None})]
+
+
+def test_a_reader_of_arrow_batches():
+    assert [e.prompt for e in load_examples(TABLE.to_reader())] == ["a", "b"]
+
+
+def test_missing_values_and_arrays_of_a_frame():
+    """A float column has NaN where a value is missing, and lists read from Parquet are arrays."""
+    frame = pandas.DataFrame(
+        {
+            "messages": [np.array(CONVERSATION, dtype=object)] * 2,
+            "level": [2.0, None],
+            "options": [np.array([1, 2]), []],
+        }
+    )
+    first, second = load_examples(frame)
+    assert first.prompt == second.prompt == CONVERSATION[:1]
+    assert (first.columns["level"], second.columns["level"]) == (2.0, None)
+    assert (first.columns["options"], second.columns["options"]) == ([1, 2], [])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pandas.Series(["a", "b"]), TABLE.column(0), TABLE.column(0).chunk(0), np.array(["a", "b"]),
+        datasets.Dataset.from_list(ROWS)["prompt"], collections.deque("ab"), {1: "a", 2: "b"}.values(), iter("ab"),
+    ],
+    ids=lambda column: type(column).__name__,
+)  # fmt: skip
+def test_a_column_of_strings_is_prompts(column):
+    assert [e.prompt for e in load_examples(column)] == ["a", "b"]
+
+
+def test_columns_of_one_name():
+    frame = pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"])
+    assert message_of(lambda: load_examples(frame)) == "the data set has several columns of one name: prompt"
+
+
+def test_open_files_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "a"}\n')
+    with path.open() as plain, gzip.open(path) as packed, tempfile.NamedTemporaryFile() as temporary:
+        for stream in (plain, packed, temporary, io.StringIO("a")):
+            message = message_of(lambda stream=stream: load_examples(stream))
+            assert message.startswith("a data set cannot be an open file (a ")
+            assert message.endswith("its lines would be taken for prompts as they are. Give the path of the file")
+
+
+def test_iterables_that_do_not_yield_rows_are_refused(tmp_path):
+    message = message_of(lambda: load_examples(Yields(["prompt", "answer"])))
+    assert message.startswith("a Yields of ")
+    assert "yields strings (first 'prompt'), which may be the names of its columns" in message
+    assert "give list(data). Allowed are a list of strings or dicts, a Hugging Face Dataset, a pandas" in message
+    assert "cannot be a set: it has another order in each process" in message_of(lambda: load_examples({"a", "b"}))
+    assert "a data set cannot be a bytes of builtins; allowed" in message_of(lambda: load_examples(b"ab"))
+    assert "row 1: a row must be" in message_of(lambda: load_examples(pandas.DataFrame(ROWS).iterrows()))
+    path = str(write(tmp_path / "a.jsonl", '"a"'))
+    assert f"a list with the file {path!r} in it" in message_of(lambda: load_examples([path]))
+
+
+def test_lines_of_json_as_prompts_are_warned_of_once():
+    with pytest.warns(UserWarning, match=re.escape("one looks like a row in JSON")) as caught:
+        assert len(load_examples(['{"prompt": "a"}\n', '{"prompt": "b"}\n'])) == 2
+    assert len(caught) == 1
+
+
+HALVES = [
+    (["ok", "a\ud83d"], "row 2: the prompt has half of a character, \\ud83d, at position 2: an emoji that was cut"),
+    ([{"text": "\udcff"}], "row 1: the prompt has half of a character, \\udcff, at position 1"),
+    ([Example(None, "\ud83d")], "row 1: the text has half of a character"),
+    ([{"prompt": [{"role": "user", "content": "\ud83d"}]}], "row 1: the prompt has half of a character"),
+    ([{"prompt": "a", "completion": [{"role": "assistant", "content": "\ud83d"}]}], "row 1: the column 'completion'"),
+    ([{"prompt": "a", "tools": '[{"name": "\ud83d"}]'}], "row 1: the column 'tools'"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), HALVES)
+def test_half_a_character(rows, message):
+    assert message in message_of(lambda: load_examples(rows))
+
+
+def test_half_a_character_in_a_file(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "\\ud83d\\ude00"}\n{"prompt": "cut \\ud83d"}\n')
+    assert load_examples(path, limit=1) == [Example("\U0001f600")]
+    assert f"data set {path}, row 2: the prompt has half of a character" in message_of(lambda: load_examples(path))
+
+
+def test_what_python_cannot_read_of_json_and_csv(tmp_path):
+    number, nested = '{"prompt": "a", "n": ' + "1" * 5000 + "}", '{"prompt": ' + "[" * 10**5 + "]" * 10**5 + "}"
+    for name, where in (("a.jsonl", ", line 1"), ("a.json", "")):
+        path = write(tmp_path / name, number if name == "a.jsonl" else f"[{number}]")
+        assert message_of(lambda path=path: load_examples(path)) == (
+            f"data set {path}{where}: a number has more than 4300 digits, which Python does not read. "
+            "Write it as a string"
+        )
+        path = write(tmp_path / name, nested if name == "a.jsonl" else f"[{nested}]")
+        assert message_of(lambda path=path: load_examples(path)) == (
+            f"data set {path}{where}: lists or objects are nested too deeply to be read; a row needs few levels"
+        )
+    path = write(tmp_path / "a.csv", "prompt\nfine\n" + "x" * 131_073 + "\n")
+    assert [e.prompt for e in load_examples(path, limit=1)] == ["fine"]
+    assert message_of(lambda: load_examples(path)) == (
+        f"data set {path}, line 3: cannot be read as CSV (field larger than field limit (131072)): a field may have "
+        "131,072 characters (is a quote not closed?); a .jsonl file holds longer texts"
+    )
+
+
+def test_values_that_cannot_be_shown():
+    deep = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert message_of(lambda: load_examples([{"prompt": deep}])).endswith("got a list")
+    assert message_of(lambda: load_examples([{"prompt": 10**5000}])).endswith("got a int")
+
+
+def test_a_damaged_archive(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    packed = bytearray(gzip.compress(b'{"prompt": "a"}\n' * 1000))
+    packed[12:30] = b"\xff" * 18
+    path.write_bytes(packed)
+    assert f"data set {path} cannot be read: " in message_of(lambda: load_examples(path))
 
 
 def test_jsonl_plain_and_compressed(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any, Literal
 
 from eggroll._optional import require
 from eggroll.errors import DataError
+from eggroll.llm.data.characters import check_characters
 from eggroll.llm.data.files import SUFFIXES, read_rows
+from eggroll.llm.data.tables import rows_of_object
 from eggroll.llm.models.hub import offline_hint, offline_if_unreachable
 
 Message = dict[str, Any]
@@ -25,6 +28,9 @@ Purpose = Literal["prompts", "text"]
 
 PROMPT_COLUMNS = ("prompt", "messages", "question", "instruction", "text")
 """Where a prompt is looked for, in this order."""
+
+READ_COLUMNS = ("completion", "messages", "tools")
+"""Further columns that the tokenizer reads."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,10 @@ def load_examples(
     """Read a data set, whatever it is.
 
     Args:
-        source: a list of strings, dicts or Examples; a Hugging Face ``Dataset`` or ``DatasetDict``; a file
-            (``.jsonl``, ``.json``, ``.txt``, ``.csv``, ``.parquet``; also with ``.gz``); a folder of such files or one
-            that ``Dataset.save_to_disk`` wrote; or a hub id, ``"name"`` or ``"name:config"``.
+        source: a list of strings, dicts or Examples; a Hugging Face ``Dataset`` or ``DatasetDict``; a pandas or polars
+            frame or an Arrow table; a dict of columns; a file (``.jsonl``, ``.json``, ``.txt``, ``.csv``,
+            ``.parquet``; also with ``.gz``); a folder of such files or one that ``Dataset.save_to_disk`` wrote; or a
+            hub id, ``"name"`` or ``"name:config"``.
         split: which part of a hub data set or ``DatasetDict`` is read; in a folder the files whose names start with
             it, if there are any.
         limit: read at most so many examples.
@@ -113,25 +120,59 @@ def _rows(source: Any, split: str, purpose: Purpose) -> tuple[str, Iterable[Any]
         return f"data set {source!r} (split {split!r})", _rows_of_hub(source, split)
     if isinstance(source, Mapping):
         return "the data set", _rows_of_mapping(source, split)
-    if isinstance(source, Iterable):
-        return "the data set", source
-    raise DataError(
-        f"a data set cannot be a {type(source).__name__}; allowed are a list of strings or dicts, a Hugging Face "
-        "Dataset, a file, a folder, or a hub id"
-    )
+    return "the data set", _no_stand_ins(rows_of_object(source))
+
+
+def _no_stand_ins(rows: Iterable[Any]) -> Iterator[Any]:
+    """Looks for strings that stand for rows: refuses the names of data files, warns of lines of JSON (once)."""
+    warned = False
+    for row in rows:
+        if isinstance(row, str):
+            if len(row) < 1000 and row.removesuffix(".gz").endswith(SUFFIXES) and Path(row).is_file():
+                raise DataError(
+                    f"the data set is a list with the file {row!r} in it, whose name would be taken for a prompt. Give "
+                    "one path, or the folder; or read each file with load_examples() and add up the lists"
+                )
+            if not warned and _is_json_row(row):
+                warned = True
+                warnings.warn(
+                    f"strings of a data set are prompts as they are, and one looks like a row in JSON: "
+                    f"{_shorten(row)}. If it is one, give json.loads(line), or the path of the file",
+                    stacklevel=2,
+                )
+        yield row
+
+
+def _is_json_row(text: str) -> bool:
+    if not (text.startswith("{") and text.rstrip().endswith("}")):
+        return False
+    try:
+        return not set(PROMPT_COLUMNS).isdisjoint(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _rows_of_mapping(source: Mapping[str, Any], split: str) -> Iterable[Any]:
-    """A ``DatasetDict`` (split name to Dataset), or a dict of columns."""
+    """A ``DatasetDict`` (split name to Dataset, frame or list), or a dict of columns."""
+    if split in source and set(PROMPT_COLUMNS).isdisjoint(source):
+        found = source[split]
+        return _rows_of_mapping(found, split) if isinstance(found, Mapping) else rows_of_object(found)
+    source = {name: _column(values) for name, values in source.items()}
     values = list(source.values())
     if values and all(isinstance(value, list | tuple) for value in values):
         lengths = {name: len(column) for name, column in source.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(f"the columns of the data set have different lengths: {lengths}")
         return [dict(zip(source, row, strict=True)) for row in zip(*values, strict=True)]
-    if split in source:
-        return iter(source[split])
-    raise DataError(f"the data set has no split {split!r}; it has {sorted(source)}")
+    raise DataError(f"the data set has no split {split!r}; it has {sorted(map(str, source))}")
+
+
+def _column(values: Any) -> Any:
+    """A column as a list, if it is an array or a column of a frame."""
+    for method in ("to_pylist", "to_list", "tolist"):
+        if hasattr(values, method) and not isinstance(values, Mapping) and not hasattr(values, "column_names"):
+            return getattr(values, method)()
+    return values
 
 
 def _rows_of_path(path: Path, split: str, purpose: Purpose) -> Iterator[Any]:
@@ -171,6 +212,10 @@ def _rows_of_hub(source: str, split: str) -> Iterator[Any]:
 
 def _example(row: Any, where: str, check: Callable[[dict[str, Any]], None] | None) -> Example:
     example = _example_of(row, where)
+    for name in ("prompt", "text"):
+        check_characters(getattr(example, name), f"{where}: the {name}")
+    for name in READ_COLUMNS:
+        check_characters(example.columns.get(name), f"{where}: the column {name!r}")
     try:
         if check is not None:
             check(example.columns)
@@ -254,6 +299,9 @@ def _first_line(error: Exception) -> str:
 def _shorten(value: Any) -> str:
     try:
         text = json.dumps(value)
-    except TypeError:
-        text = repr(value)
+    except (TypeError, ValueError, RecursionError):
+        try:
+            text = repr(value)
+        except (ValueError, RecursionError):
+            text = f"a {type(value).__name__}"
     return text if len(text) <= 120 else text[:117] + "..."

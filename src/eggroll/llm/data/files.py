@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import re
+import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,7 +55,7 @@ def read_rows(path: Path, purpose: str) -> Iterator[Any]:
                 yield from (line.strip() for line in stream)
     except UnicodeDecodeError as error:
         raise DataError(f"data set {path} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"data set {path} cannot be read: {error}") from error
 
 
@@ -82,7 +84,7 @@ def _json_lines(path: Path, stream: TextIO) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(line, f"data set {path}, line {number}")
         except json.JSONDecodeError as error:
             raise DataError(
                 f"data set {path}, line {number}: not valid JSON ({error.msg} at column {error.colno}): {_shown(line)}"
@@ -91,9 +93,27 @@ def _json_lines(path: Path, stream: TextIO) -> Iterator[Any]:
         yield _checked(row, f"data set {path}, line {number}")
 
 
-def _json(path: Path, stream: TextIO) -> Iterator[Any]:
+def _parsed(text: str, where: str) -> Any:
+    """JSON as Python objects; what Python cannot hold is refused, what is no JSON raises ``JSONDecodeError``."""
     try:
-        content = json.load(stream)
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        digits = sys.get_int_max_str_digits()
+        raise DataError(
+            f"{where}: a number has more than {digits} digits, which Python does not read. Write it as a string"
+        ) from error
+    except RecursionError as error:
+        raise DataError(
+            f"{where}: lists or objects are nested too deeply to be read; a row needs few levels"
+        ) from error
+
+
+def _json(path: Path, stream: TextIO) -> Iterator[Any]:
+    text = stream.read()
+    try:
+        content = _parsed(text, f"data set {path}")
     except json.JSONDecodeError as error:
         hint = " (one object per line? then name it .jsonl)" if error.msg == "Extra data" else ""
         raise DataError(
@@ -107,13 +127,24 @@ def _json(path: Path, stream: TextIO) -> Iterator[Any]:
 
 def _csv(path: Path, stream: TextIO) -> Iterator[Any]:
     reader = csv.DictReader(stream)
-    for row in reader:
-        if None in row:
-            raise DataError(
-                f"data set {path}, line {reader.line_num}: more fields than the header has ({reader.fieldnames}); "
-                'put a field that holds a comma into "quotes"'
-            )
-        yield row
+    try:
+        for row in reader:
+            if None in row:
+                raise DataError(
+                    f"data set {path}, line {reader.line_num}: more fields than the header has ({reader.fieldnames}); "
+                    'put a field that holds a comma into "quotes"'
+                )
+            yield row
+    except csv.Error as error:
+        hint = (
+            f"a field may have {csv.field_size_limit():,} characters (is a quote not closed?); a .jsonl file holds "
+            "longer texts"
+            if "field larger" in str(error)
+            else "it must be comma-separated text with a header"
+        )
+        raise DataError(
+            f"data set {path}, line {reader.line_num + 1}: cannot be read as CSV ({error}): {hint}"
+        ) from error
 
 
 def _parquet(path: Path) -> Iterator[Any]:
