@@ -285,6 +285,7 @@ def test_an_error_keeps_what_was_done(run, whole):
         make(run, evaluate=failing).go()
     assert len(run.updates()) == 3
     assert [line["generation"] for line in run.metrics()] == [1, 2, 3]
+    assert run.latest_checkpoint().generation == 3
     loop = make(RunDir.open(run.path))
     start = loop.resume()
     assert start == 3

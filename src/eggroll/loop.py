@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
+from eggroll.errors import EggrollError, RewardError
 from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
 
 if TYPE_CHECKING:
@@ -172,6 +174,9 @@ class Loop:
 
         Ctrl-C (or SIGTERM) ends the run after the generation in progress has been given up: the state is that after
         the last complete one, and a checkpoint of it is written. ``interrupted`` is true then.
+
+        Raises:
+            RewardError: a score failed. What is done has a checkpoint then, too.
         """
         began = time.perf_counter()
         members = range(self.config.population_size)
@@ -203,6 +208,11 @@ class Loop:
                         break
             except KeyboardInterrupt:
                 self.interrupted = True
+            except RewardError:  # raised between updates: the state is that after the last complete generation
+                if self.applied > start:
+                    with suppress(EggrollError):  # the reward's error is the one to show
+                        self._checkpoint(self.applied)
+                raise
         if self.applied > 0:
             self._checkpoint(self.applied)
         return self.history

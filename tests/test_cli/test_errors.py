@@ -255,6 +255,21 @@ def test_a_reward_that_fails_later_loses_nothing(eggroll):
     assert (eggroll.work / "run/updates.jsonl").read_text() == (eggroll.work / "whole/updates.jsonl").read_text()
 
 
+def test_a_reward_that_quits_ends_the_run_as_an_error(eggroll):
+    (eggroll.work / "later.py").write_text(FAILS_LATER.replace('raise ValueError("server gone")', "quit()"))
+    done = eggroll(
+        "tune", *eggroll.tune_arguments[1:], "-r", "later.py", "-g", "5", "--batch-members", "4", "-o", "run"
+    )
+    assert refused(
+        done,
+        "reward function 'reward' ended the program with sys.exit(), exit() or quit(); a reward must return a score",
+        "/later.py, line 8: quit()",
+        "The run in run is intact, with 3 finished generations. When the cause is gone, continue it: eggroll tune",
+    )
+    assert RunDir.open("run").latest_checkpoint().generation == 3
+    assert eggroll("tune", "tiny", "--resume", "run").status == 0
+
+
 @pytest.mark.filterwarnings("default::eggroll.core.fitness.NonFiniteFitnessWarning")
 def test_nan_counts_as_the_worst_and_is_counted(eggroll):
     (eggroll.work / "nan.py").write_text(

@@ -1,10 +1,13 @@
 """Chat templates: what a model gets to read, and what a reward gets to see."""
 
+import json
 import re
 
 import pytest
 
+from eggroll import EggrollConfig, EggrollTrainer, PerplexityReward
 from eggroll.errors import DataError
+from eggroll.llm.data.examples import load_examples
 from eggroll.llm.generation.chat import as_conversational, encode_prompts, format_prompts, plain_text
 
 USER = {"role": "user", "content": "hi"}
@@ -108,3 +111,101 @@ def test_long_prompts_lose_their_beginning_and_say_so(tiny_tokenizer):
         encoded = encode_prompts(tiny_tokenizer, texts, 8)
     assert [tiny_tokenizer.decode(ids) for ids in encoded.input_ids] == ["aaaaaEND", "short"]
     assert tiny_tokenizer.truncation_side == side
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather in a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+WITH_TOOLS = (
+    "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if thinking %}Hm.{% endif %}{% endif %}"
+)
+
+
+class TestColumnsOfTheTemplate:
+    """TRL's columns ``tools`` and ``chat_template_kwargs`` were dropped without a word."""
+
+    @pytest.mark.parametrize("tools", [TOOLS, tuple(TOOLS), json.dumps(TOOLS)], ids=["list", "tuple", "json"])
+    @pytest.mark.parametrize("prompt", ["hi", [USER]], ids=["string", "conversation"])
+    def test_tools(self, tiny_tokenizer, tools, prompt):
+        tiny_tokenizer.chat_template = WITH_TOOLS
+        expected = tiny_tokenizer.apply_chat_template([USER], tools=TOOLS, tokenize=False, add_generation_prompt=True)
+        found = format_prompts(tiny_tokenizer, [prompt, prompt], columns=[{"tools": tools}, {"tools": None}])
+        assert found == [expected, "<|user|>hi<|end|><|assistant|>"]
+        assert '"name": "weather"' in found[0]
+        (found,) = format_prompts(tiny_tokenizer, [prompt], columns=[{"tools": tools}], system="be brief")
+        assert '"name": "weather"' in found
+        assert "be brief" in found
+
+    def test_tools_that_are_python_functions(self, tiny_tokenizer):
+        def weather(city: str):
+            """The weather in a city.
+
+            Args:
+                city: its name
+            """
+
+        tiny_tokenizer.chat_template = WITH_TOOLS
+        assert '"name": "weather"' in format_prompts(tiny_tokenizer, [[USER]], columns=[{"tools": [weather]}])[0]
+
+    def test_switches(self, tiny_tokenizer):
+        tiny_tokenizer.chat_template = WITH_TOOLS
+        rows = [{"chat_template_kwargs": {"thinking": True}}, {"chat_template_kwargs": {"thinking": False}}]
+        assert format_prompts(tiny_tokenizer, ["hi", "hi"], columns=rows) == [
+            "<|user|>hi<|end|><|assistant|>Hm.",
+            "<|user|>hi<|end|><|assistant|>",
+        ]
+
+    @pytest.mark.parametrize("tools", ["hammer, saw", "{", 3, {"name": "weather"}, ["weather"], "[" * 10**5])
+    def test_tools_of_another_form(self, tiny_tokenizer, tools):
+        with pytest.raises(DataError) as info:
+            format_prompts(tiny_tokenizer, ["hi"], columns=[{"tools": tools}])
+        assert str(info.value).startswith(
+            "the column 'tools' goes to the chat template and must be a list of functions"
+        )
+        assert f"got {tools!r}"[:100] in str(info.value)
+
+    @pytest.mark.parametrize("switches", ["thinking", ["thinking"], {"tokenize": True}, {"tools": TOOLS}])
+    def test_switches_of_another_form(self, tiny_tokenizer, switches):
+        with pytest.raises(
+            DataError, match=r"'chat_template_kwargs' must be an object with switches .* none of add_gen"
+        ):
+            format_prompts(tiny_tokenizer, ["hi"], columns=[{"chat_template_kwargs": switches}])
+
+    def test_tools_that_nothing_reads_are_warned_of(self, tiny_tokenizer, plain_tokenizer):
+        with pytest.warns(UserWarning, match="the chat template of this model knows no tools: the model does not see"):
+            format_prompts(tiny_tokenizer, ["hi"], columns=[{"tools": TOOLS}])
+        with pytest.warns(UserWarning, match="plain prompts go through no chat template: the model does not see"):
+            assert format_prompts(plain_tokenizer, ["hi"], columns=[{"tools": TOOLS}]) == ["hi"]
+
+    def test_likelihood(self, tiny_tokenizer):
+        tiny_tokenizer.chat_template = WITH_TOOLS
+        (example,) = load_examples([{"messages": [USER, {"role": "assistant", "content": "sun"}], "tools": TOOLS}])
+        batch = PerplexityReward(tiny_tokenizer, max_length=4096).encode([example])
+        read = tiny_tokenizer.decode(batch["input_ids"][0])
+        scored = tiny_tokenizer.decode(batch["input_ids"][0][batch["labels"][0] >= 0])
+        assert '"name": "weather"' in read
+        assert scored == "sun<|end|>"
+
+    def test_what_the_evaluators_of_all_backends_encode(self, tiny_model, tiny_tokenizer):
+        tiny_tokenizer.chat_template = WITH_TOOLS
+        config = EggrollConfig(population_size=2, max_length=4096)
+        trainer = EggrollTrainer(tiny_model, config, len, tiny_tokenizer)
+        rows = load_examples([{"prompt": [USER], "tools": TOOLS}, {"prompt": "hi"}])
+        first, second = trainer.worker.evaluator.encode(rows).input_ids
+        expected = tiny_tokenizer.apply_chat_template([USER], tools=TOOLS, add_generation_prompt=True).input_ids
+        assert first == expected
+        assert tiny_tokenizer.decode(second) == "<|user|>hi<|end|><|assistant|>"
+
+
+def test_half_a_character_in_a_system_message(tiny_tokenizer):
+    with pytest.raises(DataError, match="a prompt with its system message has half of a character"):
+        format_prompts(tiny_tokenizer, ["hi"], system="\ud83d")

@@ -217,3 +217,12 @@ def test_as_reward(tiny_tokenizer):
     assert summed.score(["p"], ["x"]) == [1.0]
     assert isinstance(as_reward([one, lambda text: 4.0], tiny_tokenizer), MultiReward)
     assert "a reward cannot be 3; allowed are a Reward, a function or a list" in message_of(lambda: as_reward(3, None))
+
+
+def test_what_leaves_the_program_while_it_is_loaded(tmp_path, monkeypatch, tiny_tokenizer):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit('no key')\n")
+    monkeypatch.chdir(tmp_path)
+    message = message_of(lambda: load_reward("leaves:reward", tiny_tokenizer))
+    assert "the module of the reward 'leaves:reward' cannot be imported: SystemExit: no key" in message
+    message = message_of(lambda: load_reward("lambda text, end=quit(1): 0.0", tiny_tokenizer))
+    assert message.startswith("the reward 'lambda text, end=quit(1): 0.0' is not a valid lambda: ")

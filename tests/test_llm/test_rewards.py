@@ -3,6 +3,8 @@
 import asyncio
 import math
 import re
+import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -48,6 +50,25 @@ class TestTextReward:
         reward = TextReward(scorer=lambda text, **columns: seen.append(columns) or 0)
         reward.score(["p"], ["x"], {"a": [1], "b": [2]})
         assert seen == [{"a": 1, "b": 2, "prompt": "p"}]
+
+    def test_the_functions_own_parameter_wins_over_a_column_of_its_name(self):
+        def score(completion, **columns):
+            return len(completion) + len(columns)
+
+        columns = {"completion": ["a reference"], "answer": ["4"]}
+        assert TextReward(scorer=score).score(["p"], ["abc"], columns) == [5.0]
+
+        class Scorer:
+            def __call__(self, prompt, **columns):
+                return {"right": 1.0}[prompt] + len(columns)
+
+        assert TextReward(scorer=Scorer()).score(["p"], ["right"], {"answer": ["4"]}) == [2.0]
+
+    def test_a_column_may_have_the_name_of_a_parameter_that_takes_no_keyword(self):
+        def score(text, /, **columns):
+            return len(text) + len(columns["text"])
+
+        assert TextReward(scorer=score).score(["p"], ["abc"], {"text": ["four"]}) == [7.0]
 
     def test_none_and_nan_pass_as_nan(self):
         reward = TextReward(scorer={"a": None, "b": math.nan, "c": np.float32(2), "d": True}.get)
@@ -206,6 +227,114 @@ class TestFunctionReward:
     def test_wrong_constructor(self):
         assert "needs one or several functions, got []" in str(error_of(lambda: FunctionReward([])))
         assert "got 2 weights for 1 functions" in str(error_of(lambda: FunctionReward(len, weights=[1, 2])))
+
+
+def leave(*_, **__):
+    quit(3)
+
+
+def exit_silently(*_, **__):
+    raise SystemExit
+
+
+def cancel(*_, **__):
+    raise asyncio.CancelledError("by the server")
+
+
+async def leave_later(completions, **_):
+    await asyncio.sleep(0)
+    sys.exit("no key")
+
+
+async def cancel_later(completions, **_):
+    raise asyncio.CancelledError
+
+
+def generate_and_leave(completions, **_):
+    yield 1.0
+    sys.exit()
+
+
+class TestCodeThatEndsTheProgram:
+    """``quit()`` in a reward ended a run with exit code 0, no model and no message."""
+
+    ENDED = "ended the program with sys.exit(), exit() or quit()"
+
+    @pytest.mark.parametrize("function", [leave, leave_later, generate_and_leave, exit_silently])
+    def test_batch_functions(self, function):
+        error = error_of(lambda: FunctionReward(function).score(["a", "b"], ["x", "y"]))
+        assert str(error).startswith(f"reward function {function.__name__!r} {self.ENDED}")
+        assert "; a reward must return a score" in str(error)
+        assert isinstance(error.__cause__, SystemExit)
+
+    def test_what_it_said_is_shown(self):
+        assert "quit() (3); a reward" in str(error_of(lambda: FunctionReward(leave).score(["a"], ["x"])))
+        assert "quit() (no key); a reward" in str(error_of(lambda: FunctionReward(leave_later).score(["a"], ["x"])))
+
+    def test_other_rewards(self):
+        error = error_of(lambda: TextReward(scorer=leave).score(["the prompt"], ["x"]))
+        assert str(error).startswith(f"reward 'leave', prompt 'the prompt', {self.ENDED} (3); a reward must")
+        error = error_of(lambda: CustomReward(leave).evaluate(None, None))
+        assert str(error).startswith(f"reward 'leave' {self.ENDED} (3)")
+
+    @pytest.mark.parametrize("function", [cancel, cancel_later])
+    def test_other_exceptions_that_are_no_exception(self, function):
+        error = error_of(lambda: FunctionReward(function).score(["a"], ["x"]))
+        assert f"reward function {function.__name__!r} raised CancelledError" in str(error)
+
+    def test_ctrl_c_passes(self):
+        def interrupted(text):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            TextReward(scorer=interrupted).score(["a"], ["x"])
+
+
+@pytest.mark.parametrize("one", [np.array([1.0]), np.array([[1]]), np.array(1.0), torch.tensor([1.0]), np.float16(1)])
+def test_an_array_of_one_number_is_a_score(one):
+    assert TextReward(scorer=lambda text: one).score(["p"], ["x"]) == [1.0]
+    assert FunctionReward(lambda completions: [one]).score(["p"], ["x"]) == [1.0]
+    assert CustomReward(lambda model, inputs: one).evaluate(None, None) == 1.0
+
+
+@pytest.mark.parametrize("scores", [np.array([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]]), iter([1.0, 2.0])])
+def test_scores_in_a_column(scores):
+    assert FunctionReward(lambda completions: scores).score(["p", "q"], ["x", "y"]) == [1.0, 2.0]
+
+
+def test_an_array_without_axes_is_one_score():
+    reward = FunctionReward(lambda completions: np.array(1.0))
+    assert reward.score(["p"], ["x"]) == [1.0]
+    assert "returned 1 scores for 2 completions" in str(error_of(lambda: reward.score(["p", "q"], ["x", "y"])))
+
+
+class Hostile:
+    """A number of the user's own that raises."""
+
+    def __float__(self):
+        raise ZeroDivisionError
+
+    def __repr__(self):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (10**400, "returned a number that is too large for a float; a score must fit one"),
+        (Fraction(10**5000), "returned a number that is too large for a float; a score must fit one"),
+        (np.array([1.0, 2.0]), "returned ndarray array([1., 2.]); a score must be a number"),
+        (np.array([]), "returned ndarray array([], dtype=float64); a score must be a number"),
+        (1j, "returned complex 1j; a score must be a number"),
+        ([10**5000], "returned a list that cannot be shown; a score must be a number"),
+        (Hostile(), "returned a Hostile that cannot be shown; a score must be a number"),
+    ],
+    ids=["int", "fraction", "two", "none", "complex", "list", "hostile"],
+)
+def test_values_that_are_no_score(value, message):
+    error = error_of(lambda: FunctionReward(lambda completions: [value]).score(["p"], ["x"]))
+    assert str(error) == f"reward function '<lambda>' {message}"
+    assert str(error_of(lambda: TextReward(scorer=lambda text: value).score(["p"], ["x"]))).endswith(message)
 
 
 class TestCustomReward:

@@ -19,6 +19,7 @@ from eggroll.core.oracle import member_params
 from eggroll.errors import ConfigError, DataError, RewardError, RunError
 from eggroll.llm.data.examples import load_examples
 from eggroll.llm.generation import generate as decoding
+from eggroll.llm.rewards import Reward
 from eggroll.run.run_dir import RunDir
 
 PROMPTS = ["What is red?", "Name a fish.", "Say hi.", "Count to three.", "Who?"]
@@ -73,6 +74,36 @@ def test_it_learns_the_likelihood_of_texts(tiny_model, tiny_tokenizer):
     trainer = EggrollTrainer(tiny_model, settings, PerplexityReward(tiny_tokenizer), tiny_tokenizer)
     history = trainer.evolve(TEXTS, eval_data=TEXTS)
     assert history[-1]["heldout_reward"] > history[0]["fitness_mean"] + 1.0
+
+
+class FailsOnce(Reward):
+    """A reward class of the user's own, whose third call leaves the program."""
+
+    name = "fails once"
+
+    def __init__(self, error):
+        self.calls, self.error = 0, error
+
+    def score(self, prompts, completions, columns=None):
+        self.calls += 1
+        if self.calls == 3:
+            raise self.error
+        return [checksum(text) for text in completions]
+
+
+@pytest.mark.parametrize("error", [SystemExit(), ValueError("server gone")], ids=["exit", "raise"])
+def test_after_a_reward_has_failed_the_trainer_goes_on_where_it_is(build_model, tiny_tokenizer, tmp_path, error):
+    settings = config(generations=4, members_per_forward=6)
+    whole = EggrollTrainer(build_model("llama"), settings, checksum, tiny_tokenizer)
+    whole.evolve(PROMPTS)
+    trainer = EggrollTrainer(build_model("llama"), settings, FailsOnce(error), tiny_tokenizer)
+    run = RunDir.create(tmp_path / "run", settings.to_dict())
+    with pytest.raises(RewardError, match=r"reward 'fails once' (ended the program|raised ValueError: server gone)"):
+        trainer.evolve(PROMPTS, run=run)
+    assert (trainer.done, len(trainer.history), run.latest_checkpoint().generation) == (2, 2, 2)
+    trainer.evolve(PROMPTS, run=run)
+    assert trainer.done == 4
+    assert unchanged(trainer.model, center(whole.model))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

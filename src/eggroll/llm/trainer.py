@@ -149,8 +149,10 @@ class EggrollTrainer:
             stop=None if callback is None else lambda m: m["generation"] > self.done and callback(m) is False,
         )
         start = loop.resume() if resume else self._start(loop)
-        self.history = loop.go(start)
-        self.interrupted, self.done = loop.interrupted, loop.applied
+        try:
+            loop.go(start)
+        finally:  # a reward that fails ends the run after the updates before it, which are in the weights
+            self.history, self.interrupted, self.done = loop.history, loop.interrupted, loop.applied
         return self.history
 
     def _start(self, loop: Loop) -> int:

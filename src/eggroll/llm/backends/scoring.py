@@ -19,6 +19,7 @@ from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example, columns_of, prompts_of
 from eggroll.llm.generation.chat import encode_prompts, format_prompts, plain_text
 from eggroll.llm.rewards import Reward
+from eggroll.llm.rewards.base import as_scores, guarded
 from eggroll.loop import Evaluation, Heldout
 
 HELDOUT_MEMBER = -1
@@ -123,7 +124,13 @@ class Evaluator(ABC):
     def encode(self, batch: Sequence[Example], **settings: Any) -> Any:
         """Prompts as token ids."""
         config = self.config
-        texts = format_prompts(self.tokenizer, prompts_of(batch), chat=config.chat, system=config.system)
+        texts = format_prompts(
+            self.tokenizer,
+            prompts_of(batch),
+            chat=config.chat,
+            system=config.system,
+            columns=[example.columns for example in batch],
+        )
         return encode_prompts(self.tokenizer, texts, config.max_length, **settings)
 
     def needs(self, kind: str) -> bool:
@@ -144,7 +151,9 @@ class Evaluator(ABC):
                 assert not isinstance(batch, dict)
                 prompts = prompts_of(batch) * len(members)
                 columns = {key: values * len(members) for key, values in columns_of(batch).items()}
-                values = np.asarray(part.score(prompts, completions, columns), dtype=np.float64)
+                with guarded(f"reward {part.name!r}"):  # also of a class of the user's own
+                    found = part.score(prompts, completions, columns)
+                values = np.asarray(as_scores(found, len(completions), f"reward {part.name!r}"), dtype=np.float64)
             else:
                 values, used = self.beyond_text(part, batch, active, len(members))
                 tokens += used

@@ -29,8 +29,8 @@ Purpose = Literal["prompts", "text"]
 PROMPT_COLUMNS = ("prompt", "messages", "question", "instruction", "text")
 """Where a prompt is looked for, in this order."""
 
-READ_COLUMNS = ("completion", "messages", "tools")
-"""Further columns that the tokenizer reads."""
+READ_COLUMNS = ("completion", "messages", "tools", "chat_template_kwargs")
+"""Further columns that the tokenizer or its chat template reads."""
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eggroll.errors import DataError
+from eggroll.llm.data.characters import check_characters
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
 
+OWN_ARGUMENTS = frozenset(
+    {"conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+)
+"""Arguments of ``apply_chat_template`` that a row cannot set."""
+
+UNREAD_TOOLS = "the model does not see the column 'tools' (rewards do)"
+
 
 def format_prompts(
-    tokenizer: Any, prompts: Sequence[Prompt], *, chat: bool | None = None, system: str | None = None
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """The text that the model continues, one string per prompt.
 
@@ -28,13 +42,55 @@ def format_prompts(
             ``None`` makes it a user turn if the tokenizer has a chat template.
         system: a system message for conversations without one. It is put in front of strings that stay as they are,
             and into the first user turn where the template knows no system role (Gemma).
+        columns: the further columns of each prompt, for those that the template reads, see :func:`template_arguments`.
 
     Raises:
         DataError: a conversation (or ``chat=True``) without a chat template, or one that the template refuses.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     as_chat = has_template if chat is None else chat
-    return [_format(tokenizer, prompt, as_chat, has_template, system) for prompt in prompts]
+    rows = columns if columns is not None else [{}] * len(prompts)
+    texts = [
+        _format(tokenizer, prompt, as_chat, has_template, system, row)
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    for text in texts:  # from a system message, or a template: the data have been looked at when they were read
+        check_characters(text, "a prompt with its system message")
+    return texts
+
+
+def template_arguments(tokenizer: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row hands to its chat template, by TRL's names of columns.
+
+    ``tools`` are the functions that the model may call: a list of JSON schemas (or the list as JSON text).
+    ``chat_template_kwargs`` is a dict of the template's own switches, such as ``{"enable_thinking": False}``.
+
+    Raises:
+        DataError: they have another form.
+    """
+    found: dict[str, Any] = {}
+    switches = columns.get("chat_template_kwargs")
+    if switches:
+        if not isinstance(switches, Mapping) or not OWN_ARGUMENTS.isdisjoint(switches):
+            raise DataError(
+                "the column 'chat_template_kwargs' must be an object with switches of the chat template, none of "
+                f"{', '.join(sorted(OWN_ARGUMENTS))}; got {_shown(switches)}"
+            )
+        found.update(switches)
+    tools = columns.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise DataError(_not_tools(tools)) from None
+    if not tools:
+        return found
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
+        raise DataError(_not_tools(tools))
+    template = tokenizer.get_chat_template(tools=list(tools)) if hasattr(tokenizer, "get_chat_template") else None
+    if isinstance(template, str) and "tools" not in template:
+        warnings.warn(f"the chat template of this model knows no tools: {UNREAD_TOOLS}", stacklevel=2)
+    return {**found, "tools": list(tools)}
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str], max_length: int, **settings: Any) -> Any:
@@ -87,9 +143,31 @@ def plain_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 
 
-def _format(tokenizer: Any, prompt: Prompt, as_chat: bool, has_template: bool, system: str | None) -> str:
+def _not_tools(tools: Any) -> str:
+    return (
+        "the column 'tools' goes to the chat template and must be a list of functions as JSON schemas, such as "
+        f'[{{"type": "function", "function": {{"name": ...}}}}]; got {_shown(tools)}. Name the column otherwise if it '
+        "is something else"
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _format(
+    tokenizer: Any,
+    prompt: Prompt,
+    as_chat: bool,
+    has_template: bool,
+    system: str | None,
+    columns: Mapping[str, Any],
+) -> str:
     if isinstance(prompt, str):
         if not as_chat:
+            if columns.get("tools"):
+                warnings.warn(f"plain prompts go through no chat template: {UNREAD_TOOLS}", stacklevel=2)
             return f"{system}\n\n{prompt}" if system else prompt
         prompt = [{"role": "user", "content": prompt}]
     if not has_template:
@@ -98,24 +176,29 @@ def _format(tokenizer: Any, prompt: Prompt, as_chat: bool, has_template: bool, s
             f"the prompts are conversations, but the tokenizer {name!r} has no chat template. Give the prompts as "
             "strings, or use an instruction-tuned model"
         )
+    arguments = template_arguments(tokenizer, columns)
     if system and not any(message["role"] == "system" for message in prompt):
         try:
-            return _apply(tokenizer, [{"role": "system", "content": system}, *prompt])
+            return _apply(tokenizer, [{"role": "system", "content": system}, *prompt], arguments)
         except Exception:
             # templates without a system role raise an error of their own; the first user turn takes the text instead
             prompt = _into_user_turn(prompt, system)
     try:
-        return _apply(tokenizer, prompt)
+        return _apply(tokenizer, prompt, arguments)
     except Exception as error:
         roles = [message.get("role") for message in prompt]
         raise DataError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
 
 
-def _apply(tokenizer: Any, messages: list[Message]) -> str:
+def _apply(tokenizer: Any, messages: list[Message], arguments: Mapping[str, Any]) -> str:
     continued = messages[-1]["role"] == "assistant"
     text = str(
         tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+            messages,
+            tokenize=False,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            **arguments,
         )
     )
     start = getattr(tokenizer, "bos_token", None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from eggroll.errors import RewardError
+from eggroll.errors import EggrollError, RewardError
 
 Need = Literal["text", "tokens", "model", "mixed"]
 """``text``: generated completions. ``tokens``: the likelihood of given texts. ``model``: the model itself, one member
@@ -82,8 +84,14 @@ def as_score(value: Any, what: str) -> float:
     if isinstance(value, str | bytes):
         raise RewardError(f"{what} returned the text {value!r}; a score must be a number")
     try:
-        return float(value.detach() if isinstance(value, torch.Tensor) else value)
-    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(value, torch.Tensor):
+            return float(value.detach())
+        if isinstance(value, np.ndarray):
+            return float(value.item())  # an array of one number is a number, as in torch
+        return float(value)
+    except OverflowError as error:
+        raise RewardError(f"{what} returned a number that is too large for a float; a score must fit one") from error
+    except Exception as error:  # whatever a class of the user's raises
         raise RewardError(f"{what} returned {describe(value)}; a score must be a number") from error
 
 
@@ -95,17 +103,47 @@ def as_scores(values: Any, count: int, what: str) -> list[float | None]:
     """
     if isinstance(values, torch.Tensor):
         values = values.detach().flatten().tolist()
+    elif isinstance(values, np.ndarray):
+        values = values.ravel().tolist()
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise RewardError(f"{what} returned {describe(values)}; it must return a list of {count} numbers")
-    found = list(values)
+    with guarded(what):  # a generator runs only now
+        found = list(values)
     if len(found) != count:
         raise RewardError(f"{what} returned {len(found)} scores for {count} completions; it must return one for each")
     return [None if value is None else as_score(value, what) for value in found]
 
 
+@contextmanager
+def guarded(what: str, after: str = "") -> Iterator[None]:
+    """Makes whatever the user's code in the block raises an error about the reward, ``sys.exit()`` and ``quit()`` too.
+
+    Args:
+        what: opens the message.
+        after: ends it.
+
+    Raises:
+        RewardError: the block raised. Errors of eggroll's own and Ctrl-C pass as they are.
+    """
+    try:
+        yield
+    except (EggrollError, KeyboardInterrupt):
+        raise
+    except SystemExit as error:
+        said = "" if error.code is None else f" ({error.code})"
+        raise RewardError(
+            f"{what} ended the program with sys.exit(), exit() or quit(){said}; a reward must return a score{after}"
+        ) from error
+    except BaseException as error:
+        raise RewardError(f"{what} raised {type(error).__name__}: {error}{after}") from error
+
+
 def describe(value: Any) -> str:
     """A value for a message: its type and its beginning."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 

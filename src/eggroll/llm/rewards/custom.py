@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from eggroll.errors import RewardError
-from eggroll.llm.rewards.base import Need, Reward, as_score, function_name
+from eggroll.llm.rewards.base import Need, Reward, as_score, function_name, guarded
 
 
 class CustomReward(Reward):
@@ -37,8 +37,6 @@ class CustomReward(Reward):
         Raises:
             RewardError: the function raised, or did not return a number.
         """
-        try:
+        with guarded(f"reward {self.name!r}"):
             value = self.function(model, inputs)
-        except Exception as error:
-            raise RewardError(f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
         return as_score(value, f"reward {self.name!r}")

@@ -7,12 +7,13 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from eggroll.errors import DataError, RewardError
+from eggroll.errors import RewardError
 from eggroll.llm.generation.chat import as_conversational
-from eggroll.llm.rewards.base import Need, Prompt, Reward, as_scores, function_name, shown
+from eggroll.llm.rewards.base import Need, Prompt, Reward, as_scores, function_name, guarded, shown
 
 RewardFunction = Callable[..., Any]
 
@@ -110,16 +111,10 @@ class FunctionReward(Reward):
         return [list(self.tokenizer(text, add_special_tokens=False).input_ids) for text in completions]
 
     def _guarded(self, function: RewardFunction, prompts: Sequence[Prompt], call: Callable[[], Any]) -> Any:
-        try:
+        first = f"; the first prompt is {shown(prompts[0])}" if prompts else ""
+        what = f"reward function {function_name(function)!r}"
+        with guarded(what, f" (on a batch of {len(prompts)} completions{first})"):
             return call()
-        except (RewardError, DataError):
-            raise  # a reward of eggroll's own, which says what is wrong
-        except Exception as error:
-            first = f"; the first prompt is {shown(prompts[0])}" if prompts else ""
-            raise RewardError(
-                f"reward function {function_name(function)!r} raised {type(error).__name__}: {error} "
-                f"(on a batch of {len(prompts)} completions{first})"
-            ) from error
 
     def _await(self, results: list[Any], prompts: Sequence[Prompt]) -> None:
         """Replaces the coroutines among the results by what they return, running them side by side."""
@@ -134,12 +129,27 @@ class FunctionReward(Reward):
 
 
 async def _gather(awaitables: list[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*awaitables, return_exceptions=True)
+    return await asyncio.gather(*map(_outcome, awaitables))
+
+
+async def _outcome(awaitable: Awaitable[Any]) -> Any:
+    """What an awaitable returns or raises; a ``SystemExit`` that left a task would stop the event loop."""
+    try:
+        return await awaitable
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return _Raised(error)
+
+
+@dataclass(frozen=True)
+class _Raised:
+    error: BaseException
 
 
 def _result(outcome: Any) -> Any:
-    if isinstance(outcome, BaseException):
-        raise outcome
+    if isinstance(outcome, _Raised):
+        raise outcome.error
     return outcome
 
 

@@ -98,7 +98,7 @@ def as_reward(value: Any, tokenizer: Any) -> Reward:
 def _from_lambda(spec: str, tokenizer: Any) -> Reward:
     try:
         function = eval(spec, {"re": re, "math": math, "json": json})
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"the reward {spec!r} is not a valid lambda: {error}. Write for example "
                           "\"lambda text: 1.0 if 'yes' in text else 0.0\"") from error  # fmt: skip
     return _from_function(function, tokenizer, spec)
@@ -134,7 +134,7 @@ def _from_module(path: str, function: str, tokenizer: Any) -> Reward:
     try:
         with _import_path(Path.cwd()):
             module = importlib.import_module(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(
             f"the module of the reward '{path}:{function}' cannot be imported: {type(error).__name__}: {error}. "
             "Give package.module:function, with the package installed or in the current folder"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eggroll.errors import ConfigError, DataError, RewardError
 from eggroll.llm.data.examples import Example
-from eggroll.llm.generation.chat import format_prompts
+from eggroll.llm.generation.chat import format_prompts, template_arguments
 from eggroll.llm.rewards.base import Need, Reward
 from eggroll.llm.rewards.logits import chunked_logits
 
@@ -158,8 +158,9 @@ class PerplexityReward(Reward):
         if isinstance(example.prompt, list) and isinstance(completion, list):
             whole = [*example.prompt, *completion]
         if isinstance(example.prompt, list) and whole and len(whole) > len(example.prompt):
-            opening = format_prompts(self.tokenizer, [example.prompt])[0]
-            text = str(self.tokenizer.apply_chat_template(whole, tokenize=False))
+            opening = format_prompts(self.tokenizer, [example.prompt], columns=[example.columns])[0]
+            arguments = template_arguments(self.tokenizer, example.columns)
+            text = str(self.tokenizer.apply_chat_template(whole, tokenize=False, **arguments))
             at = text.find(opening)
             if at >= 0:
                 answer = text[at + len(opening) :]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eggroll.errors import RewardError
-from eggroll.llm.rewards.base import Need, Prompt, Reward, as_score, function_name, shown
+from eggroll.llm.rewards.base import Need, Prompt, Reward, as_score, function_name, guarded, shown
 
 
 class TextReward(Reward):
@@ -40,7 +40,7 @@ class TextReward(Reward):
         self.tokenizer = tokenizer
         self.scorer = scorer
         self.name = name or function_name(scorer)
-        self._wanted, self._wants_all = _extra_parameters(scorer)
+        self._own, self._wanted, self._wants_all = _extra_parameters(scorer)
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None
@@ -50,24 +50,27 @@ class TextReward(Reward):
         scores = []
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             known = {**{name: values[index] for name, values in columns.items()}, "prompt": prompt}
+            known.pop(self._own, None)
             extra = known if self._wants_all else {name: known[name] for name in self._wanted if name in known}
             what = f"reward {self.name!r}, prompt {shown(prompt)},"
-            try:
+            with guarded(what, f". {_hint(self, known)}"):
                 value = self.scorer(completion, **extra)
-            except Exception as error:
-                raise RewardError(f"{what} raised {type(error).__name__}: {error}. {_hint(self, known)}") from error
             scores.append(as_score(value, what))
         return scores
 
 
-def _extra_parameters(function: Callable[..., Any]) -> tuple[list[str], bool]:
-    """Names of the parameters after the first, and whether there is a ``**``."""
+def _extra_parameters(function: Callable[..., Any]) -> tuple[str, list[str], bool]:
+    """The name that the text takes, names of the parameters after it, and whether there is a ``**``.
+
+    The name is empty if a column may have it, too: ``def score(text, /, **columns)``.
+    """
     try:
-        parameters = list(inspect.signature(function).parameters.values())[1:]
+        first, *parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return [], False
+        return "", [], False
+    own = first.name if first.kind is first.POSITIONAL_OR_KEYWORD else ""
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return own, named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _hint(reward: TextReward, known: Mapping[str, Any]) -> str:
