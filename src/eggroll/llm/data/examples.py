@@ -231,7 +231,7 @@ def _example_of(row: Any, where: str) -> Example:
         return Example(prompt=row, text=row)
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: a row must be a string or an object with columns, not {type(row).__name__}")
-    row = dict(row)
+    row = {str(name): value for name, value in row.items()}
     text = row.get("text")
     if not any(row.get(name) is not None for name in (*PROMPT_COLUMNS, "completion")):
         raise DataError(f"{where} has the columns {sorted(row)}; it needs one of {', '.join(PROMPT_COLUMNS)}")
