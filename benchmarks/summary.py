@@ -85,7 +85,7 @@ def targets(results: Sequence[Result]) -> str:
 def section(result: Result) -> str:
     """One benchmark: what its ratio is, what it ran on, why a target is missed, and the cases without a target."""
     missed = any(line["met"] is False for line in result["rows"])
-    names = ("eggroll-es", "torch", "transformers", "numpy")
+    names = ("eggroll-evolve", "eggroll-es", "torch", "transformers", "numpy")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in names if name in result["versions"])
     git = result["git"]
     revision = "unknown" if git is None else git["commit"][:10] + (" with local changes" if git["changed"] else "")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from eggroll.errors import MissingExtraError
+from eggroll._optional import missing
 
 
 def attach(
@@ -38,10 +38,7 @@ def attach(
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] == "eggroll":
                 raise
-            raise MissingExtraError(
-                f"{package}.{name} needs '{error.name}', which is not installed. "
-                f"Install it with: pip install 'eggroll-es[{extra}]'"
-            ) from error
+            raise missing(f"{package}.{name} needs '{error.name}', which is not installed", extra) from error
         setattr(sys.modules[package], name, value)  # the next access does not come here
         return value
 

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from eggroll._lazy import attach
+from eggroll._optional import install_line
 from eggroll.errors import MissingExtraError
 
 PACKAGES = ["eggroll", "eggroll.torch", "eggroll.distributed"]
@@ -39,7 +40,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(package):
         _ = package.Needy
     assert str(caught.value) == (
         "made_up.Needy needs 'a_library_that_is_not_there', which is not installed. "
-        "Install it with: pip install 'eggroll-es[llm]'"
+        f"Install it with: {install_line('llm')}"
     )
 
 

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from eggroll import errors
-from eggroll._optional import require
+from eggroll._optional import install_line, require
 
 STANDARD = {
     "EggrollError": Exception,
@@ -68,7 +68,7 @@ def test_a_missing_extra_names_its_pip_line():
         require("no_such_module_at_all", extra="vllm")
     assert str(caught.value) == (
         "'no_such_module_at_all' is needed here and could not be imported (No module named 'no_such_module_at_all'). "
-        "Install it with: pip install 'eggroll-es[vllm]'"
+        f"Install it with: {install_line('vllm')}"
     )
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 

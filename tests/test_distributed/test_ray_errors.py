@@ -158,7 +158,7 @@ def test_ray_is_not_installed(toys, monkeypatch):
     for name in [name for name in sys.modules if name == "ray" or name.startswith("ray.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtraError, match=r"'ray' is needed here .*pip install 'eggroll-es\[ray\]'"):
+    with pytest.raises(MissingExtraError, match=r"'ray' is needed here .*pip install .*\[ray\]"):
         make(toys.NumpyWorker)
 
 

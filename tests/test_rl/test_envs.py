@@ -12,6 +12,7 @@ import pytest
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
+from eggroll._optional import install_line  # noqa: E402
 from eggroll.errors import ConfigError, MissingExtraError  # noqa: E402
 from eggroll.rl.envs import _common, registry  # noqa: E402
 from eggroll.rl.envs.base import Continuous, Discrete, MultiDiscrete  # noqa: E402
@@ -147,7 +148,7 @@ def test_listing(monkeypatch):
     monkeypatch.setitem(sys.modules, "kinetix", None)
     rows = registry.listing()
     assert [row.name for row in rows] == list(registry.PAPER)
-    assert rows[10] == ("kinetix/l/hard_pinball", "kinetix", "pip install 'eggroll-es[kinetix]'")
+    assert rows[10] == ("kinetix/l/hard_pinball", "kinetix", install_line("kinetix"))
 
 
 # errors
@@ -200,9 +201,9 @@ def test_brax_without_the_backend():
 def test_a_missing_library_says_what_installs_it(monkeypatch):
     for library in ("navix", "kinetix"):
         monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(MissingExtraError, match=r"'navix' is needed here .*pip install 'eggroll-es\[rl\]'"):
+    with pytest.raises(MissingExtraError, match=r"'navix' is needed here .*pip install .*\[rl\]"):
         registry.make("navix/Navix-FourRooms-v0")
-    with pytest.raises(MissingExtraError, match=r"'kinetix' is needed .*pip install 'eggroll-es\[kinetix\]'"):
+    with pytest.raises(MissingExtraError, match=r"'kinetix' is needed .*pip install .*\[kinetix\]"):
         registry.resolve("kinetix/s/some_level")
 
 

@@ -88,7 +88,7 @@ def test_a_wrong_name_is_explained(run):
 
 def test_wandb_missing_says_how_to_install_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingExtraError, match=r"'wandb' is needed here.*pip install 'eggroll-es\[wandb\]'"):
+    with pytest.raises(MissingExtraError, match=r"'wandb' is needed here.*pip install .*\[wandb\]"):
         make_trackers("wandb", run)
 
 

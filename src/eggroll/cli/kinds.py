@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from eggroll._optional import require
-from eggroll.errors import MissingExtraError, RunError
+from eggroll._optional import missing, require
+from eggroll.errors import RunError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -57,8 +57,5 @@ def load_recipe(name: str) -> ModuleType:
         return importlib.import_module(f"eggroll.recipes.{FILES.get(name, name)}")
     except ModuleNotFoundError as error:
         if error.name is not None and not error.name.startswith("eggroll"):
-            raise MissingExtraError(
-                f"the recipe {name} needs '{error.name}', which is not installed. "
-                "Install it with: pip install 'eggroll-es[recipes]'"
-            ) from error
+            raise missing(f"the recipe {name} needs '{error.name}', which is not installed", "recipes") from error
         raise

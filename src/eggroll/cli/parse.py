@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import tyro
 
+from eggroll.core.config import ESConfig
 from eggroll.core.settings import about
 from eggroll.errors import ConfigError
 
@@ -68,9 +69,12 @@ def command_type(kind: Any) -> Any:
 
 @cache
 def field_texts(kind: Any) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass and of its bases; a field without one has its base's."""
+    """The docstrings below the fields of a dataclass and of its bases; a field without one has that of its base.
+
+    Options that are not an ``ESConfig`` but make one (``--rank`` of ``eggroll rl``) have the texts of its fields.
+    """
     found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
+    for base in (ESConfig, *reversed(kind.__mro__)):
         if not dataclasses.is_dataclass(base):
             continue
         try:

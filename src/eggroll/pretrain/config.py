@@ -123,9 +123,7 @@ class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOpt
     text_column: str = "text"
     """Column of a hub data set that holds the documents."""
     population_size: int = setting(4096, flags=("-p", "--pop_size"))
-    """Members per generation; both signs of a pair count."""
     rank: int = 1
-    """Rank of the perturbations."""
     n_layers: int = 6
     """Blocks of the model."""
     hidden: int = 256
@@ -133,7 +131,6 @@ class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOpt
     precision: Precision = "int8"
     """int8; fp32 and bf16 train the same network in floating point."""
     generations: int = setting(1000, flags=("-g",), resume=_has_open_end)
-    """Updates."""
     minutes: float | None = setting(None, resume=True)
     """End the run after this many minutes, even if generations are left."""
     group_size: int = 2
@@ -149,9 +146,7 @@ class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOpt
     noise_table_size: int = DEFAULT_TABLE_SIZE
     """Bytes of the table; the paper has 2^30."""
     noise_reuse: int = 1
-    """Generations that share the same noise."""
     seed: int = 0
-    """Seed of everything random."""
     eval_every: int = setting(20, resume=True)
     """Generations between validations."""
     eval_tokens: int = setting(32768, resume=True)

@@ -24,23 +24,17 @@ class RLConfig(RunOptions, WorkerOptions):
     env: str = "CartPole-v1"
     """Environment, such as navix-DoorKey-8x8, brax/ant, gymnasium/HalfCheetah-v5; --list shows the paper's sixteen."""
     population_size: int | None = setting(None, flags=("-p", "--population", "--pop_size"))
-    """Members per generation; both signs of a pair count."""
     rank: int | None = None
-    """Rank of the perturbations."""
     sigma: float | None = None
     """Standard deviation of the perturbations in the first generation."""
     lr: float | None = None
     """Learning rate of the first generation, in the paper's scale (docs/scale-conventions.md)."""
     generations: int = setting(200, flags=("-g",), resume=True)
-    """Updates."""
     env_steps: int | None = setting(None, resume=True)
     """End the run after so many environment steps of the members (PPO: 1,000,000 if not given)."""
     optimizer: OptimizerName | None = None
-    """sgd, momentum, adam or adamw."""
     lr_decay: float | None = None
-    """Factor on the learning rate in each generation."""
     sigma_decay: float | None = None
-    """Factor on sigma in each generation."""
     rank_transform: bool | None = None
     """Shape fitness by ranks; otherwise by its z-score."""
     episodes: int | None = setting(None, flags=("--n-parallel-evals",))
@@ -68,7 +62,6 @@ class RLConfig(RunOptions, WorkerOptions):
     devices: int = setting(1, resume=True)
     """Devices to share the members among."""
     seed: int = 0
-    """Seed of everything random."""
 
     def problems(self) -> Sequence[str]:
         """Everything that is wrong with these settings."""

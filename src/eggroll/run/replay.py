@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from eggroll._optional import DISTRIBUTION
 from eggroll.core.records import UpdateRecord
 from eggroll.core.threefry import NOISE_VERSION
 from eggroll.errors import RunError
@@ -59,7 +60,8 @@ def replay_run(run: RunDir, apply: Callable[[UpdateRecord], None], *, start: int
     """
     version = run.environment.get("noise_version", NOISE_VERSION)
     if version != NOISE_VERSION:
-        eggroll = run.environment.get("packages", {}).get("eggroll-es", "unknown")
+        packages = run.environment.get("packages", {})
+        eggroll = packages.get(DISTRIBUTION, packages.get("eggroll-es", "unknown"))
         raise RunError(
             f"{run.path} was made with version {version} of the noise specification, this eggroll draws version "
             f"{NOISE_VERSION}; replay it with the eggroll that made it (version {eggroll})"

@@ -12,6 +12,7 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
+from eggroll._optional import DISTRIBUTION
 from eggroll.errors import ModelError
 from eggroll.llm.models.hub import quiet_progress
 
@@ -101,7 +102,7 @@ def _readable(path: Path) -> None:
 
 def _version() -> str:
     try:
-        return packages.version("eggroll-es")
+        return packages.version(DISTRIBUTION)
     except packages.PackageNotFoundError:
         return "unknown"
 

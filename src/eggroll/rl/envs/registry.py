@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
-from eggroll._optional import require
+from eggroll._optional import install_line, require
 from eggroll.errors import ConfigError
 from eggroll.rl.envs.base import Environment
 
@@ -147,7 +147,7 @@ def listing() -> list[Row]:
     rows = []
     for library, known in LIBRARIES.items():
         there = importlib.util.find_spec(library) is not None
-        status = "installed" if there else f"pip install 'eggroll-es[{known.extra}]'"
+        status = "installed" if there else install_line(known.extra)
         rows += [Row(_canonical(library, id), library, status) for id in _paper_ids(library)]
     return sorted(rows, key=lambda row: PAPER.index(row.name))
 
