@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, PyTree
 from numpy.typing import NDArray
 
 from eggroll._optional import require
-from eggroll.rl.envs.gymnasium_env import GymnasiumEnvironment
+from eggroll.rl.envs.gymnasium_env import GymnasiumEnvironment, calling
+from eggroll.rl.envs.gymnasium_spaces import flatten, own_actions
 from eggroll.rl.policies import LARGEST, ObsStats, act, forward
 from eggroll.rl.rollouts import HELDOUT, Played, Rollouts
 
@@ -71,7 +72,7 @@ class GymnasiumRollouts(Rollouts):
             for step in range(self.max_steps):
                 rows = jnp.asarray(self._flatten(np.asarray(x)[None]))
                 action = self._act_center(params, stats, rows, jax.random.key(step))
-                x, reward, terminated, truncated, _ = env.step(np.asarray(action)[0])
+                x, reward, terminated, truncated, _ = env.step(own_actions(self.env.action_space, action)[0])
                 total += float(reward)
                 frames.append(env.render())
                 if terminated or truncated:
@@ -128,25 +129,30 @@ class GymnasiumRollouts(Rollouts):
         """One episode for each seed; sums of observations are of ``x - mean``."""
         gymnasium = require("gymnasium", extra="rl")
         count = len(seeds)
-        envs = gymnasium.make_vec(self.env.id, num_envs=count, vectorization_mode="sync")
         sums = [np.zeros(()), np.zeros(self.env.obs_size), np.zeros(self.env.obs_size)]
-        x, _ = envs.reset(seed=[int(seed) for seed in seeds])
         returns, lengths, alive = np.zeros(count), np.zeros(count, int), np.ones(count, bool)
         key = jax.random.key(int(seeds[0]))
+        with calling(self.env, "its constructor"):
+            envs = gymnasium.make_vec(self.env.id, num_envs=count, vectorization_mode="sync")
         try:
+            with calling(self.env, "reset"):
+                x, _ = envs.reset(seed=[int(seed) for seed in seeds])
             for step in range(self.max_steps):
-                rows = self._flatten(x)
+                with calling(self.env, "step" if step else "reset"):
+                    rows = self._flatten(x)
                 shifted = rows[alive & (np.abs(rows) <= LARGEST).all(axis=1)] - mean
                 sums = [sums[0] + len(shifted), sums[1] + shifted.sum(0), sums[2] + (shifted**2).sum(0)]
-                chosen = actions(rows, jax.random.fold_in(key, step))
-                x, rewards, terminated, truncated, _ = envs.step(chosen)
+                chosen = own_actions(self.env.action_space, actions(rows, jax.random.fold_in(key, step)))
+                with calling(self.env, "step"):
+                    x, rewards, terminated, truncated, _ = envs.step(chosen)
                 returns += np.where(alive, rewards, 0.0)
                 lengths += alive
                 alive &= ~(terminated | truncated)
                 if not alive.any():
                     break
         finally:
-            envs.close()
+            with calling(self.env, "close"):
+                envs.close()
         return Played(returns, lengths, *(value[None] for value in sums))
 
     def _seeds(self, generation: int, pairs: NDArray[Any], episodes: int) -> NDArray[np.uint32]:
@@ -154,7 +160,5 @@ class GymnasiumRollouts(Rollouts):
         rows = [np.random.SeedSequence([self.seed, generation, int(pair)]).generate_state(episodes) for pair in pairs]
         return np.array(rows, np.uint32) % (2**31 - 1)
 
-    def _flatten(self, x: NDArray[Any]) -> NDArray[np.float32]:
-        if x.ndim == 1:  # Discrete: one of obs_size
-            return np.eye(self.env.obs_size, dtype=np.float32)[x]
-        return np.asarray(x, np.float32).reshape(len(x), -1)
+    def _flatten(self, x: Any) -> NDArray[np.float32]:
+        return flatten(self.env.observation_space, x)
