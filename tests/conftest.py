@@ -15,6 +15,12 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# The key that seals runs is made in this folder, not in the user's own.
+if "XDG_STATE_HOME" not in os.environ:
+    _state = tempfile.mkdtemp(prefix="eggroll-state-")
+    atexit.register(shutil.rmtree, _state, ignore_errors=True)
+    os.environ["XDG_STATE_HOME"] = _state
+
 # What a shell starts in the background ignores SIGINT, and tests of Ctrl-C send it.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)

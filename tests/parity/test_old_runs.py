@@ -19,7 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 OLD = Path(__file__).with_name("old_runs")
 RESUME = {
-    "tune": "tune --resume run -g 4",
+    "tune": "tune --resume run -r score.py -g 4",
     "rl": "rl --resume run -g 4 --no-render",
     "rl_gymnasium": "rl --resume run -g 4 --no-render",
     "pretrain": "pretrain --resume run -g 4 --threads 1",
@@ -62,7 +62,7 @@ def stored(old):
 
 def test_replay(old):
     done = len(lines("updates.jsonl"))
-    shown = call("replay run -o replayed")
+    shown = call("replay run -o replayed --allow-difference")  # another machine's: compared below
     assert f"generation {done} of {done}" in shown
     (file,) = Path("replayed").glob("*.safetensors")
     replayed, expected = load_file(file), stored(old)

@@ -1,6 +1,7 @@
 """The weights of any generation, from the base model and the log."""
 
 import json
+import re
 
 import pytest
 from safetensors.torch import load_file
@@ -68,7 +69,18 @@ def test_a_log_that_was_changed_is_noticed(eggroll):
     first, second = map(json.loads, path.read_text().splitlines())
     first["shaped_fitness"] = [-value for value in first["shaped_fitness"]]
     path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
-    assert "generation 2 of 2, differs from its checkpoint" in eggroll("replay", "run").out
+    done = eggroll("replay", "run")
+    assert done.status == 1
+    assert done.err.startswith("error: the rebuilt weights of generation 2 differ from the run's checkpoint of it (")
+    assert "another number of threads than the run's, which shows in the last digits" in done.err
+    assert not (eggroll.work / "run/replay-2").exists()
+    done = eggroll("replay", "run", "--allow-difference")
+    assert done.status == 0
+    assert re.search(r"generation 2 of 2, differs from its checkpoint \(\d+ of \d+ tensors, by up to 0.\d+\)", done.out)
+    assert (eggroll.work / "run/replay-2/model.safetensors").exists()
+    done = eggroll("replay", "run", "--to", "1")  # changed as well, and nobody can tell
+    assert done.status == 0
+    assert "generation 1 of 2, not compared: the run keeps no checkpoint of it\n" in done.out
     path.write_text(f"{json.dumps(second)}\n")
     done = eggroll("replay", "run")
     assert done.status == 1

@@ -40,7 +40,7 @@ FLAGS = {
         --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
         --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
     """,
-    "replay": "RUN --to --output/-o",
+    "replay": "RUN --to --output/-o --trust-remote-code --allow-difference",
     "report": "RUN",
 }
 DEFAULTS = {

@@ -25,6 +25,10 @@ class ReplayOptions:
     """The generation to rebuild (default: the last one in the log; 0 is the base model)."""
     output: str | None = setting(None, flags=("-o",))
     """Where the model goes (default: RUN/replay-<generation>)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the run's model or environment. A run's directory alone is never believed in this."""
+    allow_difference: bool = False
+    """Write the weights also if they differ from the run's checkpoint (another kind of machine, other threads)."""
 
 
 OPTIONS = ReplayOptions
@@ -44,15 +48,18 @@ def run(options: ReplayOptions) -> int:
         return track(list(records), description="replaying", console=console, disable=not console.is_terminal)
 
     directory = RunDir.open(options.run)
-    done = rebuild(kind_of(directory), directory, to=options.to, output=options.output, track=shown)
-    if done.damage:
-        compared = f", not compared with its checkpoint, which is damaged: {escape(done.damage)}"
+    done = rebuild(
+        kind_of(directory), directory, to=options.to, output=options.output, track=shown,
+        trust_remote_code=options.trust_remote_code, allow_difference=options.allow_difference,
+    )  # fmt: skip
+    if done.equal is None and done.remark:
+        compared = f", not compared with its checkpoint, which is damaged: {escape(done.remark)}"
     elif done.equal is None:
-        compared = ""
+        compared = ", not compared: the run keeps no checkpoint of it" if done.generation > 0 else ""
     elif done.equal:
         compared = ", equal to its checkpoint, bit for bit"
     else:
-        compared = ", [red]differs from its checkpoint[/] (another kind of machine, or another number of threads?)"
+        compared = f", [red]differs from its checkpoint[/] ({escape(done.remark)})"
     console.print(f"generation {done.generation} of {done.logged}{compared}")
     console.print(f"{done.saved.what:8} {escape(str(done.saved.path))}")
     for number, line in enumerate(done.saved.load):

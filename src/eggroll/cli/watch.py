@@ -31,12 +31,10 @@ def option_given(arguments: Sequence[str], name: str) -> str | None:
 
 def resumed_options(kind: RunKind, arguments: Sequence[str]) -> Any | None:
     """The options of the run that ``--resume DIR`` names, as defaults of the command line; ``None`` without it."""
-    import dataclasses
-
-    from eggroll.lifecycle import options_of_run
+    from eggroll.lifecycle import resumed_options as options
 
     path = option_given(arguments, "--resume")
-    return None if path is None else dataclasses.replace(options_of_run(kind, path), resume=path)
+    return None if path is None else options(kind, path)
 
 
 def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:

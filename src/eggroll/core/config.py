@@ -46,7 +46,7 @@ class ESConfig:
     """Members 2k and 2k+1 share a draw with opposite signs. ``sampling`` overrides this when it is given."""
     sampling: Sampling | None = None
     """``antithetic``, or ``one_sided``: every member has a draw of its own, with a leave-one-out baseline."""
-    fitness_shaping: Shaping = "centered_rank"
+    fitness_shaping: Shaping = setting("centered_rank", runs_code=lambda shaping: ":" in str(shaping))
     """``centered_rank`` (in [-0.5, 0.5], ties share the mean rank), ``normalized`` (z-score) or ``raw``; in Python also
     a function of the scores (:mod:`eggroll.core.fitness`)."""
     group_size: int = 0

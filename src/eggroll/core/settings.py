@@ -26,6 +26,8 @@ def setting(
     resume: OnResume = False,
     positional: str = "",
     hidden: bool = False,
+    runs_code: Callable[[Any], bool] | None = None,
+    always_ask: bool = False,
 ) -> Any:
     """A dataclass field with what a command line and a resumed run need to know about it.
 
@@ -36,8 +38,14 @@ def setting(
         resume: whether the value may change when a run is resumed, because it changes no result.
         positional: given without a flag; this is the word for it in the usage line.
         hidden: not on the command line.
+        runs_code: tells of a value whether it runs code that is not eggroll's. A value that does is not taken from a
+            run's directory (:mod:`eggroll.lifecycle.trust`).
+        always_ask: such a value has to be given again to every command, also to a replay, which needs it.
     """
-    metadata = {"flags": tuple(flags), "resume": resume, "positional": positional, "hidden": hidden}
+    metadata = {
+        "flags": tuple(flags), "resume": resume, "positional": positional, "hidden": hidden, "runs_code": runs_code,
+        "always_ask": always_ask,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -13,7 +13,8 @@ class WorkerOptions:
 
     workers: int | None = setting(None, resume=True)
     """Score members in this many worker processes (Ray), each with a replica. Results do not depend on how many."""
-    ray_address: str | None = setting(None, resume=True)
+    # What answers there sends pickles, which run code.
+    ray_address: str | None = setting(None, resume=True, runs_code=lambda address: address not in (None, "auto"))
     """Use this Ray cluster: auto, or host:port (default: workers on this machine)."""
     worker_cpus: int = setting(1, resume=True)
     """Cores that each worker takes, and threads that it computes with."""

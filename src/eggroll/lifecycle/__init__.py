@@ -5,7 +5,7 @@ and what is done with the result. Everything else is here, once.
 """
 
 from eggroll.lifecycle.kind import Plan, RunKind, Saved, Sitting
-from eggroll.lifecycle.opening import kind_name, options_of_run
+from eggroll.lifecycle.opening import kind_name, options_of_run, resumed_options
 from eggroll.lifecycle.replaying import Replayed, rebuild, replay
 from eggroll.lifecycle.training import Opened, Trained, train
 
@@ -21,5 +21,6 @@ __all__ = [
     "options_of_run",
     "rebuild",
     "replay",
+    "resumed_options",
     "train",
 ]

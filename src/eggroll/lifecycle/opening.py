@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 from eggroll.core.settings import about, flag_of, from_json_values, may_change, to_json_values
 from eggroll.errors import ConfigError, RunError
 from eggroll.lifecycle.kind import Plan, RunKind
+from eggroll.lifecycle.trust import believed, check_resumed, seal
 from eggroll.run.run_dir import RunDir
 
 OLD_FINGERPRINTS = ("data_fingerprint",)
@@ -45,6 +47,22 @@ def options_of_run(kind: RunKind, path: str | Path) -> Any:
     return from_json_values(kind.options, stored, ignored=kind.retired, source=f"{path}/config.json")
 
 
+def resumed_options(kind: RunKind, path: str | Path) -> Any:
+    """The options that a run goes on with if nothing else is said: its own, but code only if it was asked for here."""
+    return dataclasses.replace(believed(options_of_run(kind, path), RunDir.open(path)), resume=str(path))
+
+
+def check_code(kind: RunKind, options: Any) -> None:
+    """Refuse to resume a run without the code that it ran, before anything is loaded.
+
+    Raises:
+        RunError: the options do not ask for code that the run had.
+    """
+    if options.resume is not None:
+        before = options_of_run(kind, options.resume)
+        check_resumed(before, options, RunDir.open(options.resume), f"eggroll {kind.name}")
+
+
 def check_not_taken(options: Any) -> None:
     """Refuse a new run's directory that holds a run already, before anything is loaded."""
     if options.resume is None and options.output is not None and (Path(options.output) / "config.json").exists():
@@ -67,7 +85,7 @@ def open_run(kind: RunKind, plan: Plan) -> RunDir:
         settings["config"] = algorithm
     if options.resume is None:
         path = options.output or f"runs/{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return RunDir.create(path, settings, command=command_line(), extra=plan.facts)
+        return RunDir.create(path, settings, command=command_line(), extra={**plan.facts, **seal(options)})
     run = RunDir.open(options.resume)
     finished = len(run.updates())
     if plan.config.generations < finished:
@@ -78,7 +96,7 @@ def open_run(kind: RunKind, plan: Plan) -> RunDir:
         )
     _check_options(kind, run, options, plan.fingerprints)
     run.update_config(settings)
-    run.note_resume(finished, command_line())
+    run.note_resume(finished, command_line(), extra=seal(options))
     return run
 
 

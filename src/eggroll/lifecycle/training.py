@@ -16,7 +16,7 @@ from eggroll.distributed.options import WorkerOptions
 from eggroll.distributed.pool import Pool
 from eggroll.errors import ConfigError, EggrollError
 from eggroll.lifecycle.kind import Plan, RunKind, Sitting
-from eggroll.lifecycle.opening import check_not_taken, open_run
+from eggroll.lifecycle.opening import check_code, check_not_taken, open_run
 from eggroll.loop import Listener, Loop, Worker
 from eggroll.run.report import write_report
 from eggroll.run.run_dir import RunDir
@@ -77,6 +77,7 @@ def train(
     """
     tracker_names(options.report_to)
     check_not_taken(options)
+    check_code(kind, options)
     plan = kind.plan(options)
     with make_worker(plan, notify) as worker:
         run = open_run(kind, plan)

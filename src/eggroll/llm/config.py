@@ -18,7 +18,7 @@ class ModelOptions(DeviceOptions):
 
     dtype: Dtype = "auto"
     """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = setting(False, runs_code=bool, always_ask=True)
     """Run code that comes with the model."""
 
 

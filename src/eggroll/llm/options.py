@@ -11,13 +11,23 @@ from eggroll.llm.config import EggrollConfig, ModelOptions
 from eggroll.run.options import RunOptions
 
 
+def _is_program(reward: str | None) -> bool:
+    """Whether a reward is a lambda, a file or a function of a module; the others are words without ``:``, but one."""
+    return reward is not None and (
+        reward.strip().startswith("lambda")
+        or "/" in reward
+        or reward.strip().endswith(".py")
+        or (":" in reward and not reward.strip().startswith("reasoning-gym:"))
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(WorkerOptions, RunOptions, ModelOptions, EggrollConfig):
     """Everything that ``eggroll tune`` can be told."""
 
     model: str = setting(positional="MODEL")
     """Hub id, local directory, .gguf file, or smollm2-135m."""
-    reward: str | None = setting(None, flags=("-r",))
+    reward: str | None = setting(None, flags=("-r",), runs_code=_is_program)
     """perplexity, a .py file, "lambda text: ...", package.module:function, or a task."""
     task: str | None = None
     """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts and settings."""
@@ -32,5 +42,5 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, EggrollConfig):
     population_size: int = 64
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: PyTorch in this process, or a vLLM engine whose adapters are the members."""
-    engine_args: str | None = setting(None, resume=True)
+    engine_args: str | None = setting(None, resume=True, runs_code=bool)
     """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""

@@ -21,7 +21,8 @@ from eggroll.run.options import RunOptions
 class RLConfig(RunOptions, WorkerOptions):
     """Evolve a policy for an environment. What is not given is the paper's value for that environment."""
 
-    env: str = "CartPole-v1"
+    # "gymnasium/module:Name-v0" imports the module.
+    env: str = setting("CartPole-v1", runs_code=lambda env: ":" in env, always_ask=True)
     """Environment, such as navix-DoorKey-8x8, brax/ant, gymnasium/HalfCheetah-v5; --list shows the paper's sixteen."""
     population_size: int | None = setting(None, flags=("-p", "--population", "--pop_size"))
     rank: int | None = None

@@ -138,10 +138,15 @@ class RunDir:
         write_atomic(self.path / CONFIG, _pretty(new))
         self.config = new
 
-    def note_resume(self, generation: int, command: list[str] | None = None) -> None:
-        """Add to ``environment.json`` that the run goes on from ``generation``, here and now, with these versions."""
+    def note_resume(
+        self, generation: int, command: list[str] | None = None, *, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add to ``environment.json`` that the run goes on from ``generation``, here and now, with these versions.
+
+        ``extra`` are entries that take the place of the run's own.
+        """
         entry = {"generation": generation, **provenance.environment(command)}
-        new = {**self.environment, "resumed": [*self.environment.get("resumed", []), entry]}
+        new = {**self.environment, **(extra or {}), "resumed": [*self.environment.get("resumed", []), entry]}
         new = json.loads(to_json(new))
         write_atomic(self.path / ENVIRONMENT, _pretty(new))
         self.environment = new
