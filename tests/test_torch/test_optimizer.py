@@ -327,6 +327,20 @@ def test_settings_that_cannot_work(settings, text):
         trainer(small(), **settings)
 
 
+@pytest.mark.parametrize("one", [np.array([1.0]), np.array(1.0), torch.tensor([1.0])])
+def test_an_array_of_one_number_is_a_score(one):
+    opt = trainer(small())
+    opt.fitness_fn = lambda m: one
+    assert opt.step() == 1.0
+
+
+def test_numbers_that_are_too_large():
+    opt = trainer(small())
+    opt.fitness_fn = lambda m: 10**400
+    with pytest.raises(RewardError, match="returned a number that is too large for a float"):
+        opt.step()
+
+
 def test_other_mistakes():
     model = small()
     opt = trainer(model)

@@ -300,7 +300,9 @@ def _groups_of(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[str, 
 
 def _score(score: Any) -> float:
     try:
-        return float(score)
+        return float(score.item() if isinstance(score, np.ndarray) else score)
+    except OverflowError:
+        raise RewardError("fitness_fn(model) returned a number that is too large for a float") from None
     except (TypeError, ValueError, RuntimeError):
         shape = f"a tensor of shape {tuple(score.shape)}" if isinstance(score, Tensor) else repr(score)
         raise RewardError(
