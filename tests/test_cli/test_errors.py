@@ -134,7 +134,11 @@ def test_patterns_that_match_nothing(eggroll):
 def test_settings_that_cannot_work_are_all_reported(eggroll):
     assert refused(
         eggroll.tune("-p", "7"),
-        "error: eggroll tune: population_size (=7) must be even when antithetic=True; use 8 or antithetic=False",
+        "error: eggroll tune: population_size (=7) must be even with --sampling antithetic; use 8 or --sampling "
+        "one_sided\n",
+    )
+    assert refused(
+        eggroll.tune("--target-modules"), "target_modules is empty, so nothing would be evolved; leave it out for all"
     )
     assert eggroll.tune("-p", "7", "--sampling", "one_sided", "-g", "1", "-o", "odd").status == 0
     done = eggroll.tune("-p", "7", "--sigma", "-1", "--rank", "0", "--temperature", "-1", "--noise-reuse", "0")
