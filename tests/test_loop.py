@@ -13,7 +13,7 @@ from eggroll.core.config import ESConfig
 from eggroll.core.fitness import NonFiniteFitnessWarning
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import RewardError, RunWriteError
-from eggroll.loop import Evaluation, Heldout, Loop, fitness_metrics
+from eggroll.loop import Evaluation, Heldout, Loop, NoSpreadWarning, fitness_metrics, has_spread
 from eggroll.run.run_dir import RunDir
 
 SIZE = 4
@@ -386,6 +386,100 @@ def test_scores_that_are_no_numbers(run):
 def test_fitness_metrics_without_any_number():
     assert fitness_metrics(np.full((4, 2), np.nan)) == {"invalid_scores": 8}
     assert fitness_metrics(np.array([1.0, 2.0, np.nan]))["fitness_mean"] == 1.5
+
+
+class Told:
+    def __init__(self):
+        self.texts = []
+
+    def generation(self, metrics):
+        pass
+
+    def message(self, text):
+        self.texts.append(text)
+
+
+def flat_in(*generations):
+    """Scores without any difference between members in these generations; between prompts there is one."""
+
+    def evaluated(generation, sigma):
+        table = scores(generation)
+        return Evaluation(np.broadcast_to(table[:1], table.shape) if generation in generations else table)
+
+    return evaluated
+
+
+def test_generations_without_spread_are_said_and_counted(run):
+    told = Told()
+    make(run, generations=5, evaluate=flat_in(1, 2, 4), listeners=[told]).go()
+    first, last = told.texts
+    assert first == (
+        "generation 2 has no spread: all 4 members scored the same, so there is nothing to learn from it. Unless this "
+        "is the best score there is, try a score with more steps in between, or a larger sigma"
+    )
+    assert last.startswith(
+        "3 of 5 generations had no spread: all their members scored the same, so nothing was learned from them. Unless"
+    )
+    again, told = make(RunDir.open(run.path), generations=7, evaluate=flat_in(5)), Told()
+    again.listeners = [told]
+    again.go(again.resume())
+    assert [text.split(":")[0] for text in told.texts] == [
+        "generation 6 has no spread",
+        "4 of 7 generations had no spread",
+    ]
+    again, told = make(RunDir.open(run.path), generations=8), Told()
+    again.listeners = [told]
+    again.go(again.resume())
+    assert told.texts == []
+
+
+def test_without_a_listener_that_takes_messages_no_spread_is_a_warning():
+    with pytest.warns(NoSpreadWarning) as warned:
+        make(evaluate=flat_in(*range(6)), spread_advice="something else", listeners=[Listener([])]).go()
+    assert len(warned) == 2
+    assert str(warned[0].message).endswith("try something else")
+    assert str(warned[1].message).startswith("6 of 6 generations had no spread")
+
+
+def test_scores_that_differ_only_between_pairs_teach_nothing():
+    told = Told()
+
+    def evaluated(generation, sigma):
+        return Evaluation(np.array([1.0, 1.0, 2.0, 2.0]))
+
+    make(evaluate=evaluated, generations=1, listeners=[told]).go()
+    assert "the scores differ, but not where they count" in told.texts[0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings", "expected"),
+    [
+        ([0.5, 0.5, -0.5, -0.5], {}, False),
+        ([0.5, -0.5, 0.5, -0.5], {}, True),
+        ([1.0, 1.0, 1.0, 1.0], {"sampling": "one_sided"}, False),
+        ([0.0, 0.0, 0.0, 0.1], {"sampling": "one_sided"}, True),
+        ([1.0, 1.0], {}, True),  # one weight for each of two pairs
+        ([0.0, 0.0], {}, False),
+    ],
+)
+def test_has_spread(weights, settings, expected):
+    assert has_spread(ESConfig(population_size=4, **settings), np.array(weights)) is expected
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [([np.nan] * 4, "None or NaN"), ([np.inf, -np.inf] * 2, "inf and -inf"), ([[np.nan, -np.inf]] * 4, "NaN and -inf")],
+)
+def test_a_generation_without_any_valid_score_ends_the_run(run, whole, value, shown):
+    def broken(generation, sigma):
+        return Evaluation(np.array(value)) if generation == 3 else evaluate(generation, sigma)
+
+    with pytest.raises(RewardError, match=r"generation 4: not one of its \d scores is a number; .*" + shown):
+        make(run, evaluate=broken).go()
+    assert len(run.updates()) == 3
+    again = make(RunDir.open(run.path))
+    again.go(again.resume())
+    assert again.worker.state.equal(whole[1])
 
 
 def test_totals_reach_the_update_and_are_counted(run):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,13 @@ from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
 
 if TYPE_CHECKING:
     from eggroll.run.run_dir import RunDir
+
+SPREAD_ADVICE = "a score with more steps in between, or a larger sigma"
+"""What to try when members score the same, for any kind of run."""
+
+
+class NoSpreadWarning(UserWarning):
+    """All members of a generation scored the same, so there was nothing to learn from it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,10 @@ class Worker(Protocol):
 
 
 class Listener(Protocol):
-    """Who is told about a run while it goes on: the live display, trackers, a user's callback."""
+    """Who is told about a run while it goes on: the live display, trackers, a user's callback.
+
+    One that also has ``message(text)`` is told what a person should know; without any such listener it is a warning.
+    """
 
     def generation(self, metrics: dict[str, Any]) -> None:
         """One generation is done."""
@@ -126,6 +137,7 @@ class Loop:
         eval_every: generations between held-out scores (the start and the end always have one).
         checkpoint_every: generations between checkpoints; with a run directory there is always one at the end.
         listeners: told of each generation's metrics.
+        spread_advice: what to try when all members score the same.
         stop: asked about each generation's metrics when it is done; true ends the run early. A run that goes on is
             asked about its last generation again: a budget may be used up, and a kill may have come before the answer.
     """
@@ -138,9 +150,12 @@ class Loop:
     checkpoint_every: int = 10
     listeners: list[Listener] = field(default_factory=list)
     stop: Callable[[dict[str, Any]], bool] | None = None
+    spread_advice: str = SPREAD_ADVICE
     history: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     applied: int = 0
+    _spreads: list[bool] = field(default_factory=list, init=False, repr=False)
+    """Of each generation that this loop knows, whether its weights tell members apart."""
 
     def resume(self, *, from_checkpoint: bool = False) -> int:
         """Bring the worker to the state after the last logged generation; returns how many are done.
@@ -165,6 +180,7 @@ class Loop:
         for record in records[start:done]:
             self.worker.apply(record)
         self.run.rewind(done)
+        self._spreads = [has_spread(self.config, record.weights) for record in records[:done]]
         self.history = [line for line in self.run.metrics() if "event" not in line]
         self.applied = done
         return done
@@ -176,7 +192,7 @@ class Loop:
         the last complete one, and a checkpoint of it is written. ``interrupted`` is true then.
 
         Raises:
-            RewardError: a score failed. What is done has a checkpoint then, too.
+            RewardError: a score failed, or not one score of a generation is a number. What is done has a checkpoint then.
         """
         began = time.perf_counter()
         members = range(self.config.population_size)
@@ -202,6 +218,7 @@ class Loop:
                             self.history.append(metrics)
                             with uninterrupted():
                                 self._log(metrics)
+                    self._say_first_without_spread(evaluation.fitness, start)
                     if self._due(generation + 1, self.checkpoint_every):
                         self._checkpoint(generation + 1)
                     if self._is_over(metrics):
@@ -215,6 +232,7 @@ class Loop:
                 raise
         if self.applied > 0:
             self._checkpoint(self.applied)
+        self._say_without_spread(start)
         return self.history
 
     def _is_over(self, metrics: dict[str, Any]) -> bool:
@@ -224,12 +242,14 @@ class Loop:
         """Shape, log, apply: from the log entry to the new weights and their metrics there is no way out half-way."""
         config, lr = self.config, self.config.lr_at(generation)
         start = time.perf_counter()
+        check_scores(generation, evaluation)
         weights = config.shape(evaluation.fitness)
         record = UpdateRecord.make(generation, sigma, lr, weights, totals=evaluation.totals)
         if self.run is not None:
             self.run.append_update(record)
         norm = self.worker.apply(record)
         self.applied = generation + 1
+        self._spreads.append(has_spread(config, weights))
         if self.run is not None and evaluation.samples:
             self.run.append_samples([{"generation": generation + 1, **row} for row in evaluation.samples])
         return {
@@ -278,6 +298,40 @@ class Loop:
         for listener in self.listeners:
             listener.generation(metrics)
 
+    def _say(self, text: str) -> None:
+        tellers = [listener.message for listener in self.listeners if hasattr(listener, "message")]
+        for tell in tellers:
+            tell(text)
+        if not tellers:
+            warnings.warn(text, NoSpreadWarning, stacklevel=4)
+
+    def _say_first_without_spread(self, fitness: NDArray[np.floating[Any]], start: int) -> None:
+        """Say it at the first such generation since ``start``, and no more until the end."""
+        here = self._spreads[-(self.applied - start) :]
+        if here[-1] or not all(here[:-1]):
+            return
+        table = np.asarray(fitness).reshape(len(fitness), -1)
+        same = np.array_equal(table, np.broadcast_to(table[:1], table.shape), equal_nan=True)
+        what = (
+            f"all {len(table)} members scored the same"
+            if same
+            else "the scores differ, but not where they count (within a pair, or among the best)"
+        )
+        self._say(
+            f"generation {self.applied} has no spread: {what}, so there is nothing to learn from it. Unless this is "
+            f"the best score there is, try {self.spread_advice}"
+        )
+
+    def _say_without_spread(self, start: int) -> None:
+        """At the end: how many generations taught nothing, if any has since ``start``."""
+        without = self._spreads.count(False)
+        if all(self._spreads[len(self._spreads) - (self.applied - start) :]):
+            return
+        self._say(
+            f"{without} of {len(self._spreads)} generations had no spread: all their members scored the same, so "
+            f"nothing was learned from them. Unless that was the best score there is, try {self.spread_advice}"
+        )
+
     def _checkpoint(self, generation: int) -> None:
         if self.run is None:
             return
@@ -289,6 +343,35 @@ class Loop:
     @staticmethod
     def _due(generation: int, every: int) -> bool:
         return every > 0 and generation % every == 0
+
+
+def has_spread(config: ESConfig, weights: NDArray[np.floating[Any]]) -> bool:
+    """Whether the weights of a generation tell its members apart: those of one pair, if it is made of pairs."""
+    if len(weights) != config.population_size:  # one weight for a pair
+        return bool(np.any(weights))
+    if config.antithetic:
+        return bool(np.any(weights[0::2] != weights[1::2]))
+    return bool(np.any(weights != weights[0]))
+
+
+def check_scores(generation: int, evaluation: Evaluation) -> None:
+    """Refuse a generation without a single score that is a number.
+
+    Raises:
+        RewardError: with what the scores are instead.
+    """
+    scores = np.asarray(evaluation.fitness, dtype=np.float64).ravel()
+    if np.isfinite(scores).any():
+        return
+    kinds = {"None or NaN": np.isnan(scores), "inf": scores == np.inf, "-inf": scores == -np.inf}
+    found = [what for what, where in kinds.items() if where.any()]
+    text = evaluation.samples[0].get("completion") if evaluation.samples else None
+    example = "" if text is None else f", the first of them for {text if len(text) <= 80 else text[:77] + '...'!r}"
+    raise RewardError(
+        f"generation {generation + 1}: not one of its {scores.size} scores is a number; the reward returned "
+        f"{' and '.join(found)} for all of them{example}. Return a finite number for at least some: those without one "
+        "count as the worst"
+    )
 
 
 def fitness_metrics(fitness: NDArray[np.floating[Any]]) -> dict[str, float]:
@@ -313,4 +396,4 @@ def fitness_metrics(fitness: NDArray[np.floating[Any]]) -> dict[str, float]:
     }
 
 
-__all__ = ["Evaluation", "Heldout", "Listener", "Loop", "Worker", "fitness_metrics"]
+__all__ = ["Evaluation", "Heldout", "Listener", "Loop", "NoSpreadWarning", "Worker", "fitness_metrics"]

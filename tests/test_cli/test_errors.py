@@ -1,5 +1,6 @@
 """Bad input: a status that is not 0, one clear text, nothing lost, and never a traceback."""
 
+import io
 import json
 import os
 import subprocess
@@ -134,7 +135,11 @@ def test_patterns_that_match_nothing(eggroll):
 def test_settings_that_cannot_work_are_all_reported(eggroll):
     assert refused(
         eggroll.tune("-p", "7"),
-        "error: eggroll tune: population_size (=7) must be even when antithetic=True; use 8 or antithetic=False",
+        "error: eggroll tune: population_size (=7) must be even with --sampling antithetic; use 8 or --sampling "
+        "one_sided\n",
+    )
+    assert refused(
+        eggroll.tune("--target-modules"), "target_modules is empty, so nothing would be evolved; leave it out for all"
     )
     assert eggroll.tune("-p", "7", "--sampling", "one_sided", "-g", "1", "-o", "odd").status == 0
     done = eggroll.tune("-p", "7", "--sigma", "-1", "--rank", "0", "--temperature", "-1", "--noise-reuse", "0")
@@ -281,15 +286,84 @@ def test_nan_counts_as_the_worst_and_is_counted(eggroll):
     assert "| 2 invalid scores" in done.out
     assert [line["invalid_scores"] for line in RunDir.open("run").metrics()] == [2, 2]
     (eggroll.work / "nan.py").write_text("def score(text):\n    return float('nan')\n")
-    done = eggroll(
-        "tune", *eggroll.tune_arguments[1:], "-r", "nan.py", "-g", "2", "-o", "all", "--eval-prompts", "held.txt"
+
+
+@pytest.mark.parametrize("value", ["None", "float('nan')", "-math.inf", "[None] * len(completions)"])
+def test_not_one_valid_score_ends_the_run(eggroll, value):
+    """The first generation without any; the held-out score before it may be none."""
+    arguments = "prompts, completions" if value.startswith("[") else "text"
+    (eggroll.work / "none.py").write_text(f"import math\ndef score({arguments}):\n    return {value}\n")
+    arguments = ["-r", "none.py", "-g", "2", "-o", "run", "--eval-prompts", "held.txt"]
+    done = eggroll("tune", *eggroll.tune_arguments[1:], *arguments)
+    shown = "-inf" if "inf" in value else "None or NaN"
+    assert refused(
+        done,
+        f"generation 1: not one of its 8 scores is a number; the reward returned {shown} for all of them, the first of "
+        "them for ",
+        "The run in run is intact, with 0 finished generations.",
     )
+    run = RunDir.open("run")
+    assert run.updates() == []
+    assert not (run.path / "model").exists()
+    assert not (run.path / "report.html").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_that_the_terminal_cannot_encode(eggroll, encoding):
+    """An umlaut in the output path, arrows and emoji in prompts: the run and its last lines are all there."""
+    (eggroll.work / "prompts.txt").write_text("red → blue?\nWas für?\n😀\n", encoding="utf-8")
+    (eggroll.work / "held.txt").write_text("→ ü?\n猫?\n", encoding="utf-8")
+    (eggroll.work / "scöre.py").write_text((eggroll.work / "score.py").read_text())
+    arguments = ["-r", "scöre.py", "--eval-prompts", "held.txt", "-g", "1", "--lr", "0.5", "-o", "läufe→"]
+    done = subprocess.run(
+        [sys.executable, "-m", "eggroll.cli.main", *eggroll.tune_arguments, *arguments],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.decode(encoding)
+    name = "läufe?" if encoding == "cp1252" else "l?ufe?"
+    assert f"tiny on sc{name[1]}re.py".replace("ä", "ö") in out
+    assert f"report   {name}/report.html" in out
+    assert (eggroll.work / "läufe→/report.html").exists()
+    assert b"Traceback" not in done.stderr
+
+
+def test_error_texts_that_the_terminal_cannot_encode(eggroll, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["report", "nirgendwö"]) == 1
+    stream.flush()
+    assert b"error: nirgendw? does not exist" in stream.buffer.getvalue()
+
+
+def test_a_directory_whose_name_is_no_text(eggroll):
+    """Model files cannot be written there, which is said before the model is loaded."""
+    name = os.fsdecode(b"l\xe4ufe")
+    assert refused(eggroll.tune("-g", "1", "-o", name), r"the name 'l\udce4ufe' cannot be read as text here")
+    assert not (eggroll.work / name).exists()
+
+
+def test_a_lambda_that_returns_none(eggroll):
+    assert refused(
+        eggroll.tune("-r", "lambda text: None", "-g", "2"), "the reward returned None or NaN for all of them"
+    )
+
+
+def test_rewards_that_are_all_the_same(eggroll):
+    done = eggroll.tune("-r", "lambda text: 1", "-g", "3", "-o", "run")
     assert done.status == 0, done.err
-    assert "warning: 8 of 8 scores were NaN or infinite" in done.out
-    metrics = RunDir.open("all").metrics()
-    assert [line.get("invalid_scores") for line in metrics] == [None, 8, 8]
-    assert not any("fitness_mean" in line or "heldout_reward" in line for line in metrics)
-    assert [line["update_norm"] for line in metrics[1:]] == [0.0, 0.0]
+    assert (
+        done.out.count("generation 1 has no spread: all 4 members scored the same, so there is nothing to learn") == 1
+    )
+    assert done.out.count("has no spread") == 1
+    assert (
+        "3 of 3 generations had no spread: all their members scored the same, so nothing was learned from them. Unless "
+        "that was the best score there is, try a reward with more steps (some points for a part of the task), a larger "
+        "sigma, more prompts per generation, or a temperature above 0\n"
+    ) in done.out
+    assert "no spread" not in eggroll.tune("-g", "2", "-o", "other").out
 
 
 def test_an_existing_run_is_not_overwritten(eggroll):

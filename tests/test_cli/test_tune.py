@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll.cli.parse import parse
 from eggroll.cli.tune import OPTIONS, _cell, default_options, with_task
+from eggroll.cli.watch import show_worse
 from eggroll.llm.tasks import get_task
+from eggroll.run.console import number
 from eggroll.run.run_dir import RunDir
 
 # A flag here is a promise to users: none may go or change its short form, and a new one is added here on purpose.
@@ -178,6 +181,50 @@ def test_what_a_person_reads(eggroll):
     assert "model    run/model" in out
     assert 'load it  AutoModelForCausalLM.from_pretrained("run/model")' in out
     assert done.err == ""
+
+
+WORSE = """
+def score(text):
+    calls = open("calls", "a+")
+    calls.write("x")
+    calls.flush()
+    return -float(calls.tell())
+"""
+
+
+def test_a_run_that_got_worse_says_so(eggroll):
+    """Each call gives less than the one before, so no generation does better than the model as it was."""
+    (eggroll.work / "worse.py").write_text(WORSE)
+    done = eggroll.tune("-r", "worse.py", "--eval-prompts", "held.txt", "-g", "2", "--eval-every", "1", "-o", "my run")
+    assert done.status == 0, done.err
+    before, _, after = (line["heldout_reward"] for line in RunDir.open("my run").metrics())
+    command = "eggroll replay 'my run' --to 0 -o 'my run/best'"
+    assert (
+        f"the held-out score got worse: {number(before)} before training, {number(after)} after generation 2; no "
+        f"generation did better than that. Rebuild the weights from before training:\n         {command}\n"
+    ) in done.out
+    assert eggroll(*shlex.split(command)[1:]).status == 0
+    assert (eggroll.work / "my run/best/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("scores", "best"), [([1.0, 3.0, 2.0, 0.5], 10), ([1.0, None, 1.5, 1.5, 0.0], 20)])
+def test_the_best_generation_of_a_run_that_got_worse(tmp_path, scores, best, capsys):
+    run = RunDir.create(tmp_path / "run", {})
+    for index, score in enumerate(scores):
+        run.append_metrics({"generation": 10 * index, **({} if score is None else {"heldout_reward": score})})
+    show_worse(Console(soft_wrap=True, highlight=False), run)
+    shown = capsys.readouterr().out
+    assert f"the best was {number(scores[best // 10])} after generation {best}. Rebuild those weights:" in shown
+    assert f"eggroll replay {tmp_path}/run --to {best} -o {tmp_path}/run/best" in shown
+
+
+@pytest.mark.parametrize("scores", [[], [1.0], [1.0, 1.0], [1.0, 0.0, 2.0]])
+def test_a_run_that_did_not_get_worse_says_nothing(tmp_path, scores, capsys):
+    run = RunDir.create(tmp_path / "run", {})
+    for index, score in enumerate(scores):
+        run.append_metrics({"generation": index, "heldout_reward": score})
+    show_worse(Console(), run)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_without_an_output_gets_a_name(eggroll):

@@ -136,7 +136,7 @@ def test_a_budget_of_steps_ends_the_run(toy, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"population_size": 7}, r"population_size (=7) must be even"),
+        ({"population_size": 7}, "population_size (=7) must be even: members come in pairs; use 8"),
         ({"hidden": 0, "episodes": 0}, "eggroll rl has 2 problems"),
         ({"devices": 64}, "devices (=64): this machine has"),
     ],

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from eggroll.run.console import Display, duration, number, rate, sparkline
+from eggroll.run.console import Display, duration, forgive, number, rate, sparkline
 
 START = {"generation": 0, "event": "start", "heldout_reward": -2.5}
 LINE = {
@@ -52,6 +52,27 @@ def on_terminal(file, clock, width=100, total=10, **options):
 
 def last_frame(file):
     return file.getvalue().split("tiny")[-1]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-8"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_character_ends_a_run(encoding, terminal):
+    """Neither in the title, nor in a message, nor of our own; half an emoji is in no encoding."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=stream, width=100, force_terminal=terminal)
+    with Display(2, title="tüny → x", console=console) as display:
+        display.generation(START)
+        display.message("an arrow →, half an emoji \ud83d, 猫")
+        display.generation(LINE)
+    stream.flush()
+    shown = stream.buffer.getvalue().decode(encoding)
+    assert ("an arrow →, half an emoji ?, 猫" if encoding == "utf-8" else "an arrow ?, half an emoji ?, ?") in shown
+
+
+def test_streams_that_forgive_already_stay_as_they_are():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    forgive(stream, io.StringIO(), None, object())
+    assert stream.errors == "backslashreplace"
 
 
 def test_without_a_terminal_one_plain_line_per_generation(display, file, clock):

@@ -16,6 +16,7 @@ from rich.console import Console
 from eggroll.cli.parse import parse
 from eggroll.cli.watch import option_given
 from eggroll.errors import EggrollError, raised_at
+from eggroll.run.console import forgive
 
 COMMANDS = ("tune", "eval", "info", "replay", "report", "rl", "pretrain")
 """Each is a module of this package with ``OPTIONS`` (a dataclass), ``run(options)``, and perhaps
@@ -37,6 +38,7 @@ USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its option
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    forgive(sys.stdout, sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")

@@ -19,6 +19,12 @@ from eggroll.core.settings import about
 from eggroll.errors import ConfigError
 
 Options = TypeVar("Options")
+ON_THE_COMMAND_LINE = {
+    "when antithetic=True": "with --sampling antithetic",
+    "antithetic=False": "--sampling one_sided",
+    "use None for all matrices": "leave it out for all matrices",
+}
+"""Words of the settings in Python whose advice is another one here."""
 
 
 def parse(
@@ -40,7 +46,10 @@ def parse(
     try:
         return kind(**{name: getattr(given, name) for name in names})
     except ConfigError as error:
-        raise type(error)(str(error).replace(kind.__name__, prog, 1)) from None
+        text = str(error).replace(kind.__name__, prog, 1)
+        for words, here in ON_THE_COMMAND_LINE.items():
+            text = text.replace(words, here)
+        raise type(error)(text) from None
 
 
 @cache

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eggroll.cli.watch import option_given, resumed_options, run_command
+from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run_command
 from eggroll.llm.options import TuneOptions
 
 if TYPE_CHECKING:
@@ -71,13 +71,19 @@ def _show(console: Console, trained: Trained) -> None:
     from eggroll.run.report import before_and_after
 
     run = trained.run
-    scores = [line["heldout_reward"] for line in run.metrics() if "heldout_reward" in line]
+    scores = heldout_scores(run)
+    when, saved = "", ""
     if len(scores) >= 2:
-        console.print(f"\nheld-out reward  [bold]{scores[0]:.3f} before, {scores[-1]:.3f} after[/]")
+        (_, before), (generation, after) = scores[0], scores[-1]
+        if generation != trained.generation:  # interrupted between two evaluations
+            when = f" after generation {generation}"
+            saved = f" [dim](the saved model is that of generation {trained.generation}, which has no score)[/]"
+        after_text = f"{after:.3f}{when or ' after'}"
+        console.print(f"\nheld-out reward  [bold]{before:.3f} before, {after_text}[/]{saved}")
     compared = [row for row in before_and_after(run.samples()) if row.before is not None and row.after is not None]
     rows = [row for row in compared if _text(row.before)[0] != _text(row.after)[0]]
     if rows:
-        title = f"the first of {len(rows)} held-out answers (of {len(compared)}) that changed, with their rewards"
+        title = f"the first of {len(rows)} held-out answers (of {len(compared)}) that changed{when}, with their rewards"
         table = Table(title=title, title_justify="left", expand=True)
         table.add_column("prompt", ratio=2)
         table.add_column("before", ratio=3)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from eggroll.lifecycle import Opened, RunKind, Trained
     from eggroll.loop import Listener
     from eggroll.run.console import Display
+    from eggroll.run.run_dir import RunDir
 
 Show = Callable[[Console, "Trained"], None]
 
@@ -55,6 +56,8 @@ def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
         show_result(console, trained.result)
     if show is not None and trained.generation > 0:
         show(console, trained)
+    if trained.generation > 0:
+        show_worse(console, trained.run)
     report = trained.run.path / "report.html"
     if report.exists() and not (trained.interrupted and not trained.plan.finish_interrupted):
         console.print(f"report   {escape(str(report))}")
@@ -130,6 +133,30 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
             shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if is_count else value
         console.print(f"  {key.replace('_', ' '):32} [bold]{shown}[/]")
     console.print()
+
+
+def heldout_scores(run: RunDir) -> list[tuple[int, float]]:
+    """The center's held-out scores, each with its generation; the first is that from before training."""
+    return [(line["generation"], score) for line in run.metrics() if (score := line.get("heldout_reward")) is not None]
+
+
+def show_worse(console: Console, run: RunDir) -> None:
+    """If a run has made the held-out score worse: say so, and how its best generation is rebuilt."""
+    from eggroll.run.console import number
+
+    scores = heldout_scores(run)
+    if len(scores) < 2 or scores[-1][1] >= scores[0][1]:
+        return
+    (_, before), (last, after) = scores[0], scores[-1]
+    best, score = max(scores, key=lambda one: one[1])
+    what = (
+        "no generation did better than that" if best == 0 else f"the best was {number(score)} after generation {best}"
+    )
+    console.print(
+        f"\n[bold red]the held-out score got worse:[/] {number(before)} before training, {number(after)} after "
+        f"generation {last}; {what}. Rebuild {'the weights from before training' if best == 0 else 'those weights'}:\n"
+        f"         [bold]eggroll replay {quoted(run.path)} --to {best} -o {quoted(run.path / 'best')}[/]"
+    )
 
 
 def quoted(path: Path | str) -> str:

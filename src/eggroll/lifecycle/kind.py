@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll.core.config import ESConfig
-from eggroll.loop import Worker
+from eggroll.loop import SPREAD_ADVICE, Worker
 from eggroll.run.run_dir import RunDir
 
 
@@ -56,6 +56,7 @@ class Plan:
         placement: more arguments of :class:`eggroll.distributed.RayPool`.
         final_worker: makes the worker that ``finish`` gets after a run on a pool; ``None`` is ``make_worker``.
         pools_itself: ``make_worker`` makes a pool where the options ask for workers.
+        spread_advice: what to try when all members of a generation score the same.
         finish_interrupted: whether ``finish`` is called after an interrupt, too.
     """
 
@@ -76,6 +77,7 @@ class Plan:
     placement: Mapping[str, Any] = field(default_factory=dict)
     final_worker: Callable[[], Worker] | None = None
     pools_itself: bool = False
+    spread_advice: str = SPREAD_ADVICE
     finish_interrupted: bool = False
 
 

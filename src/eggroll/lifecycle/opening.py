@@ -64,7 +64,15 @@ def check_code(kind: RunKind, options: Any) -> None:
 
 
 def check_not_taken(options: Any) -> None:
-    """Refuse a new run's directory that holds a run already, before anything is loaded."""
+    """Refuse a new run's directory that holds a run already, or has no name in text, before anything is loaded."""
+    for path in (options.output, options.resume):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"the name {path!a} cannot be read as text here, so no model can be written there. If it is right, "
+                "set PYTHONUTF8=1, or a locale such as C.UTF-8; otherwise choose another directory"
+            ) from None
     if options.resume is None and options.output is not None and (Path(options.output) / "config.json").exists():
         RunDir.create(options.output, {})  # raises
 

@@ -84,7 +84,7 @@ def train(
         with _way_on(kind, plan, run):
             loop = Loop(
                 plan.config, worker, run, plan.heldout,
-                eval_every=plan.eval_every, checkpoint_every=plan.checkpoint_every,
+                eval_every=plan.eval_every, checkpoint_every=plan.checkpoint_every, spread_advice=plan.spread_advice,
             )  # fmt: skip
             if plan.stop is not None:
                 over = plan.stop

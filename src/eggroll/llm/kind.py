@@ -22,7 +22,7 @@ from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.models.export import load_line, save_pretrained
 from eggroll.llm.options import TuneOptions
 from eggroll.llm.tasks import get_task, row_check
-from eggroll.llm.trainer import EggrollTrainer
+from eggroll.llm.trainer import SPREAD_ADVICE, EggrollTrainer
 from eggroll.run.run_dir import RunDir
 
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -159,6 +159,7 @@ def _plan(options: TuneOptions) -> Plan:
         command=f"eggroll tune {shlex.quote(options.model)}",
         facts={"model": options.model, "device": worker.setup.place},
         pools_itself=True,
+        spread_advice=SPREAD_ADVICE,
         finish_interrupted=True,
     )
 

@@ -16,6 +16,12 @@ from eggroll.llm.config import EggrollConfig
 from eggroll.loop import Listener, Loop
 from eggroll.run.run_dir import RunDir
 
+SPREAD_ADVICE = (
+    "a reward with more steps (some points for a part of the task), a larger sigma, more prompts per generation, or a "
+    "temperature above 0"
+)
+"""What to try when all members of a generation score the same."""
+
 
 class EggrollTrainer:
     """Evolves a Hugging Face model on a reward, without gradients.
@@ -122,7 +128,7 @@ class EggrollTrainer:
             run: a run directory for logs and checkpoints.
             resume: continue ``run`` after its last logged generation.
             listeners: further objects with ``generation(metrics)``, such as a live display; their ``message(text)``, if
-                they have one, is told why members are evaluated one at a time.
+                they have one, is told why members are evaluated one at a time, and that all of them score the same.
 
         A trainer goes on where it is: after :meth:`load_checkpoint`, or after a callback or Ctrl-C has ended a run, the
         rest of ``config.generations`` is run.
@@ -145,6 +151,7 @@ class EggrollTrainer:
             eval_every=self.config.eval_every,
             checkpoint_every=self.config.checkpoint_every,
             listeners=listeners,
+            spread_advice=SPREAD_ADVICE,
             # A callback that has ended this trainer's run is not asked again when it goes on.
             stop=None if callback is None else lambda m: m["generation"] > self.done and callback(m) is False,
         )

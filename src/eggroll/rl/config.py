@@ -73,6 +73,9 @@ class RLConfig(RunOptions, WorkerOptions):
         for name in ("episodes", "max_steps", "env_steps"):
             if getattr(self, name) is not None:
                 found += whole(self, **{name: 1})
+        size = self.population_size
+        if isinstance(size, int) and size % 2:
+            found.append(f"population_size (={size}) must be even: members come in pairs; use {size + 1}")
         if self.lr is not None:
             found += numbers(self, lr=(0.0, True))
         return found

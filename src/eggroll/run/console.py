@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections import deque
@@ -52,6 +53,7 @@ class Display:
         self.total = total
         self.title = title
         self.console = console or Console()
+        forgive(self.console.file)
         self._clock = clock
         self._done = start
         self._latest: dict[str, Any] = {}
@@ -61,7 +63,7 @@ class Display:
         self._opened = clock()
         self._times: deque[float] = deque([self._opened], maxlen=WINDOW + 1)
         self._live: Live | None = None
-        self._spinner = Spinner("dots")
+        self._spinner = Spinner("dots" if self._unicode else "line")
 
     def __enter__(self) -> Self:
         self._opened = self._clock()
@@ -200,6 +202,17 @@ class Display:
 
 def _has(values: Mapping[str, Any], what: str) -> bool:
     return f"{what}_per_s" in values
+
+
+def forgive(*streams: Any) -> None:
+    """Let text streams write a question mark for what their encoding lacks, where they would raise.
+
+    A terminal in an old code page, or ``LANG=C``, must not end a run because of an umlaut in a path, an arrow in a
+    prompt or half an emoji in an answer.
+    """
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def sparkline(values: list[float], width: int = SPARK_WIDTH) -> str:

@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -112,7 +113,7 @@ def _from_file(path: Path, function: str | None, tokenizer: Any) -> Reward:
             near = difflib.get_close_matches(path.name, files, n=3, cutoff=0.5) or files[:5]
         there = f"Python files in {path.parent}: {', '.join(near)}" if near else f"{path.parent} has no Python file"
         raise RewardError(f"reward file {path} does not exist. {there}. {_known()}")
-    digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=4).hexdigest()
     name = f"eggroll_reward_{path.stem}_{digest}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:
