@@ -192,7 +192,7 @@ class Loop:
         the last complete one, and a checkpoint of it is written. ``interrupted`` is true then.
 
         Raises:
-            RewardError: a score failed, or not one score of a generation is a number. What is done has a checkpoint then.
+            RewardError: a score failed, or no score of a generation is a number. What is done has a checkpoint then.
         """
         began = time.perf_counter()
         members = range(self.config.population_size)
