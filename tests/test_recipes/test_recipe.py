@@ -198,7 +198,7 @@ def test_without_a_name_the_recipes_are_listed(recipe):
     ("arguments", "text"),
     [
         (["mnits"], "there is no recipe 'mnits'; did you mean 'mnist'?"),
-        (["cartpole", "-p", "7"], "population_size (=7) must be even when antithetic=True; use 8"),
+        (["cartpole", "-p", "7"], "population_size (=7) must be even with --sampling antithetic; use 8"),
         (["cartpole", "--sigma", "0", "--rank", "0"], "2 problems"),
         (["mnist", "--data", "nowhere"], "--data nowhere holds no MNIST"),
         (["mnist", "--device", "cuda:7"], "--device cuda:7: "),
