@@ -2,9 +2,9 @@
 
     eggroll recipe cartpole [--population 512] [--generations N] [--seed N]
 
-Expected: solved on 5 of 5 seeds, mean return of the centre 499.7 of 500 over 100 fresh episodes, after 8 to 11
+Expected: solved on 5 of 5 seeds, mean return of the center 499.7 of 500 over 100 fresh episodes, after 8 to 11
 generations: 4 to 6 s on two cores (AMD EPYC).
-The run ends when the centre's mean return over the episodes it is watched with is 500, the most there is, twice in a
+The run ends when the center's mean return over the episodes it is watched with is 500, the most there is, twice in a
 row. The result is measured on 100 episodes that the run has not seen.
 """
 

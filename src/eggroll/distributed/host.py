@@ -144,7 +144,7 @@ class Host:
 
 
 def set_threads(threads: int) -> None:
-    """Compute with so many threads in this process, whatever library does it.
+    """Compute with this many threads in this process, whatever library does it.
 
     Called before the worker is made, for libraries that read the environment when they are loaded, and after it for
     PyTorch, if it is there by then.

@@ -151,7 +151,7 @@ class Pool:
                 self._transport.stop(seat.handle)
 
     def wait_until_ready(self, workers: int, timeout_s: float = 600.0) -> None:
-        """Wait for so many workers to be ready. A run does not need it; a measurement may.
+        """Wait until this many workers are ready. A run does not need it; a measurement may.
 
         Raises:
             RunError: they are not ready in time.

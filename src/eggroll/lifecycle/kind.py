@@ -54,7 +54,6 @@ class Plan:
         facts: more entries for ``environment.json``.
         fingerprints: digests of what the run reads, such as its data; a resumed run must have the same ones.
         placement: more arguments of :class:`eggroll.distributed.RayPool`.
-        final_worker: makes the worker that ``finish`` gets after a run on a pool; ``None`` is ``make_worker``.
         pools_itself: ``make_worker`` makes a pool where the options ask for workers.
         spread_advice: what to try when all members of a generation score the same.
         finish_interrupted: whether ``finish`` is called after an interrupt, too.
@@ -75,7 +74,6 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     placement: Mapping[str, Any] = field(default_factory=dict)
-    final_worker: Callable[[], Worker] | None = None
     pools_itself: bool = False
     spread_advice: str = SPREAD_ADVICE
     finish_interrupted: bool = False

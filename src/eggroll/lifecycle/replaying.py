@@ -62,7 +62,7 @@ def rebuild(
             is never believed in this.
 
     Raises:
-        RunError: it is another kind's run, has not so many updates, or needs code that is not trusted.
+        RunError: the run is of another kind, has fewer updates, or needs code that is not trusted.
     """
     if options is None:
         options = check_replayed(options_of_run(kind, run.path), run, to, trust_remote_code=trust_remote_code)

@@ -43,7 +43,7 @@ class Trained:
     Attributes:
         plan: what was trained.
         run: its directory.
-        worker: the trained worker, in this process; after an interrupted run on a pool ``None``.
+        worker: the trained worker, in this process; after an interrupted run on a pool the pool, which is closed.
         result: what is in ``result.json``; empty if the run was interrupted.
         interrupted: whether it ended before its last generation.
         generation: updates done.
@@ -115,9 +115,8 @@ def make_worker(plan: Plan, notify: Callable[[str], None] | None = None) -> Iter
         for name in ("ray_address", "worker_cpus", "worker_gpus"):
             if getattr(options, name) != getattr(WorkerOptions, name):
                 raise ConfigError(f"{flag_of(name)} is for runs on workers; say how many with --workers N")
+    if options.workers is None or plan.pools_itself:
         worker: Any = plan.make_worker()
-    elif plan.pools_itself:
-        worker = plan.make_worker()
     else:
         worker = RayPool(
             plan.make_worker,
@@ -141,7 +140,7 @@ def _finish(kind: RunKind, plan: Plan, run: RunDir, worker: Any, sitting: Sittin
     if not sitting.interrupted or (plan.finish_interrupted and sitting.generation > 0):
         if isinstance(worker, Pool):
             state = worker.state_tensors()
-            worker = (plan.final_worker or plan.make_worker)()
+            worker = plan.make_worker()
             worker.load_state_tensors(state)
         result = plan.finish(worker, run, sitting)
         if result:

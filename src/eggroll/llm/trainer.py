@@ -75,7 +75,7 @@ class EggrollTrainer:
             model: directory, hub id, ``.gguf`` file or alias.
             config: the settings.
             reward: as for the class, or a name for :func:`~eggroll.llm.rewards.load.load_reward`.
-            workers: score members in so many processes; ``None`` stays in this one.
+            workers: number of processes that score members; ``None`` uses this process alone.
             backend, dtype, device, engine_args, trust_remote_code: see
                 :class:`~eggroll.llm.backends.build.WorkerFactory`.
             **placement: of workers, see :class:`~eggroll.llm.backends.pool.PoolWorker`.

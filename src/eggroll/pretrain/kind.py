@@ -74,7 +74,7 @@ def model_of_run(path: str | Path, *, generation: int | None = None, **machine: 
         **machine: ``backend``, ``device``, ``threads``: not those of the run, which may be from another machine.
 
     Raises:
-        RunError: it is no such run, or has not so many updates.
+        RunError: it is not a run of ``eggroll pretrain``, or has fewer updates.
         ConfigError: there is no such device or backend here.
     """
     run, worker = RunDir.open(path), make_worker(_here(options_of_run(path), **machine), with_data=False)

@@ -32,7 +32,7 @@ class RLConfig(RunOptions, WorkerOptions):
     """Learning rate of the first generation, in the paper's scale (docs/scale-conventions.md)."""
     generations: int = setting(200, flags=("-g",), resume=True)
     env_steps: int | None = setting(None, resume=True)
-    """End the run after so many environment steps of the members (PPO: 1,000,000 if not given)."""
+    """End the run after this many environment steps, counted over all members (PPO: 1,000,000 if not given)."""
     optimizer: OptimizerName | None = None
     lr_decay: float | None = None
     sigma_decay: float | None = None

@@ -21,8 +21,8 @@ from eggroll.run.run_dir import RunDir
 REPORT = "report.html"
 MAX_ROWS = 30
 MAX_CHARACTERS = 4000
-CENTRE = -1
-"""``member`` of a sample that the centre made, not a member of the population."""
+CENTER = -1
+"""``member`` of a sample that the center made, not a member of the population."""
 
 Sample = Mapping[str, Any]
 
@@ -129,13 +129,13 @@ class Comparison:
 
 
 def before_and_after(samples: Sequence[Sample]) -> list[Comparison]:
-    """The first and the last sample of each prompt: the centre's on held-out prompts, else its others, else members'.
+    """The first and the last sample of each prompt: the center's on held-out prompts, else its others, else members'.
 
     ``after`` is ``None`` where a prompt was sampled in one generation only.
     """
     groups = (
-        [s for s in samples if s.get("member") == CENTRE and s.get("split") == "heldout"],
-        [s for s in samples if s.get("member") == CENTRE],
+        [s for s in samples if s.get("member") == CENTER and s.get("split") == "heldout"],
+        [s for s in samples if s.get("member") == CENTER],
         list(samples),
     )
     chosen = next((group for group in groups if group), [])

@@ -29,7 +29,7 @@ class Setup:
         reward: what is scored.
         tokenizer: the model's.
         specs: the evolved parameters.
-        name: of the model, for people.
+        name: the model's name, for display.
         parameters: how many the whole model has.
         dtype: of the weights.
         place: where they are.

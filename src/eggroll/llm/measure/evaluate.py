@@ -79,7 +79,7 @@ def draw_problems(task: Task, samples: int | None, seed: int) -> list[Example]:
     """``samples`` of the task's test problems (``None``: 128 or all), chosen and ordered by ``seed``.
 
     Raises:
-        ConfigError: there are not so many.
+        ConfigError: there are fewer.
     """
     rows = task.test or task.heldout
     samples = min(DEFAULT_SAMPLES, len(rows)) if samples is None else samples

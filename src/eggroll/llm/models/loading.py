@@ -27,7 +27,7 @@ class LoadedModel:
         name: a short name, for directories and titles.
         dtype: of the weights.
         device: where they are.
-        notes: what was chosen and why, for people.
+        notes: what was chosen automatically and why, for display.
     """
 
     model: Any
