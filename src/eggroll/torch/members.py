@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import eggroll.torch.ops  # noqa: F401  (installs the rules of values)
 from eggroll.core.address import member_of
-from eggroll.core.select import ParameterSpec, select
+from eggroll.core.select import KINDS, ParameterSpec, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.layout.rows import constants_of
-from eggroll.torch.noise import Noise
+from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import Site, parameter_sites, parameter_specs
 from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
 
@@ -20,7 +20,7 @@ from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, Perturb
 class Members:
     """The selected parameters of a model, their noise, and the values of any members.
 
-    Args: see :class:`eggroll.torch.Population`, which has their defaults.
+    Args: see :class:`eggroll.torch.Population`.
 
     Attributes:
         specs: the perturbed parameters.
@@ -33,17 +33,17 @@ class Members:
         self,
         model: nn.Module,
         *,
-        population_size: int,
-        sigma: float,
-        rank: int,
-        seed: int,
-        antithetic: bool,
-        noise_reuse: int,
-        target_modules: Sequence[str] | None,
-        exclude: Sequence[str],
-        kinds: Sequence[str],
-        batch_dim: int,
-        cache_bytes: int,
+        population_size: int = 256,
+        sigma: float = 0.01,
+        rank: int = 1,
+        seed: int = 42,
+        antithetic: bool = True,
+        noise_reuse: int = 1,
+        target_modules: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        kinds: Sequence[str] = KINDS,
+        batch_dim: int = 0,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         if antithetic and population_size % 2:
             raise ConfigError(
