@@ -111,6 +111,8 @@ class TestFunctionReward:
 
         columns = {"answer": [1, 2], "completion": ["x", "x"], "prompt": ["?", "?"]}
         assert FunctionReward(reward).score(["a", "b"], ["x", "y"], columns) == [0.0, 1.0]
+        own = {name: seen["columns"].pop(name) for name in ("trainer_state", "log_extra", "log_metric")}
+        assert own["trainer_state"].global_step == 0
         assert seen == {"prompts": ["a", "b"], "completions": ["x", "y"], "columns": {"answer": [1, 2]}}
 
     def test_conversations(self):

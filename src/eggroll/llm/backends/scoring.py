@@ -20,19 +20,27 @@ from eggroll.llm.data.examples import Example, columns_of, prompts_of
 from eggroll.llm.generation.chat import encode_prompts, format_prompts, plain_text
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.base import as_scores, guarded
+from eggroll.llm.rewards.event_loop import finished
+from eggroll.llm.rewards.notes import Notes, noting, with_extra
 from eggroll.loop import Evaluation, Heldout
 
+LOGGED, HELDOUT_LOGGED = "rewards/", "heldout_rewards/"
+"""What a reward logs as NAME is in the metrics as ``rewards/NAME``, and that of the held-out data apart from it."""
 HELDOUT_MEMBER = -1
 """The center in the place of a member in ``samples.jsonl``."""
 
 
 @dataclass
 class Scores:
-    """Scores of some rows: ``values (rows,)``, what was written (text rewards only), tokens processed."""
+    """Scores of some rows: ``values (rows,)``, what was written (text rewards only), tokens processed.
+
+    ``extra`` are columns that a reward has logged, with a value for each row.
+    """
 
     values: NDArray[np.float64]
     completions: list[str] = field(default_factory=list)
     tokens: int = 0
+    extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
 class Evaluator(ABC):
@@ -93,33 +101,41 @@ class Evaluator(ABC):
         self.prepare(generation)
         drawn = time.perf_counter() - start
         tables, samples, tokens = [], [], 0
-        for group in self.groups(members, batch):
-            with self.perturbed(generation, group, sigma) as active:
-                scores = self._score(batch, active, generation, group)
-            table = scores.values.reshape(len(group), -1)
-            tables.append(self._reduced(table))
-            tokens += scores.tokens
-            if isinstance(batch, Sequence) and scores.completions:
-                samples += self._samples(batch, group, table, scores.completions, generation)
-        return Evaluation(np.concatenate(tables), {"draw_s": drawn}, tokens, samples)
+        with noting(generation, self.config.generations) as notes:
+            for group in self.groups(members, batch):
+                with self.perturbed(generation, group, sigma) as active:
+                    scores = self._score(batch, active, generation, group, notes)
+                table = scores.values.reshape(len(group), -1)
+                tables.append(self._reduced(table))
+                tokens += scores.tokens
+                if isinstance(batch, Sequence) and scores.completions:
+                    samples += self._samples(batch, group, table, scores, generation)
+        metrics = {"draw_s": drawn, **notes.means(LOGGED)}
+        return Evaluation(np.concatenate(tables), metrics, tokens, samples)
 
     @torch.no_grad()
-    def heldout(self, batch: Batch) -> Heldout:
-        """Mean score of the center, with its completions as samples."""
-        if isinstance(batch, dict):
-            return Heldout(float(np.nanmean(self._score(batch, None, 0, range(1)).values)))
-        together, times = self.center_prompts(batch), self.config.samples_per_prompt
-        values, samples = [], []
-        for start in range(0, len(batch), together):
-            part = batch[start : start + together]
-            scores = self._score(self._repeated(part), None, 0, range(1))
-            reduced = self._reduced(scores.values.reshape(1, -1))[0]
-            values.append(reduced)
-            for example, completion, value in zip(part, scores.completions[::times], reduced, strict=False):
-                samples.append(_sample(HELDOUT_MEMBER, example, completion, value, "heldout"))
+    def heldout(self, batch: Batch, generation: int = 0) -> Heldout:
+        """Mean score of the center after ``generation`` updates, with its completions as samples."""
+        with noting(generation, self.config.generations) as notes:
+            if isinstance(batch, dict):
+                reward = float(np.nanmean(self._score(batch, None, 0, range(1), notes).values))
+                return Heldout(reward, metrics=notes.means(HELDOUT_LOGGED))
+            together, times = self.center_prompts(batch), self.config.samples_per_prompt
+            values, samples = [], []
+            for start in range(0, len(batch), together):
+                part = batch[start : start + together]
+                scores = self._score(self._repeated(part), None, 0, range(1), notes)
+                reduced = self._reduced(scores.values.reshape(1, -1))[0]
+                values.append(reduced)
+                for row, (example, completion, value) in enumerate(
+                    zip(part, scores.completions[::times], reduced, strict=False)
+                ):
+                    sample = _sample(HELDOUT_MEMBER, example, completion, value, "heldout")
+                    samples.append(with_extra(sample, scores.extra, row * times))
         table = np.concatenate(values)
         finite = table[np.isfinite(table)]
-        return Heldout(float(finite.mean()) if finite.size else float("nan"), samples)
+        mean = float(finite.mean()) if finite.size else float("nan")
+        return Heldout(mean, samples, notes.means(HELDOUT_LOGGED))
 
     def encode(self, batch: Sequence[Example], **settings: Any) -> Any:
         """Prompts as token ids."""
@@ -137,7 +153,7 @@ class Evaluator(ABC):
         """Whether a part of the reward needs ``text``, ``tokens`` or the ``model``."""
         return any(part.needs == kind for part, _ in self.reward.parts)
 
-    def _score(self, batch: Batch, active: Any, generation: int, members: range) -> Scores:
+    def _score(self, batch: Batch, active: Any, generation: int, members: range, notes: Notes) -> Scores:
         """Weighted scores of ``len(members)`` members (or the center) on a batch, member by member."""
         total: NDArray[np.float64] | float = 0.0
         completions: list[str] = []
@@ -152,13 +168,13 @@ class Evaluator(ABC):
                 prompts = prompts_of(batch) * len(members)
                 columns = {key: values * len(members) for key, values in columns_of(batch).items()}
                 with guarded(f"reward {part.name!r}"):  # also of a class of the user's own
-                    found = part.score(prompts, completions, columns)
+                    found = finished(part.score(prompts, completions, columns))
                 values = np.asarray(as_scores(found, len(completions), f"reward {part.name!r}"), dtype=np.float64)
             else:
                 values, used = self.beyond_text(part, batch, active, len(members))
                 tokens += used
             total = total + weight * values
-        return Scores(np.asarray(total), completions, tokens)
+        return Scores(np.asarray(total), completions, tokens, notes.take_extra())
 
     def _repeated(self, batch: Batch) -> Batch:
         """Each prompt as often as it is sampled, one after the other."""
@@ -175,15 +191,17 @@ class Evaluator(ABC):
         return reduce_samples(table.reshape(len(table), -1, times), self.config.pass_at)
 
     def _samples(
-        self, batch: Sequence[Example], members: range, table: NDArray[Any], completions: list[str], generation: int
+        self, batch: Sequence[Example], members: range, table: NDArray[Any], scores: Scores, generation: int
     ) -> list[dict[str, Any]]:
         """One completion of each of the first members, of another row in each generation."""
         index = generation % len(batch)
-        return [
-            _sample(member, batch[index], completions[row * len(batch) + index], table[row, index], "train")
-            for row, member in enumerate(members)
-            if member < self.config.samples_per_generation
-        ]
+        chosen = [(row, m) for row, m in enumerate(members) if m < self.config.samples_per_generation]
+        found = []
+        for row, member in chosen:
+            place = row * len(batch) + index
+            sample = _sample(member, batch[index], scores.completions[place], table[row, index], "train")
+            found.append(with_extra(sample, scores.extra, place))
+        return found
 
 
 def _sample(member: int, example: Example, completion: str, score: float, split: str) -> dict[str, Any]:

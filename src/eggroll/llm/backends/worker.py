@@ -144,7 +144,7 @@ class LanguageWorker(ModelWorker):
 
     def heldout(self, generation: int) -> Heldout:
         """The center on the held-out data."""
-        return self.evaluator.heldout(self._heldout)
+        return self.evaluator.heldout(self._heldout, generation)
 
     def apply(self, record: UpdateRecord) -> float:
         """Take one update; returns the norm of the change."""

@@ -9,6 +9,7 @@ import torch
 
 from eggroll.errors import RewardError
 from eggroll.llm.rewards.base import Need, Reward, as_score, function_name, guarded
+from eggroll.llm.rewards.event_loop import finished
 
 
 class CustomReward(Reward):
@@ -38,5 +39,5 @@ class CustomReward(Reward):
             RewardError: the function raised, or did not return a number.
         """
         with guarded(f"reward {self.name!r}"):
-            value = self.function(model, inputs)
+            value = finished(self.function(model, inputs))
         return as_score(value, f"reward {self.name!r}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections import UserList
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from eggroll.errors import RewardError
 from eggroll.llm.generation.chat import as_conversational
 from eggroll.llm.rewards.base import Need, Prompt, Reward, as_scores, function_name, guarded, shown
+from eggroll.llm.rewards.event_loop import discard, result, settle
+from eggroll.llm.rewards.notes import check_columns, current_notes
 
 RewardFunction = Callable[..., Any]
 
@@ -27,7 +27,13 @@ class FunctionReward(Reward):
     Several functions are summed with weights. A function may return ``None`` for completions that it does not apply
     to; the others decide then, and a completion to which none applies gets NaN. Where prompts are conversations,
     completions are ``[{"role": "assistant", "content": ...}]``. A function without ``**`` gets only the columns that
-    it names. ``async`` functions run side by side. ``reward(outputs, prompts)`` works as well.
+    it names. ``async`` functions run side by side, on one event loop for the whole run. ``reward(outputs, prompts)``
+    works as well.
+
+    TRL's own arguments are there, too: ``trainer_state`` (``global_step`` is the number of updates done, ``max_steps``
+    that of the run), ``log_metric(name, value)`` (a mean over the generation, in ``metrics.jsonl`` and the trackers as
+    ``rewards/NAME``) and ``log_extra(column, values)`` (one value per completion, with the samples in
+    ``samples.jsonl``).
 
     Args:
         functions: one function or several.
@@ -65,42 +71,50 @@ class FunctionReward(Reward):
         columns = columns or {}
         asked, answers = as_conversational(prompts, completions)
         results: list[Any] = []
-        for function in self.functions:
-            arguments = self._arguments(function, asked, answers, completions, columns)
-            results.append(self._guarded(function, prompts, partial(function, **arguments)))
-        self._await(results, prompts)
+        try:
+            for function in self.functions:
+                call = self._call(function, asked, answers, completions, columns)
+                results.append(self._guarded(function, prompts, call))
+        except BaseException:
+            discard(results)
+            raise
+        outcomes = zip(self.functions, settle(results), strict=True)
+        results = [self._guarded(function, prompts, partial(result, outcome)) for function, outcome in outcomes]
         tables = [
             as_scores(result, len(completions), f"reward function {function_name(function)!r}")
             for function, result in zip(self.functions, results, strict=True)
         ]
         return [_weighted_sum(row, self.weights) for row in zip(*tables, strict=True)]
 
-    def _arguments(
+    def _call(
         self,
         function: RewardFunction,
         prompts: list[Prompt],
         answers: list[Any],
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
-    ) -> dict[str, Any]:
+    ) -> Callable[[], Any]:
+        """The function with the arguments that it asks for, by name."""
         passed = {name: list(values) for name, values in columns.items() if name not in NOT_PASSED}
         known: dict[str, Any] = {**passed, "prompts": prompts, "completions": answers}
         parameters = inspect.signature(function).parameters
         if "outputs" in parameters and "completions" not in parameters:
             known["outputs"] = answers
+        there = list(known)
+        known.update(current_notes().arguments(len(completions)))
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for ids in ("completion_ids", "completions_ids"):
             if ids in parameters:
                 known[ids] = self._token_ids(function, completions)
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return known
-        wanted = {name: known[name] for name in parameters if name in known}
-        missing = [name for name, p in parameters.items() if p.default is p.empty and name not in wanted]
-        if missing:
-            raise RewardError(
-                f"reward function {function_name(function)!r} asks for {', '.join(missing)}; there are "
-                f"{', '.join(known)}. Add the column to the data set, or give the parameter a default"
-            )
-        return wanted
+        if takes_all and self.tokenizer is not None:
+            known.setdefault("completion_ids", _Later(partial(self._token_ids, function, completions)))
+        own = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        missing = [p.name for p in own if p.default is p.empty and p.name not in known]
+        check_columns(f"reward function {function_name(function)!r}", missing, there)
+        first = [p.name for p in own if p.kind is p.POSITIONAL_ONLY and p.name in known]
+        names = known if takes_all else [p.name for p in own if p.name in known]
+        by_name = {name: known[name] for name in names if name not in first}
+        return partial(function, *(known[name] for name in first), **by_name)
 
     def _token_ids(self, function: RewardFunction, completions: Sequence[str]) -> list[list[int]]:
         if self.tokenizer is None:
@@ -116,41 +130,17 @@ class FunctionReward(Reward):
         with guarded(what, f" (on a batch of {len(prompts)} completions{first})"):
             return call()
 
-    def _await(self, results: list[Any], prompts: Sequence[Prompt]) -> None:
-        """Replaces the coroutines among the results by what they return, running them side by side."""
-        pending = [index for index, result in enumerate(results) if inspect.isawaitable(result)]
-        if not pending:
-            return
-        # a thread of its own, since a notebook's thread has a running event loop already
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            outcomes = pool.submit(asyncio.run, _gather([results[index] for index in pending])).result()
-        for index, outcome in zip(pending, outcomes, strict=True):
-            results[index] = self._guarded(self.functions[index], prompts, partial(_result, outcome))
 
+class _Later(UserList[Any]):
+    """A list that is made when it is first looked at: most functions with a ``**`` do not read the token ids in it."""
 
-async def _gather(awaitables: list[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*map(_outcome, awaitables))
+    def __init__(self, make: Callable[[], list[Any]]) -> None:
+        self._make = make
 
-
-async def _outcome(awaitable: Awaitable[Any]) -> Any:
-    """What an awaitable returns or raises; a ``SystemExit`` that left a task would stop the event loop."""
-    try:
-        return await awaitable
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        return _Raised(error)
-
-
-@dataclass(frozen=True)
-class _Raised:
-    error: BaseException
-
-
-def _result(outcome: Any) -> Any:
-    if isinstance(outcome, _Raised):
-        raise outcome.error
-    return outcome
+    @cached_property
+    def data(self) -> list[Any]:  # type: ignore[override]
+        """The list."""
+        return self._make()
 
 
 def _weighted_sum(scores: Sequence[float | None], weights: Sequence[float]) -> float:
