@@ -11,18 +11,12 @@ A function's parameters say which convention it follows:
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
 import math
-import os
 import re
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +26,7 @@ from eggroll.llm import tasks
 from eggroll.llm.rewards.base import Reward, function_name
 from eggroll.llm.rewards.custom import CustomReward
 from eggroll.llm.rewards.functions import FunctionReward
+from eggroll.llm.rewards.importing import import_file, import_module
 from eggroll.llm.rewards.multi import MultiReward
 from eggroll.llm.rewards.perplexity import PerplexityReward
 from eggroll.llm.rewards.text import TextReward
@@ -113,28 +108,20 @@ def _from_file(path: Path, function: str | None, tokenizer: Any) -> Reward:
             near = difflib.get_close_matches(path.name, files, n=3, cutoff=0.5) or files[:5]
         there = f"Python files in {path.parent}: {', '.join(near)}" if near else f"{path.parent} has no Python file"
         raise RewardError(f"reward file {path} does not exist. {there}. {_known()}")
-    digest = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=4).hexdigest()
-    name = f"eggroll_reward_{path.stem}_{digest}"
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None or module_spec.loader is None:
-        raise RewardError(f"reward file {path} is not a Python file; its name must end with .py")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
     try:
-        with _import_path(path.resolve().parent):
-            module_spec.loader.exec_module(module)
+        module = import_file(path)
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise RewardError(f"reward file {path} {_raised(error, path)}") from error
+    if module is None:
+        raise RewardError(f"reward file {path} is not a Python file; its name must end with .py")
     return _from_namespace(module, f"reward file {path}", function, tokenizer)
 
 
 def _from_module(path: str, function: str, tokenizer: Any) -> Reward:
     try:
-        with _import_path(Path.cwd()):
-            module = importlib.import_module(path)
+        module = import_module(path)
     except (Exception, SystemExit) as error:
         raise RewardError(
             f"the module of the reward '{path}:{function}' cannot be imported: {type(error).__name__}: {error}. "
@@ -232,17 +219,6 @@ def _is_batch(value: Any) -> bool:
         return bool(BATCH_PARAMETERS & set(inspect.signature(value).parameters))
     except (TypeError, ValueError):
         return False
-
-
-@contextmanager
-def _import_path(folder: Path) -> Iterator[None]:
-    """Lets a reward file import what lies beside it, as a script can."""
-    entry = str(folder)
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        sys.path.remove(entry)
 
 
 def _raised(error: BaseException, path: Path) -> str:
