@@ -17,6 +17,7 @@ from rich.table import Table
 from eggroll.core.settings import setting
 from eggroll.errors import ConfigError
 from eggroll.llm.config import EggrollConfig, GenerationOptions, ModelOptions
+from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
     from eggroll.llm.data.examples import Example
@@ -81,7 +82,7 @@ def run(options: EvalOptions) -> int:
     from eggroll.llm.measure.evaluate import compare, draw_problems
     from eggroll.llm.tasks import get_task
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Terminal(soft_wrap=True, highlight=False)
     with console.status(f"making the problems of {escape(options.task)} ..."):
         task = get_task(options.task, shots=options.shots)
         config = options.config(task)
@@ -169,7 +170,7 @@ def _show(
     if comparison is not None:
         change = f"{_percent(comparison.accuracy, sign='+')}  {comparison.gained} gained, {comparison.lost} lost"
         table.add_row("difference, paired", change, _number(comparison.mean, sign="+"), "", style="bold")
-    Console(highlight=False).print(table)
+    Terminal(highlight=False).print(table)
     for line in _verdict(len(results[0].scores), len(task.test or task.heldout), comparison):
         console.print(line)
 

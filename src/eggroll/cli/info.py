@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from eggroll.core.settings import setting
 from eggroll.llm.config import EggrollConfig, ModelOptions
+from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def run(options: InfoOptions) -> int:
         members = options.members_per_forward or estimate.members_that_fit(workload, rows_budget(found.device))
         memories[name] = estimate.memory(workload, members)
     dtype = str(found.dtype).removeprefix("torch.")
-    out = Console(highlight=False).print
+    out = Terminal(highlight=False).print
     out(f"[bold]{escape(found.name)}[/]  {found.outline.name}, {_number(found.outline.size)} parameters, {dtype}")
     for note in found.notes:
         out(f"[dim]{escape(note)}[/]")

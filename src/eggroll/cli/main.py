@@ -6,17 +6,17 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from rich.console import Console
-
 from eggroll.cli.parse import parse
 from eggroll.cli.watch import option_given
 from eggroll.errors import EggrollError, raised_at
 from eggroll.run.console import forgive
+from eggroll.run.terminal import Terminal, printable
 
 COMMANDS = ("tune", "eval", "info", "replay", "report", "rl", "pretrain")
 """Each is a module of this package with ``OPTIONS`` (a dataclass), ``run(options)``, and perhaps
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # tokenizers warns about forks otherwise; completions are decoded in one process anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *about, **more: printable(format_warning(*about, **more))
     try:
         if given[0] == "recipe":
             from eggroll.cli.recipe import recipe
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = command.run(options)
         return status
     except EggrollError as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = Terminal(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"[bold red]error:[/] {_escaped(str(error))}")
         place = raised_at(error)
         for note in dict.fromkeys((*([] if place is None else [place]), *getattr(error, "__notes__", ()))):
@@ -75,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = format_warning
 
 
 def load(name: str) -> ModuleType:

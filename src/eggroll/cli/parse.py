@@ -17,6 +17,7 @@ import tyro
 from eggroll.core.config import ESConfig
 from eggroll.core.settings import about
 from eggroll.errors import ConfigError
+from eggroll.run.terminal import printable
 
 Options = TypeVar("Options")
 ON_THE_COMMAND_LINE = {
@@ -39,17 +40,27 @@ def parse(
     command = command_type(cast(Any, kind))
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     absent: Any = tyro.MISSING_NONPROP
+    shown = {} if default is None else {name: _printable(getattr(default, name)) for name in names}
     if default is not None:
-        absent = command(**{name: getattr(default, name) for name in names})
+        absent = command(**shown)
     given = tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
+    found = {name: getattr(given, name) for name in names}
+    found |= {name: getattr(default, name) for name, value in shown.items() if found[name] == value}
     # Checked here, so that what cannot work is said in the words of the settings.
     try:
-        return kind(**{name: getattr(given, name) for name in names})
+        return kind(**found)
     except ConfigError as error:
         text = str(error).replace(kind.__name__, prog, 1)
         for words, here in ON_THE_COMMAND_LINE.items():
             text = text.replace(words, here)
         raise type(error)(text) from None
+
+
+def _printable(value: Any) -> Any:
+    """A default as the parser shows it: it may come from a run's directory, see :mod:`eggroll.run.terminal`."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(_printable, value))
+    return printable(value) if isinstance(value, str) else value
 
 
 @cache

@@ -13,6 +13,7 @@ from eggroll.cli.watch import quoted, resumed_options, run_command
 from eggroll.core.check import numbers
 from eggroll.core.settings import to_json_values
 from eggroll.pretrain.config import PretrainOptions
+from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
     from eggroll.lifecycle import Trained
@@ -64,10 +65,8 @@ def _sample(options: PretrainCommand, run: str) -> int:
         run, options.prompt, options.sample_length, temperature=options.temperature, seed=options.seed,
         backend=options.backend, device=options.device, threads=options.threads,
     )  # fmt: skip
-    # A young model writes any bytes; those that would steer the terminal are shown as a replacement character.
-    shown = (char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(options.prompt + "".join(shown), markup=False)
+    console = Terminal(soft_wrap=True, highlight=False)
+    console.print(options.prompt + text, markup=False)
     return 0
 
 

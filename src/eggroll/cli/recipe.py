@@ -11,12 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rich.console import Console
-
 from eggroll.cli.kinds import RECIPES, load_recipe
 from eggroll.cli.parse import parse
 from eggroll.cli.watch import resumed_options, run_command
 from eggroll.core.settings import setting
+from eggroll.run.terminal import Terminal
 
 
 def recipe(arguments: Sequence[str]) -> int:
@@ -82,7 +81,7 @@ def run_all(arguments: Sequence[str]) -> int:
         if "output" in chosen:  # each has its own
             chosen["output"] = str(Path(str(options.output)) / name)
         planned.append((name, module, kind(**chosen)))
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     for name, module, chosen_options in planned:
         console.rule(f"[bold]eggroll recipe {name}")
         status = run(module, chosen_options)

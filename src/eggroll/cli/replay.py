@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 
 from eggroll.core.settings import setting
+from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
     from eggroll.core.records import UpdateRecord
@@ -42,7 +42,7 @@ def run(options: ReplayOptions) -> int:
     from eggroll.lifecycle import replay as rebuild
     from eggroll.run.run_dir import RunDir
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Terminal(soft_wrap=True, highlight=False)
 
     def shown(records: Iterable[UpdateRecord]) -> Iterable[UpdateRecord]:
         return track(list(records), description="replaying", console=console, disable=not console.is_terminal)

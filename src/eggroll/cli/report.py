@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.markup import escape
 
 from eggroll.core.settings import setting
+from eggroll.run.terminal import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,5 +34,5 @@ def run(options: ReportOptions) -> int:
     except RunError:  # of a program of the user's own
         load_line = None
     written = write_report(directory, load_line=load_line)
-    Console(soft_wrap=True, highlight=False).print(f"report   {escape(str(written))}")
+    Terminal(soft_wrap=True, highlight=False).print(f"report   {escape(str(written))}")
     return 0

@@ -15,6 +15,7 @@ from eggroll._optional import require
 from eggroll.cli.watch import option_given, resumed_options, run_command
 from eggroll.errors import RunError
 from eggroll.rl.config import RLConfig
+from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
     from eggroll.lifecycle import Trained
@@ -43,7 +44,7 @@ def run(options: RLOptions) -> int:
     if options.algo == "ppo":
         from eggroll.rl.baselines import ppo
 
-        ppo(options, Console(soft_wrap=True, highlight=False).print)
+        ppo(options, Terminal(soft_wrap=True, highlight=False).print)
         return 0
     from eggroll.rl.kind import KIND
 
@@ -81,7 +82,7 @@ def _drawing(console: Console, trained: Trained) -> None:
 def _list() -> None:
     from eggroll.rl.envs import registry
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Terminal(soft_wrap=True, highlight=False)
     table = Table(box=None, pad_edge=False)
     for title in ("environment", "library", "installed, or how to"):
         table.add_column(title)

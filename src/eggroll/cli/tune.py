@@ -13,6 +13,7 @@ from rich.table import Table
 
 from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run_command
 from eggroll.llm.options import TuneOptions
+from eggroll.run.terminal import Terminal, printable
 
 if TYPE_CHECKING:
     from eggroll.lifecycle import Trained
@@ -90,7 +91,7 @@ def _show(console: Console, trained: Trained) -> None:
         table.add_column("after", ratio=3)
         for row in rows[:3]:
             table.add_row(_cell(row.prompt, None), _cell(*_text(row.before)), _cell(*_text(row.after)))
-        Console(highlight=False).print(table)
+        Terminal(highlight=False).print(table)
     console.print(f"\nmodel    {escape(str(run.path / MODEL))}")
     console.print(f"load it  [bold]{escape(str(KIND.load_line(run)))}[/]")
 
@@ -102,6 +103,5 @@ def _text(sample: Any) -> tuple[str, float | None]:
 
 
 def _cell(text: Any, reward: float | None) -> str:
-    # What a model writes may hold control characters, which a terminal would obey.
-    shown = escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(text).split())))
+    shown = escape(printable(" ".join(str(text).split())))
     return shown if reward is None else f"{shown}  [dim]({reward:.2f})[/]"

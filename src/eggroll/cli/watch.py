@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.markup import escape
 
+from eggroll.run.terminal import Terminal
+
 if TYPE_CHECKING:
     from eggroll.lifecycle import Opened, RunKind, Trained
     from eggroll.loop import Listener
@@ -49,7 +51,7 @@ def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
     from eggroll.lifecycle import train
     from eggroll.lifecycle.training import resume_command
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Terminal(soft_wrap=True, highlight=False)
     with Watch(console) as watch:
         trained = train(kind, options, opened=watch.opened, notify=watch.say)
     if trained.result:

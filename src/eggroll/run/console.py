@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eggroll.run.metrics import series
+from eggroll.run.terminal import Terminal
 
 WINDOW = 20
 """Generations that the estimate of the time left is averaged over."""
@@ -36,7 +37,7 @@ class Display:
         start: finished generations when the display opens (above 0 when a run is resumed).
         title: what is being done, for example the model's name.
         history: lines of ``metrics.jsonl`` from before a resume, so that start and best are those of the whole run.
-        console: where to write; ``None`` is standard output.
+        console: where to write; ``None`` is a :class:`~eggroll.run.terminal.Terminal` on standard output.
         clock: seconds, for the elapsed time and the time left.
     """
 
@@ -52,7 +53,7 @@ class Display:
     ) -> None:
         self.total = total
         self.title = title
-        self.console = console or Console()
+        self.console = console or Terminal()
         forgive(self.console.file)
         self._clock = clock
         self._done = start
