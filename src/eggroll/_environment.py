@@ -35,3 +35,20 @@ def value(name: str) -> str:
 def is_on(name: str) -> bool:
     """Whether a variable is set to anything but 0."""
     return value(name) not in ("", "0")
+
+
+WAITING = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+"""How threads of OpenMP (PyTorch's, and those of our C kernels, which are the same) wait: asleep. The defaults spin,
+which takes the cores from any other program, and from the very thread that is waited for."""
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def wait_passively() -> None:
+    """Let threads sleep while they wait. Works before PyTorch is loaded; what the user has set stays."""
+    if not any(name in os.environ for name in WAITING):
+        os.environ.update(WAITING)
+
+
+def chose_threads() -> bool:
+    """Whether the user has said how many threads there shall be."""
+    return any(value(name) for name in THREADS)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from eggroll import _environment
 from eggroll.cli.parse import parse
 from eggroll.cli.watch import option_given
 from eggroll.errors import EggrollError, raised_at
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # tokenizers warns about forks otherwise; completions are decoded in one process anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _environment.wait_passively()
     format_warning = warnings.formatwarning
     warnings.formatwarning = lambda *about, **more: printable(format_warning(*about, **more))
     try:

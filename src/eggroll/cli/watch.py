@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.markup import escape
 
+from eggroll.cli.cores import choose_threads
 from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
 
     console = Terminal(soft_wrap=True, highlight=False)
     with Watch(console) as watch:
+        line = choose_threads(options)
+        if line is not None:
+            watch.say(line)
         trained = train(kind, options, opened=watch.opened, notify=watch.say)
     if trained.result:
         show_result(console, trained.result)

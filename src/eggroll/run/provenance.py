@@ -43,6 +43,7 @@ def environment(command: list[str] | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": cores(),
+        "threads": threads(),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
     }
@@ -107,6 +108,12 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def threads() -> int | None:
+    """Threads that torch computes with; ``None`` if it is not loaded."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
 
 
 def memory_bytes() -> int | None:
