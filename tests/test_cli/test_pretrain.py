@@ -43,6 +43,21 @@ def test_a_run_a_sample_and_a_replay(text, tmp_path, capsys):
     assert "generation 4 of 4, equal to its checkpoint, bit for bit" in capsys.readouterr().out
 
 
+def test_the_report_speaks_of_bits_and_of_minutes(text, tmp_path):
+    out = tmp_path / "run"
+    assert main(command(text, "-g", "100000", "--minutes", "0.0001", "-o", str(out))) == 0
+    page = (out / "report.html").read_text()
+    assert "The run ended after 1 of 100000 generations: its 0.0001 minutes were used up." in page
+    assert "bits per byte, first → last" in page
+    assert "bits per byte of held-out text (lower is better)" in page
+    assert f"eggroll pretrain --sample {out} --prompt" in page
+    for wrong in ("not finished", "No model was saved", "held-out reward", "reward on", "reward -", "reward none"):
+        assert wrong not in page, wrong
+    (out / "result.json").write_text('{"generations": 7}')  # of another time
+    assert main(["report", str(out)]) == 0
+    assert "The run is not finished: 1 of 100000 generations." in (out / "report.html").read_text()
+
+
 def test_resume_is_bit_for_bit(text, tmp_path):
     from safetensors.numpy import load_file
 

@@ -142,6 +142,27 @@ def test_a_finished_run_has_no_note(five):
     assert "not finished" not in "\n".join(page_of(five).texts)
 
 
+def test_a_run_that_was_ended_before_its_last_generation(five):
+    five.write_file("result.json", b'{"generations": 5, "solved": true}')
+    text = "\n".join(page_of(five).texts)
+    assert "The run ended after 5 of 10 generations: its goal was reached, or its budget used up." in text
+    five.write_file("result.json", b"[" * 100_000)
+    assert "The run is not finished: 5 of 10" in "\n".join(page_of(five).texts)
+
+
+def test_bits_per_byte_are_better_when_they_are_fewer(run):
+    for generation, bits in ((0, 8.0), (1, 5.0), (2, 6.0)):
+        run.append_metrics({"generation": generation, "heldout_reward": -bits, "validation_bits_per_byte": bits})
+        run.append_samples([sample(generation, "the", "cat", -bits)])
+    page = page_of(run)
+    text = "\n".join(page.texts)
+    assert "8.000 → 6.000" in text
+    assert "best bits per byte, after generation 1" in text
+    assert "8.000 bits per byte, generation 0" in text
+    assert '<b class="up">8.000 → 6.000' in (run.path / "report.html").read_text()
+    assert page.elements.count("svg") == 1
+
+
 def test_checkpoints_are_mentioned_when_no_model_was_saved(five):
     five.save_checkpoint(5, {"w": torch.zeros(1)}, {})
     assert f"the last checkpoints are in {five.checkpoints}" in "\n".join(page_of(five).texts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from eggroll._optional import require
 from eggroll.cli.watch import quoted, resumed_options, run_command
@@ -71,8 +72,10 @@ def _sample(options: PretrainCommand, run: str) -> int:
 
 
 def _show(console: Console, trained: Trained) -> None:
+    from eggroll.pretrain.kind import sample_command
+
     path, options = quoted(trained.run.path), trained.plan.options
-    console.print(f"text     eggroll pretrain --sample {path} --prompt '...'")
+    console.print(f"text     {escape(str(sample_command(trained.run)))}")
     if options.minutes is not None and not trained.interrupted and trained.generation < options.generations:
         console.print(
             f"more     eggroll pretrain --resume {path} --minutes M    "

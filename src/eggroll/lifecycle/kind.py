@@ -98,7 +98,7 @@ class RunKind:
         plan: loads and checks what the options name; raises before anything is on disk.
         base: the worker as the run began with it, for a replay; it needs no data. Given the options and the run.
         save: ``save(worker, directory, generation)`` writes a replayed worker's weights.
-        load_line: Python that loads what a run has saved, or ``None``.
+        load_line: Python that loads what a run has saved, or the command that uses it, or ``None``.
         retired: names in old runs' settings that are no settings any more.
         from_checkpoint: its updates need more than the log's records, so a resumed run goes back to its newest
             checkpoint.

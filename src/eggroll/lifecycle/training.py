@@ -18,11 +18,9 @@ from eggroll.errors import ConfigError, EggrollError
 from eggroll.lifecycle.kind import Plan, RunKind, Sitting
 from eggroll.lifecycle.opening import check_code, check_not_taken, open_run
 from eggroll.loop import Listener, Loop, Worker
-from eggroll.run.report import write_report
+from eggroll.run.report import RESULT, write_report
 from eggroll.run.run_dir import RunDir
 from eggroll.run.trackers import TrackerListener, make_trackers, tracker_names
-
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)

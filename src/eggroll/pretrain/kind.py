@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -203,11 +204,17 @@ def _save(worker: PretrainWorker, directory: Path, generation: int) -> Saved:
     return Saved("weights", path, [f'safetensors.numpy.load_file("{path}")'])
 
 
+def sample_command(run: RunDir) -> str | None:
+    """The command that prints text of a run's model; ``None`` before its first generation."""
+    return f"eggroll pretrain --sample {shlex.quote(str(run.path))} --prompt '...'" if run.updates() else None
+
+
 KIND = RunKind(
     name="pretrain",
     options=PretrainOptions,
     plan=_plan,
     base=lambda options, run: make_worker(_here(options), with_data=False),
     save=_save,
+    load_line=sample_command,
     retired=("sample", "temperature"),
 )

@@ -20,6 +20,33 @@ MAX_OWN = 12
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What the held-out data say about a run.
+
+    Attributes:
+        key: of ``metrics.jsonl``.
+        short: its name.
+        label: of its drawing.
+        higher: whether higher is better.
+    """
+
+    key: str
+    short: str
+    label: str
+    higher: bool = True
+
+
+REWARD = Measure("heldout_reward", "held-out reward", METRICS["heldout_reward"].label)
+BITS = Measure("validation_bits_per_byte", "bits per byte", "bits per byte of held-out text (lower is better)", False)
+"""A language model from scratch: there the reward is minus these bits."""
+
+
+def heldout_measure(metrics: Sequence[Mapping[str, Any]]) -> Measure:
+    """The measure that a person expects of such a run."""
+    return BITS if series(metrics, BITS.key)[0] else REWARD
+
+
+@dataclass(frozen=True)
 class Curve:
     """One drawing: its title, the ``<svg>`` element, and whether it is one to look at first."""
 
@@ -29,19 +56,20 @@ class Curve:
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """Drawings of everything that was measured: held-out reward and fitness first and larger.
+    """Drawings of everything that was measured: the held-out score and fitness first and larger.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib", extra="llm")
     found = []
-    if series(metrics, "heldout_reward")[0]:
-        found.append(_heldout(metrics))
+    measure = heldout_measure(metrics)
+    if series(metrics, measure.key)[0]:
+        found.append(_heldout(metrics, measure))
     if series(metrics, "fitness_mean")[0]:
         found.append(_fitness(metrics))
     large = {"heldout_reward", "fitness_mean", "fitness_max", "fitness_min", "fitness_std", "elapsed_s"}
-    own = [key for key in _numeric_keys(metrics) if key not in METRICS][:MAX_OWN]
+    own = [key for key in _numeric_keys(metrics) if key not in METRICS and key != measure.key][:MAX_OWN]
     for key in [*(key for key in METRICS if key not in large), *own]:
         generations, values = series(metrics, key)
         if generations and not (key == "invalid_scores" and not any(values)):
@@ -55,13 +83,13 @@ def _numeric_keys(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if series(metrics, key)[0]]
 
 
-def _heldout(metrics: Sequence[Mapping[str, Any]]) -> Curve:
-    generations, values = series(metrics, "heldout_reward")
+def _heldout(metrics: Sequence[Mapping[str, Any]], measure: Measure) -> Curve:
+    generations, values = series(metrics, measure.key)
     figure, axes = _axes(LARGE)
     axes.axhline(values[0], color="#9aa3b0", linewidth=0.9, linestyle="--", label="at the start")
-    axes.plot(generations, values, color=OTHER, linewidth=1.6, marker="o", markersize=3, label="held-out reward")
+    axes.plot(generations, values, color=OTHER, linewidth=1.6, marker="o", markersize=3, label=measure.short)
     axes.legend(frameon=False, fontsize=8)
-    return _finish(figure, axes, METRICS["heldout_reward"].label, main=True)
+    return _finish(figure, axes, measure.label, main=True)
 
 
 def _fitness(metrics: Sequence[Mapping[str, Any]]) -> Curve:

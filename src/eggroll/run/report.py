@@ -14,11 +14,11 @@ from string import Template
 from typing import Any
 
 from eggroll.run.console import duration, number, rate
-from eggroll.run.curves import Curve, curves
+from eggroll.run.curves import BITS, Curve, Measure, curves, heldout_measure
 from eggroll.run.metrics import series
 from eggroll.run.run_dir import RunDir
 
-REPORT = "report.html"
+REPORT, RESULT = "report.html", "result.json"
 MAX_ROWS = 30
 MAX_CHARACTERS = 4000
 CENTER = -1
@@ -32,7 +32,7 @@ def write_report(run: RunDir, *, load_line: str | None = None) -> Path:
 
     Args:
         run: the run; it may be going on, or have no finished generation yet.
-        load_line: Python that loads the result, shown as it is.
+        load_line: Python that loads the result, or the command that uses it, shown as it is.
 
     Returns:
         The path of the report.
@@ -42,18 +42,18 @@ def write_report(run: RunDir, *, load_line: str | None = None) -> Path:
         RunWriteError: the report cannot be written.
     """
     metrics = run.metrics()
-    drawn = curves(metrics)
+    drawn, measure = curves(metrics), heldout_measure(metrics)
     finished = len(run.updates())
     total = run.setting("generations")
     values = {
         "title": _escape(f"eggroll run {run.path.resolve().name}"),
         "subtitle": _escape(_subtitle(run)),
-        "note": _note(finished, total),
-        "cards": "".join(_cards(run, metrics, finished, total)),
+        "note": _note(run, finished, total),
+        "cards": "".join(_cards(run, metrics, finished, total, measure)),
         "main_curves": _grid([curve for curve in drawn if curve.main], "main")
         or '<p class="dim">No generation is finished yet.</p>',
         "other_curves": _grid([curve for curve in drawn if not curve.main], ""),
-        "samples": _samples(run.samples()),
+        "samples": _samples(run.samples(), measure),
         "load": _load(run, load_line, finished),
         "replay": _escape(f"eggroll replay {shlex.quote(str(run.path))} --to {finished}"),
         "command": _escape(shlex.join(str(word) for word in run.environment.get("command", [])) or "not recorded"),
@@ -75,24 +75,40 @@ def _subtitle(run: RunDir) -> str:
     return ", ".join(str(fact) for fact in [*facts, *hardware] if fact)
 
 
-def _note(finished: int, total: Any) -> str:
+def _note(run: RunDir, finished: int, total: Any) -> str:
     if not isinstance(total, int) or finished >= total:
         return ""
-    text = f"The run is not finished: {finished} of {total} generations. Continue it with --resume."
+    if _ended_after(run) == finished:
+        minutes = run.setting("minutes")
+        spent = isinstance(minutes, int | float)
+        why = f"its {minutes:g} minutes were used up" if spent else "its goal was reached, or its budget used up"
+        text = f"The run ended after {finished} of {total} generations: {why}."
+        text += " Continue it with --resume and more --minutes." if spent else ""
+    else:
+        text = f"The run is not finished: {finished} of {total} generations. Continue it with --resume."
     return f'<div class="note">{_escape(text)}</div>'
 
 
-def _cards(run: RunDir, metrics: Sequence[Sample], finished: int, total: Any) -> list[str]:
+def _ended_after(run: RunDir) -> Any:
+    """The generation at which the run was ended and measured, before its last one or there."""
+    try:
+        return json.loads((run.path / RESULT).read_bytes())["generations"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _cards(run: RunDir, metrics: Sequence[Sample], finished: int, total: Any, measure: Measure) -> list[str]:
     def card(value: str, label: str, style: str = "") -> str:
         return f'<div class="card"><b class="{style}">{_escape(value)}</b><span>{_escape(label)}</span></div>'
 
     cards = [card(f"{finished} of {total}" if isinstance(total, int) else str(finished), "generations")]
-    where, heldout = series(metrics, "heldout_reward")
+    where, heldout = series(metrics, measure.key)
     if heldout:
-        style = "up" if heldout[-1] > heldout[0] else "down" if heldout[-1] < heldout[0] else ""
-        cards.append(card(f"{number(heldout[0])} → {number(heldout[-1])}", "held-out reward, first → last", style))
-        best = max(range(len(heldout)), key=heldout.__getitem__)
-        cards.append(card(number(heldout[best]), f"best held-out reward, after generation {where[best]}"))
+        gain = (heldout[-1] - heldout[0]) * (1 if measure.higher else -1)
+        style = "up" if gain > 0 else "down" if gain < 0 else ""
+        cards.append(card(f"{number(heldout[0])} → {number(heldout[-1])}", f"{measure.short}, first → last", style))
+        best = (max if measure.higher else min)(range(len(heldout)), key=heldout.__getitem__)
+        cards.append(card(number(heldout[best]), f"best {measure.short}, after generation {where[best]}"))
     _, fitness = series(metrics, "fitness_mean")
     if fitness:
         cards.append(card(f"{number(fitness[0])} → {number(fitness[-1])}", "mean fitness, first → last"))
@@ -151,15 +167,15 @@ def before_and_after(samples: Sequence[Sample]) -> list[Comparison]:
     return sorted(found, key=lambda comparison: comparison.after is None)  # stable: compared prompts first
 
 
-def _samples(samples: Sequence[Sample]) -> str:
+def _samples(samples: Sequence[Sample], measure: Measure) -> str:
     rows = before_and_after(samples)
     if not rows:
         return '<p class="dim">No samples were logged.</p>'
     parts = []
     for row in rows[:MAX_ROWS]:
-        after = _sample(row.after) if row.after else '<span class="dim">not sampled again yet</span>'
+        after = _sample(row.after, measure) if row.after else '<span class="dim">not sampled again yet</span>'
         prompt = f'<div class="text">{_cut(_prompt(row.prompt))}</div>'
-        parts.append(f"<tr><td>{prompt}</td><td>{_sample(row.before)}</td><td>{after}</td></tr>")
+        parts.append(f"<tr><td>{prompt}</td><td>{_sample(row.before, measure)}</td><td>{after}</td></tr>")
     more = f'<p class="dim">{MAX_ROWS} of {len(rows)} prompts; all are in samples.jsonl.</p>'
     head = "<tr><th>prompt</th><th>before</th><th>after</th></tr>"
     return f'<table class="samples">{head}{"".join(parts)}</table>{more if len(rows) > MAX_ROWS else ""}'
@@ -172,10 +188,12 @@ def _prompt(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: Sample, measure: Measure) -> str:
     reward = sample.get("reward")
-    shown = number(reward) if isinstance(reward, int | float) else "none"
-    line = f"reward {shown}, generation {sample['generation']}"
+    sign = 1 if measure.higher else -1
+    shown = number(sign * reward) if isinstance(reward, int | float) else "none"
+    word = f"{shown} {measure.short}" if measure is BITS else f"reward {shown}"
+    line = f"{word}, generation {sample['generation']}"
     return f'<div class="text">{_cut(_prompt(sample.get("completion")))}</div><div class="reward">{_escape(line)}</div>'
 
 
@@ -185,7 +203,8 @@ def _cut(text: str) -> str:
 
 def _load(run: RunDir, load_line: str | None, finished: int) -> str:
     if load_line is not None:
-        return f"<p>Load it:</p><pre>{_escape(load_line)}</pre>"
+        what = "Use it" if load_line.startswith("eggroll ") else "Load it"
+        return f"<p>{what}:</p><pre>{_escape(load_line)}</pre>"
     text = f"No model was saved. The weights after {finished} generations can be rebuilt as shown here"
     if run.checkpoints.exists():
         text += f", and the last checkpoints are in {run.checkpoints}"
