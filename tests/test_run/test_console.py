@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 
 import pytest
 from rich.console import Console
@@ -107,6 +109,73 @@ def test_missing_and_null_values_are_left_out(display, file):
     with display:
         display.generation({"generation": 1, "fitness_mean": None, "heldout_reward": None, "tokens_per_s": None})
     assert file.getvalue().splitlines()[1].startswith("generation  1/10 | 0s left")
+
+
+def test_generations_that_take_no_time_share_a_line(display, file, clock):
+    with display:
+        display.generation(START)
+        for generation in range(1, 9):
+            clock.now += 1
+            heldout = {"heldout_reward": -2.0} if generation == 4 else {}
+            display.generation({"generation": generation, "fitness_mean": float(generation), **heldout})
+    assert file.getvalue().splitlines() == [
+        "tiny: generation 0 of 10",
+        "generation  0/10 | held-out -2.500 (best -2.500, start -2.500)",
+        "generation  5/10 | fitness mean 5.000 | held-out -2.000 (best -2.000, start -2.500) | 5s left",
+        "generation  8/10 | fitness mean 8.000 | 2s left",  # where the run was ended
+    ]
+
+
+def test_the_last_generation_is_always_said(display, file, clock):
+    with display:
+        for generation in range(1, 11):
+            clock.now += 0.1
+            display.generation({"generation": generation})
+    assert [line.split(" | ")[0] for line in file.getvalue().splitlines()[1:]] == [
+        "generation  1/10",
+        "generation 10/10",
+    ]
+
+
+CTRL_C = """
+import sys
+from eggroll.run.console import Display
+with Display(3, title="tiny") as display:
+    display.generation({"generation": 1, "fitness_mean": 1.0})
+    try:
+        print("ready", file=sys.stderr)
+        input()
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_ctrl_c_does_not_shift_the_live_display():
+    """The terminal's own ``^C`` would push the panel down by a line, and its upper border would be there twice."""
+    import pty
+    import termios
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(TERM="xterm", COLUMNS="80")
+        os.execv(sys.executable, [sys.executable, "-c", CTRL_C])
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(terminal, 1024)
+    assert not termios.tcgetattr(terminal)[3] & termios.ECHOCTL
+    os.write(terminal, b"\x03")
+    while True:
+        try:
+            piece = os.read(terminal, 1024)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    assert os.waitpid(child, 0)[1] == 0
+    assert b"fitness" in shown
+    assert b"^C" not in shown
 
 
 def test_the_last_generation_has_no_time_left(display, file):

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display on a terminal, one plain line per generation elsewhere."""
+"""What a person sees while a run goes on: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,10 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from eggroll.run.metrics import series
-from eggroll.run.terminal import Terminal
+from eggroll.run.terminal import Terminal, without_echo_of_keys
 
 WINDOW = 20
 """Generations that the estimate of the time left is averaged over."""
+LINE_S = 5.0
+"""Seconds between plain lines, at least: a log should not have thousands of them."""
 SPARK = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
 SPARK_MIN_COLUMNS = 76
@@ -64,6 +67,9 @@ class Display:
         self._opened = clock()
         self._times: deque[float] = deque([self._opened], maxlen=WINDOW + 1)
         self._live: Live | None = None
+        self._quiet = ExitStack()
+        self._said = -math.inf  # when the last plain line was written
+        self._unsaid: dict[str, Any] = {}  # what has been measured since then
         self._spinner = Spinner("dots" if self._unicode else "line")
 
     def __enter__(self) -> Self:
@@ -71,6 +77,7 @@ class Display:
         self._times.clear()
         self._times.append(self._opened)
         if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._quiet.enter_context(without_echo_of_keys())
             self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2)
             self._live.start(refresh=True)
         else:
@@ -83,6 +90,9 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            self._quiet.close()
+        elif self._unsaid:
+            self._say()
 
     def generation(self, metrics: Mapping[str, Any]) -> None:
         """Show one line of ``metrics.jsonl``; keys that are missing or ``None`` are left out of the display.
@@ -98,10 +108,12 @@ class Display:
             self._fitness.append(values["fitness_mean"])
         if "heldout_reward" in values:
             self._heldout.append(values["heldout_reward"])
-        if self._live is None:
-            self._line(self._plain(values))
-        else:
+        if self._live is not None:
             self._live.refresh()
+            return
+        self._unsaid.update(values)
+        if self._done >= self.total or self._clock() - self._said >= LINE_S:
+            self._say()
 
     def message(self, text: str) -> None:
         """Print ``text`` above the live display, or as a line of its own."""
@@ -113,6 +125,11 @@ class Display:
         if steps < 1:
             return None
         return (self._times[-1] - self._times[0]) / steps * max(0, self.total - self._done)
+
+    def _say(self) -> None:
+        """One plain line with everything that has been measured since the last one."""
+        self._line(self._plain(self._unsaid))
+        self._unsaid, self._said = {}, self._clock()
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

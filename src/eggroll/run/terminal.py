@@ -6,8 +6,11 @@ sequences in whatever is printed. Commands print to a :class:`Terminal`.
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -44,3 +47,25 @@ class Terminal(Console):
                 yield segment
             else:
                 yield Segment(printable(segment.text), segment.style)
+
+
+@contextmanager
+def without_echo_of_keys() -> Iterator[None]:
+    """Let the terminal not write ``^C`` for Ctrl-C: in the middle of a live display it moves everything by a line."""
+    before: Any = None
+    with suppress(ImportError, OSError, ValueError, AttributeError):  # another system, or no terminal
+        import termios
+
+        descriptor = sys.stdin.fileno()
+        if os.tcgetpgrp(descriptor) == os.getpgrp():  # a process in the background would be stopped
+            before = termios.tcgetattr(descriptor)
+            changed = [*before]
+            changed[3] &= ~termios.ECHOCTL
+            termios.tcsetattr(descriptor, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        if before is not None:
+            with suppress(OSError):
+                if os.tcgetpgrp(descriptor) == os.getpgrp():
+                    termios.tcsetattr(descriptor, termios.TCSANOW, before)
