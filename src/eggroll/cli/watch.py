@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from eggroll.run.console import Display
     from eggroll.run.run_dir import RunDir
 
+SAID_FROM = 100e6
+"""Bytes of a run that are worth a line."""
 Show = Callable[[Console, "Trained"], None]
 
 
@@ -67,6 +69,7 @@ def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
     report = trained.run.path / "report.html"
     if report.exists() and not (trained.interrupted and not trained.plan.finish_interrupted):
         console.print(f"report   {escape(str(report))}")
+    show_disk(console, trained.run)
     if not trained.interrupted:
         return 0
     if trained.generation == 0:
@@ -139,6 +142,15 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
             shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if is_count else value
         console.print(f"  {key.replace('_', ' '):32} [bold]{shown}[/]")
     console.print()
+
+
+def show_disk(console: Console, run: RunDir) -> None:
+    """What the run takes, if that is worth a line."""
+    from eggroll.run.disk import bytes_of, size
+
+    total, kept = bytes_of(run.path), bytes_of(run.checkpoints)
+    if total >= SAID_FROM:
+        console.print(f"disk     {size(total)}, {size(kept)} of it checkpoints, from which the run can be continued")
 
 
 def heldout_scores(run: RunDir) -> list[tuple[int, float]]:

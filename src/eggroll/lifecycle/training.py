@@ -18,6 +18,7 @@ from eggroll.errors import ConfigError, EggrollError
 from eggroll.lifecycle.kind import Plan, RunKind, Sitting
 from eggroll.lifecycle.opening import check_code, check_not_taken, open_run
 from eggroll.loop import Listener, Loop, Worker
+from eggroll.run.disk import thin_checkpoints
 from eggroll.run.report import RESULT, write_report
 from eggroll.run.run_dir import RunDir
 from eggroll.run.trackers import TrackerListener, make_trackers, tracker_names
@@ -144,6 +145,8 @@ def _finish(kind: RunKind, plan: Plan, run: RunDir, worker: Any, sitting: Sittin
         if result:
             run.write_file(RESULT, (json.dumps(result, indent=1) + "\n").encode())
         write_report(run, load_line=kind.load_line(run))
+    if not sitting.interrupted and not kind.from_checkpoint:
+        thin_checkpoints(run)
     return Trained(plan, run, worker, result, sitting.interrupted, sitting.generation)
 
 
