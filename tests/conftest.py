@@ -14,6 +14,8 @@ from hypothesis import settings
 # before any Hugging Face library is imported: a test must not depend on a hub that may or may not be reachable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A command takes fewer threads on a busy machine, and sums are then rounded otherwise.
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 # The key that seals runs is made in this folder, not in the user's own.
 if "XDG_STATE_HOME" not in os.environ:

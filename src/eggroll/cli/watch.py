@@ -56,9 +56,7 @@ def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
 
     console = Terminal(soft_wrap=True, highlight=False)
     with Watch(console) as watch:
-        line = choose_threads(options)
-        if line is not None:
-            watch.say(line)
+        watch.about_threads = choose_threads(options)
         trained = train(kind, options, opened=watch.opened, notify=watch.say)
     if trained.result:
         show_result(console, trained.result)
@@ -88,6 +86,7 @@ class Watch:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.about_threads: str | None = None
         self._display: Display | None = None
         self._warnings = warnings.catch_warnings()
 
@@ -97,6 +96,8 @@ class Watch:
 
         for line in run.plan.describe(run.worker):
             self.console.print(line)
+        if self.about_threads is not None:
+            self.console.print(f"[dim]{escape(self.about_threads)}[/]")
         self.console.print(f"[dim]run directory: {escape(str(run.run.path))}[/]\n")
         display = Display(
             run.plan.config.generations,

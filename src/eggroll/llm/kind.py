@@ -16,7 +16,7 @@ from eggroll.core.settings import narrowed
 from eggroll.errors import ConfigError, DataError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
 from eggroll.llm.backends.build import WorkerFactory
-from eggroll.llm.backends.worker import ModelWorker
+from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.models.export import load_line, save_pretrained
@@ -170,6 +170,7 @@ def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str]) -> list[s
     texts = setup.reward.reads == "text"
     each = min(config.prompts_per_generation, prompts)
     slow = [worker.note] if worker.note else []
+    expected = worker.expectation() if isinstance(worker, LanguageWorker) else ""
     return [
         *notes,
         f"[bold]{escape(setup.name)}[/]  {count(setup.parameters)} parameters, {count(evolved)} evolved in "
@@ -177,7 +178,7 @@ def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str]) -> list[s
         f"reward {escape(setup.reward.name)}, {prompts} {'texts' if texts else 'prompts'}, {each} a generation",
         f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
         f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}",
-        *(f"[dim]{escape(note)}[/]" for note in (*setup.notes, *slow)),
+        *(f"[dim]{escape(note)}[/]" for note in (*setup.notes, *slow, *filter(None, [expected]))),
     ]
 
 

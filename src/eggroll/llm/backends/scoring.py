@@ -17,6 +17,7 @@ from eggroll.llm.backends.passes import reduce_samples
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example, columns_of, prompts_of
+from eggroll.llm.estimate.expect import announce_if_slow
 from eggroll.llm.generation.chat import encode_prompts, format_prompts, plain_text
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.base import as_scores, guarded
@@ -56,6 +57,7 @@ class Evaluator(ABC):
     def __init__(self, tokenizer: Any, reward: Reward, config: EggrollConfig, eos_ids: Sequence[int]) -> None:
         self.tokenizer, self.reward, self.config, self.eos_ids = tokenizer, reward, config, list(eos_ids)
         self.note = ""
+        self._timed = False
 
     # -- what a backend does
 
@@ -86,6 +88,10 @@ class Evaluator(ABC):
     def center_prompts(self, batch: Sequence[Example]) -> int:
         """Held-out prompts that the center answers together."""
 
+    def expectation(self, batch: Batch) -> str:
+        """A line about what a generation takes; empty where it is not known."""
+        return ""
+
     def beyond_text(self, part: Reward, batch: Batch, active: Any, members: int) -> tuple[NDArray[np.float64], int]:
         """Scores by a reward that reads more than text, and tokens processed."""
         raise AssertionError(f"{type(self).__name__} has text only; reward {part.name!r} was to be refused before")
@@ -103,8 +109,13 @@ class Evaluator(ABC):
         tables, samples, tokens = [], [], 0
         with noting(generation, self.config.generations) as notes:
             for group in self.groups(members, batch):
+                began = time.perf_counter()
                 with self.perturbed(generation, group, sigma) as active:
                     scores = self._score(batch, active, generation, group, notes)
+                if not self._timed and len(members) == self.config.population_size:
+                    self._timed = True
+                    spent = time.perf_counter() - began
+                    announce_if_slow(spent, len(group), len(members), self.config.generations)
                 table = scores.values.reshape(len(group), -1)
                 tables.append(self._reduced(table))
                 tokens += scores.tokens

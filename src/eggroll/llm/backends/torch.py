@@ -17,7 +17,8 @@ from eggroll.llm.backends.scoring import Evaluator, eos_ids
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example
-from eggroll.llm.estimate.machine import rows_budget
+from eggroll.llm.estimate.expect import expectation
+from eggroll.llm.estimate.machine import machine_memory, rows_budget
 from eggroll.llm.estimate.memory import Estimate, Workload
 from eggroll.llm.generation.chat import plain_text
 from eggroll.llm.generation.generate import Sampling, generate
@@ -119,6 +120,14 @@ class TorchEvaluator(Evaluator):
         It does not depend on the memory that is free, so that a resumed run evaluates as it did before.
         """
         return min(self.estimate.members_that_fit(load, rows_budget(self.device)) for load in self._workloads(batch))
+
+    def expectation(self, batch: Batch) -> str:
+        """What a generation takes; see :func:`~eggroll.llm.estimate.expect.expectation`."""
+        loads = self._workloads(self._repeated(batch))
+        together = 1 if self.population.mode == "loop" else self.config.members_per_forward
+        members = min(together or self.members_that_fit(self._repeated(batch)), self.config.population_size)
+        memory = machine_memory(self.device)[0] if self.device.type in ("cpu", "cuda") else None
+        return expectation(self.estimate, loads, members, memory)
 
     def center_prompts(self, batch: Sequence[Example]) -> int:
         """Held-out prompts that fit the same budget."""

@@ -137,6 +137,10 @@ class LanguageWorker(ModelWorker):
         self._heldout = [] if eval_data is None else BatchSource(eval_data, config, purpose).everything()
         self.evaluator.choose_mode(self.source.at(0))
 
+    def expectation(self) -> str:
+        """A line about what a generation takes; empty where it is not known."""
+        return "" if self.source is None else self.evaluator.expectation(self.source.at(0))
+
     def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
         """Score some members on the generation's batch, which every worker chooses alike."""
         assert self.source is not None, "use() comes first"
