@@ -195,6 +195,13 @@ class Crew:
             sent.then(value)
             self._answered(ticket, sent.seat)
 
+    def take_back(self) -> None:
+        """Nobody waits for scores any more: let workers leave what they are at, so that they can answer a question."""
+        for seat in self.seats():
+            for ticket in seat.busy & self._sent.keys():
+                self._sent[ticket] = Sent(seat, then=lambda _: None, failed=lambda _: None)
+                self.transport.take_back(ticket)
+
     def ask_lead(self, method: str, *args: Any) -> tuple[Any, Any]:
         """Ask the lead, or whoever leads when it is lost or busy; returns the answer and its ticket."""
         while True:

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,24 @@ class OutOfStepError(Exception):
     """A record came to a worker that lacks an earlier one, because it could not load its state."""
 
 
+class TakenBackError(Exception):
+    """What is being scored is not wanted any more."""
+
+
+_TAKEN_BACK: ContextVar[Callable[[], bool] | None] = ContextVar("eggroll_taken_back", default=None)
+
+
+def check_taken_back() -> None:
+    """For code that takes long within a worker's evaluation: leave it if the run was interrupted.
+
+    Raises:
+        TakenBackError: the driver does not wait for the scores any more.
+    """
+    taken_back = _TAKEN_BACK.get()
+    if taken_back is not None and taken_back():
+        raise TakenBackError("the run was interrupted")
+
+
 def to_message(record: UpdateRecord) -> Message:
     """A record in 4 bytes a member."""
     return record.generation, record.sigma, record.lr, record.weights.tobytes(), dict(record.totals)
@@ -46,10 +65,11 @@ class Host:
 
     Args:
         resolve: turns a reference to a state into the state; raises :class:`StateLostError` if it is gone.
+        taken_back: whether the driver has taken back the message that is being worked off.
     """
 
-    def __init__(self, resolve: Callable[[Any], Packed]) -> None:
-        self._resolve = resolve
+    def __init__(self, resolve: Callable[[Any], Packed], taken_back: Callable[[], bool] | None = None) -> None:
+        self._resolve, self._taken_back = resolve, taken_back
         self._worker: Worker | None = None
         self._position, self._norm = 0, 0.0
 
@@ -114,6 +134,7 @@ class Host:
         Raises:
             RewardError: the worker returned another number of scores.
         """
+        token = _TAKEN_BACK.set(self._taken_back)
         try:
             found = self.worker.evaluate(generation, sigma, range(start, stop))
         except RewardError as error:
@@ -121,6 +142,8 @@ class Host:
             if place is not None:
                 error.add_note(place)
             raise
+        finally:
+            _TAKEN_BACK.reset(token)
         fitness = np.asarray(found.fitness)
         if fitness.ndim not in (1, 2) or len(fitness) != stop - start:
             raise RewardError(

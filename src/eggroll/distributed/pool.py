@@ -91,6 +91,9 @@ class Pool:
                             break  # then there is nothing for the others either
                 due = ledger.next_repeat()
                 self._crew.pump(POLL_S if due is None else min(POLL_S, max(0.01, due - time.monotonic())))
+        except KeyboardInterrupt:
+            self._crew.take_back()
+            raise
         finally:
             self._ledger = None
         return self._merged(ledger)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from eggroll._optional import require
-from eggroll.distributed.host import Factory, Host, StateLostError, set_threads
+from eggroll.distributed.host import Factory, Host, StateLostError, TakenBackError, set_threads
 from eggroll.distributed.ray_place import Place, release
 from eggroll.distributed.state import Packed
 from eggroll.distributed.transport import WorkerLostError
@@ -24,7 +25,7 @@ class WorkerActor:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._host = Host(_fetch)
+        self._host = Host(_fetch, _is_taken_back)
 
     def build(self, factory: bytes) -> None:
         """Make the worker. What the factory needs is imported here, when the number of threads is set.
@@ -56,6 +57,12 @@ def _fetch(reference: list[Any]) -> Packed:
         return ray.get(reference[0])
     except ray.exceptions.RayError as error:
         raise StateLostError(str(error).splitlines()[0]) from None
+
+
+def _is_taken_back() -> bool:
+    """Whether the driver has cancelled the call that runs in this thread; never so on a Ray that cannot tell."""
+    is_canceled = getattr(require("ray", extra="ray").get_runtime_context(), "is_canceled", None)
+    return is_canceled is not None and bool(is_canceled())
 
 
 class RayTransport:
@@ -137,6 +144,8 @@ class RayTransport:
             if not isinstance(cause, EggrollError):  # a bug in someone's code: where it is
                 cause.add_note("In a worker of the cluster:\n" + re.sub("\x1b\\[\\d+m", "", str(error)))
             raise cause from None
+        except errors.TaskCancelledError as error:
+            raise TakenBackError(str(error)) from None
         except errors.RayError as error:
             raise WorkerLostError(_reason(error)) from None
         if ticket.hex() in self._states:
@@ -144,6 +153,11 @@ class RayTransport:
         else:
             self.received_bytes += len(self._pickle.dumps(value))
         return value
+
+    def take_back(self, ticket: Any) -> None:
+        """Cancel a call: one that waits is not made, one that runs is told (see :func:`_is_taken_back`)."""
+        with suppress(Exception):  # an answer that is there, a worker that is gone, a Ray that cannot
+            self._ray.cancel(ticket)
 
     def keep(self, state: Packed) -> Any:
         """Put a state into the object store; it lies with the driver."""

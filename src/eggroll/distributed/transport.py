@@ -48,6 +48,10 @@ class Transport(Protocol):
         """
         ...
 
+    def take_back(self, ticket: Any) -> None:
+        """The answer to a message is not wanted any more: if possible, the worker does not work it off."""
+        ...
+
     def keep(self, state: Packed) -> Any:
         """Put a state where all workers can get it; returns its reference. So is the ticket of a ``state`` message."""
         ...

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eggroll.distributed.host import check_taken_back
 from eggroll.llm.backends.passes import reduce_samples
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
@@ -109,6 +110,7 @@ class Evaluator(ABC):
         tables, samples, tokens = [], [], 0
         with noting(generation, self.config.generations) as notes:
             for group in self.groups(members, batch):
+                check_taken_back()
                 began = time.perf_counter()
                 with self.perturbed(generation, group, sigma) as active:
                     scores = self._score(batch, active, generation, group, notes)

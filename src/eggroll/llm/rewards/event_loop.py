@@ -18,10 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from eggroll.distributed.host import check_taken_back
+
 CLEAN_UP_S = 1.0
 """How long coroutines that are cancelled have for their ``finally`` blocks."""
 LOOK_UP_S = 0.5
-"""Ctrl-C is seen between two waits, where a wait itself cannot be interrupted (Windows)."""
+"""Ctrl-C is seen between two waits: that of a pool's driver, and where a wait cannot be interrupted (Windows)."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ def _run(awaitables: list[Awaitable[Any]]) -> list[Any]:
     try:
         future = asyncio.run_coroutine_threadsafe(batch.run(), loop)
         while not concurrent.futures.wait([future], LOOK_UP_S).done:
-            pass
-    except BaseException:  # Ctrl-C may come at any point in here, even before there is a future
+            check_taken_back()
+    except (
+        BaseException
+    ):  # Ctrl-C, here or at the driver of a pool, may come at any point in here, even before there is a future
         loop.call_soon_threadsafe(batch.cancel)
         batch.over.wait(CLEAN_UP_S)
         raise
