@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from eggroll.core.settings import about, flag_of, from_json_values, may_change, 
 from eggroll.errors import ConfigError, RunError
 from eggroll.lifecycle.kind import Plan, RunKind
 from eggroll.lifecycle.trust import believed, check_resumed, seal
+from eggroll.run.files import explained
+from eggroll.run.lock import locked
 from eggroll.run.run_dir import RunDir
 
 OLD_FINGERPRINTS = ("data_fingerprint",)
@@ -33,10 +36,12 @@ def options_of_run(kind: RunKind, path: str | Path) -> Any:
     """The options that a run was started with.
 
     Raises:
-        RunError: it is a run of another kind, or has settings that this version does not know.
+        RunError: it is a run of another kind, has settings that this version does not know, or was changed.
         ConfigError: settings that cannot work.
     """
-    config = RunDir.open(path).config
+    run = RunDir.open(path)
+    run.check_unchanged()
+    config = run.config
     found = kind_name(config)
     if found != kind.name:
         what = f"of eggroll {found}" if found else "that no command started"
@@ -77,8 +82,13 @@ def check_not_taken(options: Any) -> None:
         RunDir.create(options.output, {})  # raises
 
 
-def open_run(kind: RunKind, plan: Plan) -> RunDir:
+def open_run(kind: RunKind, plan: Plan, held: ExitStack) -> RunDir:
     """A new run directory, or the one to resume after a check of its settings.
+
+    Args:
+        kind: what is trained.
+        plan: the run.
+        held: gets the lock of a new run; that of a run to resume is held already.
 
     Raises:
         RunError: the directory holds a run; or the run was started with other settings or data.
@@ -93,6 +103,9 @@ def open_run(kind: RunKind, plan: Plan) -> RunDir:
         settings["config"] = algorithm
     if options.resume is None:
         path = options.output or f"runs/{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        with explained(Path(path)):
+            Path(path).mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(path, command_line()))
         return RunDir.create(path, settings, command=command_line(), extra={**plan.facts, **seal(options)})
     run = RunDir.open(options.resume)
     finished = len(run.updates())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from eggroll.lifecycle.opening import options_of_run
 from eggroll.lifecycle.trust import check_replayed
 from eggroll.loop import Worker
 from eggroll.run.checkpoint import found, read
+from eggroll.run.files import check_plain, check_tree
 from eggroll.run.replay import replay_run
 from eggroll.run.run_dir import RunDir
 
@@ -99,9 +101,24 @@ def replay(
             "another number of threads than the run's, which shows in the last digits. To write them all the same, add "
             "--allow-difference"
         )
-    directory = Path(output) if output else run.path / f"replay-{done}"
+    directory = _place(run, Path(output) if output else run.path / f"replay-{done}")
     directory.mkdir(parents=True, exist_ok=True)
     return Replayed(done, len(run.updates()), equal, remark, kind.save(worker, directory, done))
+
+
+def _place(run: RunDir, directory: Path) -> Path:
+    """Where the weights go. Within the run, no link is followed on the way there.
+
+    Raises:
+        RunError: there is one.
+    """
+    above, inside = Path(os.path.abspath(run.path)), Path(os.path.abspath(directory))
+    if above in inside.parents:
+        for place in reversed(inside.parents):
+            if above in place.parents:
+                check_plain(place, directory=True)
+        check_tree(inside)
+    return directory
 
 
 def _compared(run: RunDir, tensors: Mapping[str, Any], generation: int) -> tuple[bool | None, str]:

@@ -23,11 +23,10 @@ from eggroll.llm.models.export import load_line, save_pretrained
 from eggroll.llm.options import TuneOptions
 from eggroll.llm.tasks import get_task, row_check
 from eggroll.llm.trainer import SPREAD_ADVICE, EggrollTrainer
+from eggroll.run.run_dir import MODEL as MODEL
 from eggroll.run.run_dir import RunDir
 
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
-MODEL = "model"
-"""The folder of a run that holds its result."""
 
 
 def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None, list[str]]:
@@ -142,7 +141,7 @@ def _plan(options: TuneOptions) -> Plan:
 
     def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
         about = {"base_model": options.model, "generations": sitting.generation}
-        worker.save(run.path / MODEL, about)
+        worker.save(run.folder(MODEL), about)
         return {}
 
     return Plan(
