@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
-from eggroll.errors import EggrollError, RewardError
+from eggroll.errors import CheckpointError, EggrollError, RewardError
 from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
 
 if TYPE_CHECKING:
+    from eggroll.run.checkpoint import Checkpoint
     from eggroll.run.run_dir import RunDir
 
 SPREAD_ADVICE = "a score with more steps in between, or a larger sigma"
@@ -171,7 +172,7 @@ class Loop:
             self.run.rewind(checkpoint.generation if checkpoint else 0)
         start = 0
         if checkpoint is not None:
-            self.worker.load_state_tensors(checkpoint.load())
+            self._load(checkpoint)
             start = checkpoint.generation
         records, lines = self.run.updates(), self.run.metrics()
         # A crash between a generation's record and its metrics: it is done again, with the same result.
@@ -184,6 +185,17 @@ class Loop:
         self.history = [line for line in self.run.metrics() if "event" not in line]
         self.applied = done
         return done
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.worker.load_state_tensors(checkpoint.load())
+        except (KeyError, ValueError, TypeError) as error:
+            if isinstance(error, EggrollError):
+                raise
+            raise CheckpointError(
+                f"the checkpoint {checkpoint.path} does not fit this run: {type(error).__name__}: {error}. It is of "
+                "another model, or was changed; move it away to go on from the one before"
+            ) from error
 
     def go(self, start: int = 0) -> list[dict[str, Any]]:
         """Run generations ``start`` to ``config.generations``; returns the history of metrics.

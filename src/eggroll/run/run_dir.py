@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -188,13 +188,20 @@ class RunDir:
         self.config = new
 
     def note_resume(
-        self, generation: int, command: list[str] | None = None, *, extra: Mapping[str, Any] | None = None
+        self,
+        generation: int,
+        command: list[str] | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        accepted: Sequence[str] = (),
     ) -> None:
         """Add to ``environment.json`` that the run goes on from ``generation``, here and now, with these versions.
 
-        ``extra`` are entries that take the place of the run's own.
+        ``extra`` are entries that take the place of the run's own; ``accepted`` is what has changed since it began.
         """
         entry = {"generation": generation, **provenance.environment(command)}
+        if accepted:
+            entry["accepted_changes"] = list(accepted)
         new = {**self.environment, **(extra or {}), "resumed": [*self.environment.get("resumed", []), entry]}
         new = json.loads(to_json(new))
         write_atomic(self.path / ENVIRONMENT, _pretty(new))
