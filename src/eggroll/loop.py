@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eggroll.core.config import ESConfig
+from eggroll.core.reading import NUMBER, check_fields
 from eggroll.core.records import UpdateRecord
-from eggroll.errors import CheckpointError, EggrollError, RewardError
+from eggroll.errors import CheckpointError, EggrollError, RewardError, RunError
 from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
 
 if TYPE_CHECKING:
@@ -282,7 +283,13 @@ class Loop:
     def _counts(self, totals: Mapping[str, Any]) -> dict[str, float]:
         """Totals that are numbers, counted from the beginning of the run."""
         before = self.history[-1] if self.history else {}
-        return {name: before.get(name, 0.0) + float(value) for name, value in totals.items() if np.ndim(value) == 0}
+        counts = {name: float(value) for name, value in totals.items() if np.ndim(value) == 0}
+        try:
+            check_fields(before, optional=dict.fromkeys(counts, NUMBER))
+        except ValueError as error:
+            where = f"{self.run.path}/metrics.jsonl" if self.run is not None else "the history"
+            raise RunError(f"{where}, generation {before['generation']}: {error}; restore it") from None
+        return {name: before.get(name, 0.0) + value for name, value in counts.items()}
 
     def _evaluate_when_due(self, metrics: dict[str, Any], generation: int) -> None:
         last = generation == self.config.generations

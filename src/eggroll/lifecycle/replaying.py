@@ -13,7 +13,7 @@ import numpy as np
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError, RunError
 from eggroll.lifecycle.kind import RunKind, Saved
-from eggroll.lifecycle.opening import options_of_run
+from eggroll.lifecycle.opening import check_sizes, options_of_run
 from eggroll.lifecycle.trust import check_replayed
 from eggroll.loop import Worker
 from eggroll.run.checkpoint import found, read
@@ -71,6 +71,8 @@ def rebuild(
     worker = kind.base(options, run)
     records: list[UpdateRecord] = []
     done = replay_run(run, records.append, to=to)
+    if isinstance(getattr(options, "population_size", None), int):
+        check_sizes(run, records, options.population_size)
     for record in track(records):
         worker.apply(record)
     return worker, done
@@ -147,4 +149,6 @@ def _distance(one: Any, other: Any) -> float:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two arrays, of NumPy or of PyTorch, are equal."""
-    return bool(one.equal(other.cpu()) if hasattr(one, "equal") else (one == other).all())
+    if hasattr(one, "equal") and hasattr(other, "cpu"):
+        return bool(one.equal(other.cpu()))
+    return np.array_equal(np.asarray(one), np.asarray(other))

@@ -56,6 +56,7 @@ _TENSORS = {
     "bytes": WHOLE,
     "sha256": TEXT,
 }
+_FRAMEWORK = Kind("'pt' or 'numpy'", lambda value: value in ("pt", "numpy"))
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -240,7 +241,7 @@ def read(path: Path, *, run_id: str | None = None) -> Checkpoint:
         check = header.pop("check", None)
         if check is not None and check != checksum(header):
             raise ValueError("it was changed after the run wrote it: its contents are not what its checksum says")
-        tensors = check_fields(header["tensors"], _TENSORS)
+        tensors = check_fields(header["tensors"], _TENSORS, {"framework": _FRAMEWORK})
         name = _NAME.fullmatch(path.name)
         if name is not None and int(name[1]) != header["generation"]:
             raise ValueError(f"it is of generation {header['generation']}, unlike its directory")
