@@ -62,7 +62,8 @@ class Recipe:
         finish: ``finish(worker, run, sitting)`` gives what is in ``result.json``.
         eval_every: generations between held-out scores.
         stop: asked after each generation, given the metrics of all that are done; true ends the run.
-        facts: more lines about the run: what is read, by name.
+        facts: more lines about the run: what is read, by name. ``sha256`` is a digest of it, which a resumed run must
+            have again.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Recipe:
             stop=self.stop,
             describe=describe,
             facts={"model": self.name, "device": str(options.place()), **facts},
+            fingerprints={"data_fingerprint": facts["sha256"]} if "sha256" in facts else {},
         )
 
     def _save(self, worker: TorchWorker, directory: Path, generation: int) -> Saved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,13 @@ class Images:
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+
+    def digest(self) -> str:
+        """What tells these images and labels from others."""
+        digest = hashlib.sha256()
+        for tensor in (*self.train, *self.validation, *self.test):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def minibatch(self, size: int, seed: int, generation: int) -> tuple[Tensor, Tensor]:
         """A fresh minibatch for a generation: a function of seed and generation, so that runs can be resumed."""

@@ -88,7 +88,7 @@ def recipe(name: str, make: Callable[[], nn.Module], options_type: type[MnistOpt
 
     def facts(options: MnistOptions) -> dict[str, str]:
         images = load(options.data, options.place())
-        return {"data": f"{images.name} {images.source}"}
+        return {"data": f"{images.name} {images.source}", "sha256": images.digest()}
 
     return Recipe(name, options_type, worker, finish, eval_every=100, facts=facts)
 

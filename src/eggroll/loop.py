@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eggroll.core.config import ESConfig
+from eggroll.core.reading import NUMBER, check_fields
 from eggroll.core.records import UpdateRecord
-from eggroll.errors import EggrollError, RewardError
+from eggroll.errors import CheckpointError, EggrollError, RewardError, RunError
 from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
 
 if TYPE_CHECKING:
+    from eggroll.run.checkpoint import Checkpoint
     from eggroll.run.run_dir import RunDir
 
 SPREAD_ADVICE = "a score with more steps in between, or a larger sigma"
@@ -171,7 +173,7 @@ class Loop:
             self.run.rewind(checkpoint.generation if checkpoint else 0)
         start = 0
         if checkpoint is not None:
-            self.worker.load_state_tensors(checkpoint.load())
+            self._load(checkpoint)
             start = checkpoint.generation
         records, lines = self.run.updates(), self.run.metrics()
         # A crash between a generation's record and its metrics: it is done again, with the same result.
@@ -184,6 +186,17 @@ class Loop:
         self.history = [line for line in self.run.metrics() if "event" not in line]
         self.applied = done
         return done
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.worker.load_state_tensors(checkpoint.load())
+        except (KeyError, ValueError, TypeError) as error:
+            if isinstance(error, EggrollError):
+                raise
+            raise CheckpointError(
+                f"the checkpoint {checkpoint.path} does not fit this run: {type(error).__name__}: {error}. It is of "
+                "another model, or was changed; move it away to go on from the one before"
+            ) from error
 
     def go(self, start: int = 0) -> list[dict[str, Any]]:
         """Run generations ``start`` to ``config.generations``; returns the history of metrics.
@@ -270,7 +283,13 @@ class Loop:
     def _counts(self, totals: Mapping[str, Any]) -> dict[str, float]:
         """Totals that are numbers, counted from the beginning of the run."""
         before = self.history[-1] if self.history else {}
-        return {name: before.get(name, 0.0) + float(value) for name, value in totals.items() if np.ndim(value) == 0}
+        counts = {name: float(value) for name, value in totals.items() if np.ndim(value) == 0}
+        try:
+            check_fields(before, optional=dict.fromkeys(counts, NUMBER))
+        except ValueError as error:
+            where = f"{self.run.path}/metrics.jsonl" if self.run is not None else "the history"
+            raise RunError(f"{where}, generation {before['generation']}: {error}; restore it") from None
+        return {name: before.get(name, 0.0) + value for name, value in counts.items()}
 
     def _evaluate_when_due(self, metrics: dict[str, Any], generation: int) -> None:
         last = generation == self.config.generations

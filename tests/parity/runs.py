@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 
 PROMPTS = ["What is red?", "Name a fish.", "Say hi.", "Count to three.", "Who is it?", "Why?"]
 TEXTS = [f"the cat sat on mat number {number}" for number in range(12)]
+CHECK = re.compile(rb', "check": "[0-9a-f]{16}"\}$', re.MULTILINE)
 SCORE = "def score(text):\n    return -float(sum(map(ord, text)) % 97)\n"
 
 
@@ -210,15 +212,15 @@ def call(command: str) -> str:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of what the run in ``folder / "run"`` left.
 
-    ``updates`` are the bytes of updates.jsonl; ``checkpoint`` the tensors of the last checkpoint; ``heldout`` the
-    held-out rewards of metrics.jsonl; ``model`` the tensors of the saved model, and ``replay`` those of the replayed
-    one, where there are any.
+    ``updates`` are the bytes of updates.jsonl, apart from the lines' checksums; ``checkpoint`` the tensors of the last
+    checkpoint; ``heldout`` the held-out rewards of metrics.jsonl; ``model`` the tensors of the saved model, and
+    ``replay`` those of the replayed one, where there are any.
     """
     run = folder / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     heldout = [[line["generation"], line["heldout_reward"]] for line in lines if "heldout_reward" in line]
     found = {
-        "updates": hashlib.sha256((run / "updates.jsonl").read_bytes()).hexdigest(),
+        "updates": hashlib.sha256(CHECK.sub(b"}", (run / "updates.jsonl").read_bytes())).hexdigest(),
         "checkpoint": tensors_digest(checkpoint_file(run)),
         "heldout": hashlib.sha256(json.dumps(heldout).encode()).hexdigest(),
     }

@@ -29,6 +29,7 @@ def edit(**options):
     path = RunDir.open("base").path / "config.json"
     config = json.loads(path.read_text())
     config["options"].update(options)
+    config.pop("check", None)
     path.write_text(json.dumps(config))
 
 

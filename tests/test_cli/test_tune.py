@@ -28,7 +28,7 @@ FLAGS = {
         --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
-        --device --backend --report-to --seed --trust-remote-code
+        --device --backend --accept-changes --report-to --seed --trust-remote-code
     """,
     "eval": """
         MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size

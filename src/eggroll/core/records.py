@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eggroll.core.reading import NUMBER, NUMBERS, TEXT, WHOLE, check_fields, parse
 from eggroll.errors import RunError
 
 PACKED = "shaped_fitness_in_sixteenths"
@@ -62,35 +65,77 @@ class UpdateRecord:
         return json.dumps({**head, "shaped_fitness": list(self.shaped_fitness)})
 
     @classmethod
-    def from_json(cls, line: str) -> UpdateRecord:
-        """The inverse of :meth:`to_json`. Raises ``ValueError`` or ``KeyError`` on a line that is not one."""
-        values = json.loads(line)
+    def from_json(cls, line: str | bytes) -> UpdateRecord:
+        """The inverse of :meth:`to_json`. Raises ``ValueError`` on a line that is not one."""
+        values = check_fields(parse(line), _FIELDS, {PACKED: TEXT})
         if PACKED in values:
             packed = np.frombuffer(base64.b64decode(values[PACKED], validate=True), np.int8)
             shaped = (packed / 16.0).tolist()
         else:
-            shaped = values["shaped_fitness"]
+            shaped = check_fields(values, {"shaped_fitness": NUMBERS})["shaped_fitness"]
         return cls(values["generation"], values["sigma"], values["lr"], tuple(shaped))
 
 
-def read_records(path: Path) -> Iterator[UpdateRecord]:
-    """The records of an ``updates.jsonl`` in order. A torn last line (a crash while writing) is left out.
+_FIELDS = {"generation": WHOLE, "sigma": NUMBER, "lr": NUMBER}
+_CHECK = re.compile(rb', "check": "([0-9a-f]{16})"\}$')
+
+
+def with_check(line: str, before: str) -> tuple[str, str]:
+    """A record's line with a checksum at its end, and the checksum: of the line and all lines before it.
+
+    Args:
+        line: of :meth:`UpdateRecord.to_json`.
+        before: the checksum after the line before it; empty for the first line.
+    """
+    check = _check(line.encode(), before)
+    return f'{line[:-1]}, "check": "{check}"}}', check
+
+
+def _check(line: bytes, before: str) -> str:
+    return hashlib.sha256(before.encode() + b"\n" + line).hexdigest()[:16]
+
+
+def read_log(data: bytes, path: Path) -> Iterator[tuple[UpdateRecord, str]]:
+    """The records of an ``updates.jsonl`` in order, each with the checksum after its line.
+
+    A torn last line (a crash while writing), which has no line end, is left out. Logs of older versions have no
+    checksums in their lines, or none up to where the run was resumed.
+
+    Args:
+        data: its contents.
+        path: its name, for messages.
 
     Raises:
-        RunError: a line in the middle is not a record, or generations are missing.
+        RunError: a line is not a record or was changed, or generations are missing.
     """
-    lines = path.read_text().splitlines()
-    expected = 0
+    lines = data.split(b"\n")
+    check, checked = "", False
     for number, line in enumerate(lines, start=1):
+        if not line.strip() and number == len(lines):
+            return
+        found = _CHECK.search(line)
+        line = line if found is None else line[: found.start()] + b"}"
         try:
             record = UpdateRecord.from_json(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             if number == len(lines):
                 return
             raise RunError(f"{path}, line {number} is not an update record ({error}); the log cannot be used") from None
-        if record.generation != expected:
+        if record.generation != number - 1:
             raise RunError(
-                f"{path}, line {number} is of generation {record.generation}, expected {expected}; a part is missing"
+                f"{path}, line {number} is of generation {record.generation}, expected {number - 1}; a part is missing"
             )
-        expected += 1
-        yield record
+        check = _check(line, check)
+        if checked if found is None else found[1].decode() != check:
+            what = "has no checksum, unlike those before it" if found is None else "is not what its checksum says"
+            raise RunError(
+                f"{path}, line {number} {what}: this line or one before it was changed after the run wrote it, and the "
+                "run would go on as another one. Restore the file from a copy, or start the run again"
+            )
+        checked = found is not None
+        yield record, check
+
+
+def read_records(path: Path) -> Iterator[UpdateRecord]:
+    """The records of an ``updates.jsonl``, see :func:`read_log`."""
+    return (record for record, _ in read_log(path.read_bytes(), path))

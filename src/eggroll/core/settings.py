@@ -10,9 +10,12 @@ its text, in Python and in ``--help``::
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from eggroll.core.reading import shown
 from eggroll.errors import ConfigError, RunError
 
 OnResume = bool | Callable[[Any], bool]
@@ -106,10 +109,58 @@ def from_json_values(kind: type[Any], stored: Mapping[str, Any], *, ignored: Seq
     if unknown:
         raise RunError(f"{source} has settings that this version does not know: {', '.join(unknown)}")
     values = {names[name]: value for name, value in stored.items() if name in names}
+    wrong = _wrong_types(kind, values)
+    if wrong:
+        raise ConfigError.from_problems(f"{source} cannot be read as settings", wrong)
     try:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    except TypeError as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{source} cannot be read as settings: {error}") from None
+
+
+def _wrong_types(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
+    """A sentence for each value of JSON that is not of its field's type."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # a type that is there for type checkers only
+        return []
+    wrong = [name for name, value in values.items() if not _fits(value, hints[name])]
+    return [f"{name} (={shown(values[name])}) must be {_words(hints[name])}" for name in wrong]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return type(value) in {type(part) for part in parts}  # which one of them is for the settings to say
+    if origin is tuple:
+        part = parts[0] if parts else Any
+        return isinstance(value, list | tuple) and all(_fits(item, part) for item in value)
+    if hint in (None, types.NoneType):
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool) else not _is_callable(hint)
+
+
+def _is_callable(hint: Any) -> bool:
+    """Whether a type is that of functions, which JSON does not have."""
+    return typing.get_origin(hint) is Callable
+
+
+def _words(hint: Any) -> str:
+    """A type in words: ``a whole number or null``."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(part) for part in parts if not _is_callable(part)))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, parts))
+    if origin is tuple:
+        return "a list"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}.get(
+        hint, str(hint)
+    )
 
 
 def flag_of(name: str) -> str:

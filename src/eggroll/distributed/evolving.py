@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from eggroll.distributed.pool import Pool
 from eggroll.distributed.ray_pool import RayPool
 from eggroll.errors import ConfigError
 from eggroll.loop import Listener, Loop
+from eggroll.run.lock import locked
 from eggroll.run.run_dir import RunDir
 
 
@@ -112,7 +114,8 @@ def evolve(
             listeners=listeners,
             stop=None if callback is None else lambda metrics: callback(metrics) is False,
         )
-        history = loop.go(loop.resume() if resume else 0)
+        with nullcontext() if directory is None else locked(directory.path):
+            history = loop.go(loop.resume() if resume else 0)
         return Evolved(history, {name: value.clone() for name, value in pool.state_tensors().items()}, loop.interrupted)
 
 

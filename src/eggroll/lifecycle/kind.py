@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eggroll.core.config import ESConfig
+from eggroll.core.reading import Kind
 from eggroll.loop import SPREAD_ADVICE, Worker
 from eggroll.run.run_dir import RunDir
 
@@ -52,7 +53,8 @@ class Plan:
         describe: lines about the run, given the worker (or the pool of workers).
         command: the command line up to ``--resume``.
         facts: more entries for ``environment.json``.
-        fingerprints: digests of what the run reads, such as its data; a resumed run must have the same ones.
+        fingerprints: digests of what the run reads, such as its data and its model; a resumed run must have the same
+            ones, unless it is told to ``accept_changes``. Those of programs that options name are added to them.
         placement: more arguments of :class:`eggroll.distributed.RayPool`.
         pools_itself: ``make_worker`` makes a pool where the options ask for workers.
         spread_advice: what to try when all members of a generation score the same.
@@ -99,6 +101,8 @@ class RunKind:
         base: the worker as the run began with it, for a replay; it needs no data. Given the options and the run.
         save: ``save(worker, directory, generation)`` writes a replayed worker's weights.
         load_line: Python that loads what a run has saved, or the command that uses it, or ``None``.
+        measured: numbers that each generation's line of ``metrics.jsonl`` must have for the run to go on, besides those
+            of every kind.
         retired: names in old runs' settings that are no settings any more.
         from_checkpoint: its updates need more than the log's records, so a resumed run goes back to its newest
             checkpoint.
@@ -110,5 +114,6 @@ class RunKind:
     base: Callable[[Any, RunDir], Worker]
     save: Callable[[Any, Path, int], Saved]
     load_line: Callable[[RunDir], str | None] = lambda run: None
+    measured: Mapping[str, Kind] = field(default_factory=dict)
     retired: Sequence[str] = ()
     from_checkpoint: bool = False

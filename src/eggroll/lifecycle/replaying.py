@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError, RunError
 from eggroll.lifecycle.kind import RunKind, Saved
-from eggroll.lifecycle.opening import options_of_run
+from eggroll.lifecycle.opening import check_sizes, options_of_run
 from eggroll.lifecycle.trust import check_replayed
 from eggroll.loop import Worker
 from eggroll.run.checkpoint import found, read
+from eggroll.run.files import check_plain, check_tree
 from eggroll.run.replay import replay_run
 from eggroll.run.run_dir import RunDir
 
@@ -69,6 +71,8 @@ def rebuild(
     worker = kind.base(options, run)
     records: list[UpdateRecord] = []
     done = replay_run(run, records.append, to=to)
+    if isinstance(getattr(options, "population_size", None), int):
+        check_sizes(run, records, options.population_size)
     for record in track(records):
         worker.apply(record)
     return worker, done
@@ -99,9 +103,24 @@ def replay(
             "another number of threads than the run's, which shows in the last digits. To write them all the same, add "
             "--allow-difference"
         )
-    directory = Path(output) if output else run.path / f"replay-{done}"
+    directory = _place(run, Path(output) if output else run.path / f"replay-{done}")
     directory.mkdir(parents=True, exist_ok=True)
     return Replayed(done, len(run.updates()), equal, remark, kind.save(worker, directory, done))
+
+
+def _place(run: RunDir, directory: Path) -> Path:
+    """Where the weights go. Within the run, no link is followed on the way there.
+
+    Raises:
+        RunError: there is one.
+    """
+    above, inside = Path(os.path.abspath(run.path)), Path(os.path.abspath(directory))
+    if above in inside.parents:
+        for place in reversed(inside.parents):
+            if above in place.parents:
+                check_plain(place, directory=True)
+        check_tree(inside)
+    return directory
 
 
 def _compared(run: RunDir, tensors: Mapping[str, Any], generation: int) -> tuple[bool | None, str]:
@@ -130,4 +149,6 @@ def _distance(one: Any, other: Any) -> float:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two arrays, of NumPy or of PyTorch, are equal."""
-    return bool(one.equal(other.cpu()) if hasattr(one, "equal") else (one == other).all())
+    if hasattr(one, "equal") and hasattr(other, "cpu"):
+        return bool(one.equal(other.cpu()))
+    return np.array_equal(np.asarray(one), np.asarray(other))

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from eggroll.core.settings import flag_of
 from eggroll.distributed import RayPool
 from eggroll.distributed.options import WorkerOptions
 from eggroll.distributed.pool import Pool
-from eggroll.errors import ConfigError, EggrollError
+from eggroll.errors import ConfigError, EggrollError, RunError, RunWriteError
 from eggroll.lifecycle.kind import Plan, RunKind, Sitting
-from eggroll.lifecycle.opening import check_code, check_not_taken, open_run
+from eggroll.lifecycle.opening import check_code, check_not_taken, command_line, open_run
 from eggroll.loop import Listener, Loop, Worker
 from eggroll.run.disk import thin_checkpoints
+from eggroll.run.lock import locked
 from eggroll.run.report import RESULT, write_report
 from eggroll.run.run_dir import RunDir
 from eggroll.run.trackers import TrackerListener, make_trackers, tracker_names
@@ -72,14 +73,18 @@ def train(
         notify: told what happens to worker processes; ``None`` warns.
 
     Raises:
-        EggrollError: the plan, the worker or the run directory cannot be had; or what a score raised.
+        EggrollError: the plan, the worker or the run directory cannot be had, or another process is writing to it; or
+            what a score raised.
     """
     tracker_names(options.report_to)
     check_not_taken(options)
     check_code(kind, options)
-    plan = kind.plan(options)
-    with make_worker(plan, notify) as worker:
-        run = open_run(kind, plan)
+    with ExitStack() as held:
+        if options.resume is not None:  # before a model is loaded in vain
+            held.enter_context(locked(RunDir.open(options.resume).path, command_line()))
+        plan = kind.plan(options)
+        worker = held.enter_context(make_worker(plan, notify))
+        run = open_run(kind, plan, held)
         with _way_on(kind, plan, run):
             loop = Loop(
                 plan.config, worker, run, plan.heldout,
@@ -156,6 +161,8 @@ def _way_on(kind: RunKind, plan: Plan, run: RunDir) -> Iterator[None]:
     try:
         yield
     except EggrollError as error:
+        if isinstance(error, RunError) and not isinstance(error, RunWriteError):
+            raise  # it is the run that is not as it should be
         finished = len(run.updates())
         error.add_note(
             f"The run in {run.path} is intact, with {finished} finished generation{'' if finished == 1 else 's'}. When "

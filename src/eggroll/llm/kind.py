@@ -19,15 +19,16 @@ from eggroll.llm.backends.build import WorkerFactory
 from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, load_examples
+from eggroll.llm.data.fingerprint import data_fingerprint
 from eggroll.llm.models.export import load_line, save_pretrained
+from eggroll.llm.models.fingerprint import model_fingerprint
 from eggroll.llm.options import TuneOptions
 from eggroll.llm.tasks import get_task, row_check
 from eggroll.llm.trainer import SPREAD_ADVICE, EggrollTrainer
+from eggroll.run.run_dir import MODEL as MODEL
 from eggroll.run.run_dir import RunDir
 
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
-MODEL = "model"
-"""The folder of a run that holds its result."""
 
 
 def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None, list[str]]:
@@ -142,7 +143,7 @@ def _plan(options: TuneOptions) -> Plan:
 
     def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
         about = {"base_model": options.model, "generations": sitting.generation}
-        worker.save(run.path / MODEL, about)
+        worker.save(run.folder(MODEL), about)
         return {}
 
     return Plan(
@@ -158,10 +159,20 @@ def _plan(options: TuneOptions) -> Plan:
         describe=lambda worker: _describe(worker, len(train), notes),
         command=f"eggroll tune {shlex.quote(options.model)}",
         facts={"model": options.model, "device": worker.setup.place},
+        fingerprints=_fingerprints(options, train, heldout),
         pools_itself=True,
         spread_advice=SPREAD_ADVICE,
         finish_interrupted=True,
     )
+
+
+def _fingerprints(options: TuneOptions, train: list[Example], heldout: list[Example] | None) -> dict[str, str]:
+    model = model_fingerprint(options.model)
+    return {
+        "data_fingerprint": data_fingerprint(train),
+        **({} if heldout is None else {"heldout_data_fingerprint": data_fingerprint(heldout)}),
+        **({} if model is None else {"model_fingerprint": model}),
+    }
 
 
 def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from eggroll.llm.backends.pool import PoolWorker
 from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import EggrollConfig
 from eggroll.loop import Listener, Loop
+from eggroll.run.lock import locked
 from eggroll.run.run_dir import RunDir
 
 SPREAD_ADVICE = (
@@ -137,6 +139,7 @@ class EggrollTrainer:
             DataError: the data is empty or of the wrong form.
             RewardError: the reward fails.
             ConfigError: all generations are done already.
+            RunError: another process is writing to ``run``.
         """
         worker, listeners = self.worker, list(listeners)
         worker.use(data, eval_data)
@@ -155,11 +158,12 @@ class EggrollTrainer:
             # A callback that has ended this trainer's run is not asked again when it goes on.
             stop=None if callback is None else lambda m: m["generation"] > self.done and callback(m) is False,
         )
-        start = loop.resume() if resume else self._start(loop)
-        try:
-            loop.go(start)
-        finally:  # a reward that fails ends the run after the updates before it, which are in the weights
-            self.history, self.interrupted, self.done = loop.history, loop.interrupted, loop.applied
+        with nullcontext() if run is None else locked(run.path):
+            start = loop.resume() if resume else self._start(loop)
+            try:
+                loop.go(start)
+            finally:  # a reward that fails ends the run after the updates before it, which are in the weights
+                self.history, self.interrupted, self.done = loop.history, loop.interrupted, loop.applied
         return self.history
 
     def _start(self, loop: Loop) -> int:

@@ -136,7 +136,7 @@ def _plan(options: PretrainOptions) -> Plan:
         stop=_time_is_up(options),
         describe=describe,
         facts={"model": title, "device": options.device},
-        fingerprints={"data_fingerprint": corpus.fingerprint()},
+        fingerprints={"data_fingerprint": corpus.fingerprint(), "contents_fingerprint": corpus.contents()},
         placement={"range_size": range_size(options)},
     )
 

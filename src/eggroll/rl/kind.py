@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.markup import escape
 
+from eggroll.core.reading import NUMBER
 from eggroll.core.settings import narrowed
 from eggroll.lifecycle import Opened, Plan, RunKind, Saved, Sitting, Trained
 from eggroll.lifecycle import train as train_kind
@@ -152,6 +153,7 @@ def _save(worker: PolicyWorker, directory: Path, generation: int) -> Saved:
 
 
 KIND = RunKind(
-    name="rl", options=RLConfig, plan=_plan, base=_base, save=_save, retired=("list", "render"), from_checkpoint=True
-)
+    name="rl", options=RLConfig, plan=_plan, base=_base, save=_save, measured={"env_steps": NUMBER},
+    retired=("list", "render"), from_checkpoint=True,
+)  # fmt: skip
 """What ``eggroll rl`` runs, ``eggroll replay`` rebuilds, and :func:`train` trains."""

@@ -24,9 +24,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eggroll._optional import require
+from eggroll.core.reading import OBJECT, TEXT, WHOLE, Kind, check_fields, parse
 from eggroll.core.threefry import NOISE_VERSION
 from eggroll.errors import CheckpointError, RunWriteError
-from eggroll.run.files import describe, explained, fsync_directory, fsync_file, write_atomic
+from eggroll.run.files import (
+    check_plain,
+    check_tree,
+    describe,
+    explained,
+    fsync_directory,
+    fsync_file,
+    open_plain,
+    read_plain,
+    write_atomic,
+)
 from eggroll.run.metrics import to_json
 from eggroll.run.provenance import utc_now
 
@@ -36,6 +47,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"generation-(\d+)")
+_FILE = re.compile(r"tensors-[0-9a-f]+\.safetensors")
+_HEADER = {
+    "format": WHOLE, "generation": WHOLE, "noise_version": WHOLE, "run_id": TEXT, "tensors": OBJECT, "state": OBJECT,
+}  # fmt: skip
+_TENSORS = {
+    "file": Kind("the name of a tensor file", lambda value: isinstance(value, str) and bool(_FILE.fullmatch(value))),
+    "bytes": WHOLE,
+    "sha256": TEXT,
+}
+_FRAMEWORK = Kind("'pt' or 'numpy'", lambda value: value in ("pt", "numpy"))
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -52,12 +73,15 @@ class Checkpoint:
     """What was given to :meth:`RunDir.save_checkpoint`, as JSON values."""
     tensors: dict[str, Any] = field(repr=False)
     """The tensor file: its ``file`` name, ``bytes`` and ``sha256``."""
+    log: str | None = None
+    """The checksum of the run's log after ``generation`` records; ``None`` if it is not known."""
 
     def damage(self) -> str | None:
         """What is wrong with the tensor file, or ``None``: its size and SHA-256 are compared with the manifest's."""
         return self._wrong_size() or self._wrong_hash()
 
     def _wrong_size(self) -> str | None:
+        check_plain(self.path / self.tensors["file"])
         try:
             size = (self.path / self.tensors["file"]).stat().st_size
         except OSError as error:
@@ -96,6 +120,7 @@ def save(
     *,
     run_id: str,
     keep: int,
+    log: str | None = None,
 ) -> Path:
     """Write the checkpoint of ``generation`` into ``directory`` and remove all but the newest ``keep``.
 
@@ -108,6 +133,8 @@ def save(
     if keep < 1:
         raise ValueError(f"keep (={keep}) must be at least 1: a run without a checkpoint cannot be continued")
     path = directory / _name(generation)
+    check_plain(directory, directory=True)
+    check_tree(path)
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
         try:
@@ -119,9 +146,11 @@ def save(
                 "run_id": run_id,
                 "created_utc": utc_now(),
                 "tensors": saved,
+                "log": log,
                 "state": dict(manifest),
             }
-            write_atomic(path / MANIFEST, json.dumps(json.loads(to_json(header)), indent=1).encode())
+            header = json.loads(to_json(header))
+            write_atomic(path / MANIFEST, json.dumps({**header, "check": checksum(header)}, indent=1).encode())
         except BaseException:
             _undo(path)
             raise
@@ -142,7 +171,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     separate = dict(tensors) if framework == "numpy" else _separate(tensors)
     temporary = path / ".tensors.part"
     try:
-        temporary.touch()
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        os.close(open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         mode = temporary.stat().st_mode
         try:
             safetensors.save_file(separate, temporary, metadata={"format": framework})
@@ -183,8 +214,13 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
+def checksum(values: Mapping[str, Any]) -> str:
+    """Of JSON values, however they are written."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -197,14 +233,22 @@ def read(path: Path, *, run_id: str | None = None) -> Checkpoint:
 
     Raises:
         CheckpointError: the manifest is missing or damaged, of another run, or of another version.
+        RunError: it is a link.
     """
+    check_plain(path, directory=True)
     try:
-        header = json.loads((path / MANIFEST).read_bytes())
-        checkpoint = Checkpoint(path, header["generation"], header["state"], header["tensors"])
-        version, noise, owner = header["format"], header["noise_version"], header["run_id"]
-        _ = checkpoint.tensors["file"], checkpoint.tensors["bytes"], checkpoint.tensors["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        header = check_fields(parse(read_plain(path / MANIFEST)), _HEADER, {"log": TEXT.or_null(), "check": TEXT})
+        check = header.pop("check", None)
+        if check is not None and check != checksum(header):
+            raise ValueError("it was changed after the run wrote it: its contents are not what its checksum says")
+        tensors = check_fields(header["tensors"], _TENSORS, {"framework": _FRAMEWORK})
+        name = _NAME.fullmatch(path.name)
+        if name is not None and int(name[1]) != header["generation"]:
+            raise ValueError(f"it is of generation {header['generation']}, unlike its directory")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST} is missing or damaged ({error})") from error
+    checkpoint = Checkpoint(path, header["generation"], header["state"], tensors, header.get("log"))
+    version, noise, owner = header["format"], header["noise_version"], header["run_id"]
     if version != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {version}; this eggroll reads format {FORMAT}")
     if noise != NOISE_VERSION:
@@ -218,11 +262,22 @@ def read(path: Path, *, run_id: str | None = None) -> Checkpoint:
 
 
 def found(directory: Path) -> list[tuple[int, Path]]:
-    """Generation and directory of all checkpoints that were completed, oldest first, damaged ones included."""
-    if not directory.is_dir():
+    """Generation and directory of all checkpoints that were completed, oldest first, damaged ones included.
+
+    Raises:
+        RunError: a directory or a manifest is a link.
+    """
+    return sorted((generation, path) for generation, path in _begun(directory) if check_plain(path / MANIFEST))
+
+
+def _begun(directory: Path) -> list[tuple[int, Path]]:
+    """The same with those that have no manifest, in any order."""
+    if not check_plain(directory, directory=True):
         return []
-    candidates = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return sorted((generation, path) for generation, path in candidates if (path / MANIFEST).exists())
+    begun = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    for _, path in begun:
+        check_plain(path, directory=True)
+    return begun
 
 
 def latest(directory: Path, *, run_id: str | None = None) -> Checkpoint | None:
@@ -261,6 +316,7 @@ def latest(directory: Path, *, run_id: str | None = None) -> Checkpoint | None:
 
 def exists(directory: Path, generation: int, *, run_id: str | None = None) -> bool:
     """Whether the checkpoint of ``generation`` is there and has its full size; its tensors are not read."""
+    check_plain(directory, directory=True)
     try:
         return read(directory / _name(generation), run_id=run_id)._wrong_size() is None
     except CheckpointError:
@@ -289,8 +345,8 @@ def _prune(directory: Path, generation: int, keep: int) -> None:
             intact += 1
         else:
             _remove(path)
-    for path in directory.iterdir():
-        if _NAME.fullmatch(path.name) and not (path / MANIFEST).exists():
+    for _, path in _begun(directory):
+        if not check_plain(path / MANIFEST):
             shutil.rmtree(path)  # the rest of a checkpoint whose writing or removal was killed
 
 

@@ -15,6 +15,8 @@ OTHER = "#c8692b"
 LARGE = (6.0, 3.0)
 SMALL = (3.6, 2.2)
 """Inches; the page scales the drawing to its column."""
+LARGEST = 1e300
+"""Numbers from here on are not drawn: the length of an axis would be infinite."""
 MAX_OWN = 12
 """Curves of keys that eggroll does not know (a reward's parts, say) that are drawn at most."""
 
@@ -62,6 +64,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
         MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib", extra="llm")
+    metrics = [{key: _drawable(value) for key, value in line.items()} for line in metrics]
     found = []
     measure = heldout_measure(metrics)
     if series(metrics, measure.key)[0]:
@@ -76,6 +79,11 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
             label = METRICS[key].label if key in METRICS else key
             found.append(_simple(label, generations, values))
     return found
+
+
+def _drawable(value: Any) -> Any:
+    """``None`` in the place of a number that axes have no room for."""
+    return None if isinstance(value, int | float) and not abs(value) < LARGEST else value
 
 
 def _numeric_keys(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

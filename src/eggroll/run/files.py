@@ -1,17 +1,93 @@
-"""Writing files so that a crash at any moment leaves either the old contents or the new ones, never a mixture."""
+"""Writing files so that a crash at any moment leaves either the old contents or the new ones, never a mixture.
+
+A run's directory may come from anyone, so no link in it is ever followed: what is written through one, or removed
+behind one, would be a file elsewhere. Named pipes and other special files, at which a program would wait without end,
+are refused as well.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from eggroll.errors import RunWriteError
+from eggroll.errors import RunError, RunWriteError
 
 TEMPORARY_SUFFIX = ".part"
+SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def check_plain(path: Path, *, directory: bool = False) -> bool:
+    """Whether ``path``, which belongs to a run, is there.
+
+    Args:
+        path: a file of a run.
+        directory: it shall be a directory.
+
+    Raises:
+        RunError: it is a link, a special file, or a file where a directory belongs (or the other way round).
+    """
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    what = "a directory" if directory else "a file"
+    if stat.S_ISLNK(mode) or (hasattr(path, "is_junction") and path.is_junction()):
+        raise RunError(
+            f"{path} is a symbolic link where {what} belongs. Links in a run's directory are not followed, as files "
+            "elsewhere would be overwritten or removed; put what it leads to in its place, or remove it"
+        )
+    kind = stat.S_IFMT(mode)
+    if kind != (stat.S_IFDIR if directory else stat.S_IFREG):
+        other = SPECIAL.get(kind, "a file" if directory else "a directory")
+        raise RunError(f"{path} is {other}, where {what} belongs; move it away")
+    return True
+
+
+def check_tree(directory: Path) -> None:
+    """:func:`check_plain` for a directory of a run and everything in it; one that is not there is fine.
+
+    Raises:
+        RunError: there is a link or a special file.
+    """
+    if not check_plain(directory, directory=True):
+        return
+    for entry in sorted(directory.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            check_tree(entry)
+        else:
+            check_plain(entry)
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """``os.open`` for a file of a run, which is no link and no special file.
+
+    Raises:
+        RunError: it is one of those.
+        OSError: as ``os.open``.
+    """
+    if not path.is_dir() or path.is_symlink():  # of a directory, the system says it in its own words
+        check_plain(path)
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # the first two for what takes its place after the check
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags, 0o666)
+
+
+def read_plain(path: Path) -> bytes:
+    """The contents of a file of a run, which is no link and no special file.
+
+    Raises:
+        RunError: it is a link or a special file.
+        OSError: it is not there, or cannot be read.
+    """
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        return file.read()
 
 
 @contextmanager
@@ -86,7 +162,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     with explained(path):
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            with suppress(FileNotFoundError):
+                temporary.unlink()  # of another process with this number, or a link
+            descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 write_all(descriptor, data)
                 os.fsync(descriptor)

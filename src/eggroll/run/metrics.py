@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eggroll.core.reading import NUMBER, Kind, check_fields, parse
 from eggroll.errors import RunError
-from eggroll.run.files import explained, fsync_directory, write_all, write_atomic
+from eggroll.run.files import explained, fsync_directory, open_plain, read_plain, write_all, write_atomic
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ METRICS: dict[str, Metric] = {
     "elapsed_s": Metric("time", "elapsed_s", "since the start, seconds"),
 }
 """The keys that every kind of training writes. Units are part of a key: ``_s`` seconds, ``_per_s`` per second."""
+MEASURED = dict.fromkeys(METRICS, NUMBER.or_null())
+"""Of what kind they are in a line that is read."""
 
 
 def to_json(values: Mapping[str, Any]) -> str:
@@ -81,10 +84,17 @@ class JsonLines:
     """An append-only file of JSON objects, one a line.
 
     Reading never changes the file, so a run can be looked at while it goes on.
+
+    Args:
+        path: the file.
+        required, optional: of what kind entries of a line must be; see :func:`eggroll.core.reading.check_fields`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, required: Mapping[str, Kind] | None = None, optional: Mapping[str, Kind] | None = None
+    ) -> None:
         self.path = path
+        self._required, self._optional = required, optional
         self._size: int | None = None  # after our last append; another size means another writer
 
     def append(self, *lines: str) -> None:
@@ -98,7 +108,7 @@ class JsonLines:
             return
         data = "".join(line + "\n" for line in lines).encode()
         with explained(self.path):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            descriptor = open_plain(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 size = self._size_for_append(descriptor)
                 try:
@@ -128,11 +138,11 @@ class JsonLines:
 
     def _mend(self, descriptor: int, size: int) -> int:
         """End the file with a whole line again: a last line that a crash has torn is removed."""
-        data = self.path.read_bytes() if size else b""
+        data = read_plain(self.path) if size else b""
         tail = data[data.rfind(b"\n") + 1 :]
         if not tail:
             return size
-        if _parse(tail) is not None:  # only the line end is missing
+        if _is_object(tail):  # only the line end is missing
             write_all(descriptor, b"\n")
             return size + 1
         os.ftruncate(descriptor, size - len(tail))
@@ -142,10 +152,10 @@ class JsonLines:
         """Every line, as written and parsed; a torn last line is left out, a missing file is empty.
 
         Raises:
-            RunError: a line before the last is not a JSON object.
+            RunError: a line is not a JSON object, or its entries are not of the right kind.
         """
         try:
-            data = self.path.read_bytes()
+            data = read_plain(self.path)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -155,14 +165,16 @@ class JsonLines:
         for number, piece in enumerate(pieces, start=1):
             if not piece.strip():
                 continue
-            values = _parse(piece)
-            if values is not None:
-                found.append((piece, values))
-            elif any(rest.strip() for rest in pieces[number:]):
+            try:
+                found.append((piece, check_fields(parse(piece), self._required, self._optional)))
+            except ValueError as error:
+                if number == len(pieces):  # without a line end: torn by a crash
+                    break
+                what = f": {error}" if _is_object(piece) else f" is not a JSON object: {_start(piece)}"
                 raise RunError(
-                    f"{self.path}, line {number} is not a JSON object: {piece[:60].decode(errors='replace')!r}. "
+                    f"{self.path}, line {number}{what}. "
                     "The file was changed or damaged after it was written; remove that line to go on without it"
-                )
+                ) from None
         return found
 
     def read(self) -> list[dict[str, Any]]:
@@ -179,12 +191,15 @@ class JsonLines:
         return len(lines) - len(kept)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _is_object(line: bytes) -> bool:
     try:
-        values = json.loads(line)
+        return isinstance(parse(line), dict)
     except ValueError:
-        return None
-    return values if isinstance(values, dict) else None
+        return False
+
+
+def _start(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace"))
 
 
 def series(metrics: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -192,6 +207,8 @@ def series(metrics: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], l
     points = [
         (line["generation"], float(line[key]))
         for line in metrics
-        if isinstance(line.get(key), int | float) and isinstance(line.get("generation"), int)
+        if isinstance(line.get(key), int | float)
+        and math.isfinite(line[key])
+        and isinstance(line.get("generation"), int)
     ]
     return [generation for generation, _ in points], [value for _, value in points]

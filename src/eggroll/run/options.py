@@ -15,6 +15,8 @@ class RunOptions:
     """Run directory (default: runs/NAME-TIME)."""
     resume: str | None = setting(None, resume=True)
     """Continue the run in this directory with the settings it has."""
+    accept_changes: bool = setting(False, resume=True)
+    """Resume although the data, the model or a program's source have changed; environment.json notes what."""
     report_to: str = setting("tensorboard", resume=True)
     """tensorboard, wandb, none, or several separated by commas."""
 
