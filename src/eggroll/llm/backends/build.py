@@ -18,7 +18,7 @@ from eggroll.llm.backends.worker import LanguageWorker, Setup
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example
 from eggroll.llm.estimate.machine import check_memory
-from eggroll.llm.models.loading import load, load_surroundings
+from eggroll.llm.models.loading import ensure_pad_token, load, load_surroundings
 from eggroll.llm.models.outline import Outline, look_up
 from eggroll.llm.rewards.load import as_reward
 
@@ -112,8 +112,7 @@ def worker_of(module: Any, config: EggrollConfig, reward: Any, tokenizer: Any) -
         RewardError: the reward cannot be loaded.
     """
     checked = as_reward(reward, tokenizer)
-    if getattr(tokenizer, "pad_token_id", None) is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer, module)
     module = module.eval()
     first = next(module.parameters())
     check_memory(Outline.of(module), config, first.dtype, first.device)

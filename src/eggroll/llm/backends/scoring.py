@@ -17,7 +17,8 @@ from eggroll.llm.backends.passes import reduce_samples
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example, columns_of, prompts_of
-from eggroll.llm.generation.chat import encode_prompts, format_prompts, plain_text
+from eggroll.llm.generation.chat import plain_text
+from eggroll.llm.generation.encode import Encoded, encode_prompts
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.base import as_scores, guarded
 from eggroll.loop import Evaluation, Heldout
@@ -39,11 +40,14 @@ class Evaluator(ABC):
     """Scores members and the center on a batch. A backend says how they write (:meth:`complete`).
 
     Args:
-        tokenizer: the model's tokenizer, padding on the left.
+        tokenizer: the model's tokenizer.
         reward: what is scored.
         config: the run's settings.
         eos_ids: tokens that end a completion.
     """
+
+    encoder_decoder = False
+    """Whether an encoder reads the prompts, and a decoder begins to write from nothing."""
 
     def __init__(self, tokenizer: Any, reward: Reward, config: EggrollConfig, eos_ids: Sequence[int]) -> None:
         self.tokenizer, self.reward, self.config, self.eos_ids = tokenizer, reward, config, list(eos_ids)
@@ -121,17 +125,19 @@ class Evaluator(ABC):
         finite = table[np.isfinite(table)]
         return Heldout(float(finite.mean()) if finite.size else float("nan"), samples)
 
-    def encode(self, batch: Sequence[Example], **settings: Any) -> Any:
-        """Prompts as token ids."""
+    def encode(self, batch: Sequence[Example]) -> Encoded:
+        """Prompts as token ids, the same for every backend."""
         config = self.config
-        texts = format_prompts(
+        return encode_prompts(
             self.tokenizer,
             prompts_of(batch),
+            config.max_length,
             chat=config.chat,
             system=config.system,
             columns=[example.columns for example in batch],
+            ends=self.eos_ids,
+            encoder=self.encoder_decoder,
         )
-        return encode_prompts(self.tokenizer, texts, config.max_length, **settings)
 
     def needs(self, kind: str) -> bool:
         """Whether a part of the reward needs ``text``, ``tokens`` or the ``model``."""

@@ -80,7 +80,7 @@ class VllmEvaluator(Evaluator):
     ) -> tuple[list[str], int]:
         """Completions of all rows by all members (or adapters), member by member, and how many tokens were made."""
         prompts = batch[:: self.config.samples_per_prompt]  # the engine takes the samples of a prompt by itself
-        ids = [list(row) for row in self.encode(prompts).input_ids]
+        ids = self.encode(prompts).input_ids
         first, rows = members.start * len(prompts), len(members) * len(prompts)
         sampling = [self._sampling(generation, first + row) for row in range(rows)]
         requests = None if active is None else [request for request in active for _ in prompts]
