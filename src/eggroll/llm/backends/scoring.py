@@ -18,6 +18,7 @@ from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example, columns_of, prompts_of
 from eggroll.llm.generation.chat import plain_text
+from eggroll.llm.generation.defaults import GenerationDefaults
 from eggroll.llm.generation.encode import Encoded, encode_prompts
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.base import as_scores, guarded
@@ -46,6 +47,8 @@ class Evaluator(ABC):
         eos_ids: tokens that end a completion.
     """
 
+    defaults = GenerationDefaults()
+    """What is applied of the model's generation config, and what the run's settings take the place of."""
     encoder_decoder = False
     """Whether an encoder reads the prompts, and a decoder begins to write from nothing."""
 

@@ -20,6 +20,7 @@ from eggroll.llm.data.examples import Example
 from eggroll.llm.estimate.machine import rows_budget
 from eggroll.llm.estimate.memory import Estimate, Workload
 from eggroll.llm.generation.chat import plain_text
+from eggroll.llm.generation.defaults import GenerationDefaults
 from eggroll.llm.generation.generate import Sampling, generate
 from eggroll.llm.models.loading import embedding_rows
 from eggroll.llm.models.outline import Outline, exclude_of, separate_head
@@ -52,8 +53,10 @@ class TorchEvaluator(Evaluator):
     def __init__(self, population: Population, tokenizer: Any, reward: Reward, config: EggrollConfig) -> None:
         self.population = population
         self.model: Any = population.model
-        ends = eos_ids(getattr(self.model, "generation_config", None), self.model.config, tokenizer)
+        generation = getattr(self.model, "generation_config", None)
+        ends = eos_ids(generation, self.model.config, tokenizer)
         super().__init__(tokenizer, reward, config, ends)
+        self.defaults = GenerationDefaults.of(generation, config.temperature)
         self.encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
         first = next(self.model.parameters())
         self.device = first.device
@@ -167,6 +170,7 @@ class TorchEvaluator(Evaluator):
             sampling=Sampling.for_rows(config.temperature, config.seed, generation, rows),
             select_rows=select,
             prompts=len(batch),
+            defaults=self.defaults,
         )
         return self.tokenizer.batch_decode(made, skip_special_tokens=True), sum(map(len, made))
 

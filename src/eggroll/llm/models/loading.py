@@ -106,7 +106,7 @@ class Surroundings:
         location: a directory or hub id, as other libraries take it.
         tokenizer: with a pad token and padding on the left.
         config: the model's configuration.
-        generation_config: its defaults for generation, or ``None``.
+        generation_config: its defaults for generation.
     """
 
     location: str
@@ -133,8 +133,8 @@ def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surrou
         tokenizer = transformers.AutoTokenizer.from_pretrained(located.path, trust_remote_code=trust_remote_code)
         try:
             generation = transformers.GenerationConfig.from_pretrained(located.path)
-        except OSError:
-            generation = None  # many models have none
+        except OSError:  # many models have none, or have it in their configuration
+            generation = transformers.GenerationConfig.from_model_config(config)
     prepare_tokenizer(tokenizer)
     return Surroundings(located.path, tokenizer, config, generation)
 
@@ -144,6 +144,9 @@ def prepare_tokenizer(tokenizer: Any, model: Any = None) -> None:
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     tokenizer.padding_side = "right" if encoder_decoder else "left"
     ensure_pad_token(tokenizer, model)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and not _is_row(generation.pad_token_id, embedding_rows(model)):
+        generation.pad_token_id = tokenizer.pad_token_id
 
 
 def ensure_pad_token(tokenizer: Any, model: Any = None) -> None:
@@ -157,9 +160,6 @@ def ensure_pad_token(tokenizer: Any, model: Any = None) -> None:
         known = (token for token in (tokenizer.eos_token, tokenizer.unk_token) if token is not None)
         usable = (token for token in known if _is_row(tokenizer.convert_tokens_to_ids(token), rows))
         tokenizer.pad_token = next(usable, None) or tokenizer.convert_ids_to_tokens(0)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and not _is_row(generation.pad_token_id, rows):
-        generation.pad_token_id = tokenizer.pad_token_id
 
 
 def embedding_rows(model: Any) -> int | None:
