@@ -8,7 +8,8 @@ import pytest
 from eggroll import EggrollConfig, EggrollTrainer, PerplexityReward
 from eggroll.errors import DataError
 from eggroll.llm.data.examples import load_examples
-from eggroll.llm.generation.chat import as_conversational, encode_prompts, format_prompts, plain_text
+from eggroll.llm.generation.chat import as_conversational, format_prompts, plain_text
+from eggroll.llm.generation.encode import encode_prompts
 
 USER = {"role": "user", "content": "hi"}
 GEMMA_LIKE = (
@@ -108,7 +109,7 @@ def test_long_prompts_lose_their_beginning_and_say_so(tiny_tokenizer):
     side = tiny_tokenizer.truncation_side
     texts = ["a" * 40 + "END", "short"]
     with pytest.warns(UserWarning, match=r"prompts of more than max_length \(=8\) tokens lose their beginning"):
-        encoded = encode_prompts(tiny_tokenizer, texts, 8)
+        encoded = encode_prompts(tiny_tokenizer, texts, 8, chat=False)
     assert [tiny_tokenizer.decode(ids) for ids in encoded.input_ids] == ["aaaaaEND", "short"]
     assert tiny_tokenizer.truncation_side == side
 

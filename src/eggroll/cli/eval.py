@@ -114,12 +114,15 @@ def _answers(
     console: Console,
 ) -> tuple[Result, str]:
     """One model's answers, and the dtype that it had, so that the next one has the same."""
+    from eggroll.llm.generation.defaults import GenerationDefaults
     from eggroll.llm.measure.evaluate import evaluate as answer
     from eggroll.llm.models import loading
 
     with console.status(f"loading {escape(model)} ..."):
         trust = options.trust_remote_code
         loaded = loading.load(model, dtype=dtype, device=options.device, trust_remote_code=trust)
+    for note in GenerationDefaults.of(loaded.model.generation_config, config.temperature).notes():
+        console.print(f"[dim]{escape(model)}: {escape(note)}[/]")
     with _Bar(model, len(problems), console) as bar:
         result = answer(loaded, task, problems, config, batch_size=options.batch_size, listener=bar.show)
     used = str(loaded.dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -143,6 +144,8 @@ class EggrollTrainer:
         """
         worker, listeners = self.worker, list(listeners)
         worker.use(data, eval_data)
+        for note in worker.setup.generation:
+            warnings.warn(note, stacklevel=2)
         for listener in listeners:
             if worker.note and hasattr(listener, "message"):
                 listener.message(worker.note)

@@ -18,8 +18,10 @@ from eggroll.llm.backends.worker import LanguageWorker, Setup
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example
 from eggroll.llm.estimate.machine import check_memory
-from eggroll.llm.models.loading import load, load_surroundings
+from eggroll.llm.generation.defaults import GenerationDefaults
+from eggroll.llm.models.loading import ensure_pad_token, load, load_surroundings
 from eggroll.llm.models.outline import Outline, look_up
+from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
 
 BackendName = Literal["torch", "vllm"]
@@ -76,7 +78,7 @@ class WorkerFactory:
         check_memory(found.outline, self.config, found.dtype, found.device, free=self.train is not None)
         loaded = load(self.model, dtype=found.dtype, device=found.device, trust_remote_code=trust)
         worker = worker_of(loaded.model, self.config, self.reward, loaded.tokenizer)
-        notes = (*found.notes, *loaded.notes)
+        notes = tuple(dict.fromkeys((*found.notes, *loaded.notes)))
         worker.setup = replace(worker.setup, name=loaded.name, notes=notes, base=self.model, trust_remote_code=trust)
         return worker
 
@@ -90,16 +92,16 @@ class WorkerFactory:
         around = load_surroundings(self.model, trust_remote_code=trust)
         tokenizer, reward = around.tokenizer, as_reward(self.reward, around.tokenizer)
         specs = check_vllm(config, found.outline, reward)
+        defaults = GenerationDefaults.of(around.generation_config, config.temperature)
         engine = VllmEngine(
             around.location, config, specs, dtype=found.dtype, outline=found.outline, engine_args=arguments
         )
-        evaluator = VllmEvaluator(
-            engine, tokenizer, reward, config, eos_ids(around.generation_config, around.config, tokenizer)
-        )
+        ends = eos_ids(around.generation_config, around.config, tokenizer)
+        evaluator = VllmEvaluator(engine, tokenizer, reward, config, ends, defaults)
         notes = (*found.notes, f"members are LoRA adapters of one vLLM engine, {engine.max_loras} of them at once")
         setup = Setup(
             config, reward, tokenizer, tuple(specs), found.name, found.outline.size, found.dtype,
-            f"vLLM, {found.device}", notes, self.model, trust,
+            f"vLLM, {found.device}", notes, self.model, trust, generation_notes(reward, defaults, vllm=True),
         )  # fmt: skip
         return LanguageWorker(setup, evaluator, engine)
 
@@ -112,8 +114,7 @@ def worker_of(module: Any, config: EggrollConfig, reward: Any, tokenizer: Any) -
         RewardError: the reward cannot be loaded.
     """
     checked = as_reward(reward, tokenizer)
-    if getattr(tokenizer, "pad_token_id", None) is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer, module)
     module = module.eval()
     first = next(module.parameters())
     check_memory(Outline.of(module), config, first.dtype, first.device)
@@ -122,6 +123,11 @@ def worker_of(module: Any, config: EggrollConfig, reward: Any, tokenizer: Any) -
     size = sum(parameter.numel() for parameter in module.parameters())
     setup = Setup(
         config, checked, tokenizer, tuple(replica.population.specs), type(module).__name__, size, first.dtype,
-        str(first.device),
+        str(first.device), generation=generation_notes(checked, evaluator.defaults),
     )  # fmt: skip
     return LanguageWorker(setup, evaluator, replica, module)
+
+
+def generation_notes(reward: Reward, defaults: GenerationDefaults, *, vllm: bool = False) -> tuple[str, ...]:
+    """What is to be said about the model's generation config, if the reward reads text that is generated."""
+    return tuple(defaults.notes(vllm=vllm)) if any(part.needs == "text" for part, _ in reward.parts) else ()

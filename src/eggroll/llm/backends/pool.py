@@ -10,12 +10,13 @@ from eggroll.core.records import UpdateRecord
 from eggroll.distributed import RayPool
 from eggroll.distributed.pool import Pool
 from eggroll.errors import ConfigError, DataError, RunError
-from eggroll.llm.backends.build import BackendName, WorkerFactory
+from eggroll.llm.backends.build import BackendName, WorkerFactory, generation_notes
 from eggroll.llm.backends.vllm_engine import check_vllm
 from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel
 from eggroll.llm.backends.worker import ModelWorker, Setup
 from eggroll.llm.data.batches import is_batches
 from eggroll.llm.data.examples import Example, load_examples
+from eggroll.llm.generation.defaults import GenerationDefaults
 from eggroll.llm.models.loading import load_surroundings
 from eggroll.llm.models.outline import look_up
 from eggroll.llm.rewards.load import as_reward
@@ -49,13 +50,16 @@ class PoolWorker(ModelWorker):
         model, config, trust = factory.model, factory.config, factory.trust_remote_code
         place = "cpu" if factory.device == "auto" else factory.device  # of this process, which may have no GPU
         found = look_up(model, dtype=factory.dtype, device=place, trust_remote_code=trust)
-        tokenizer = load_surroundings(model, trust_remote_code=trust).tokenizer
+        around = load_surroundings(model, trust_remote_code=trust)
+        tokenizer = around.tokenizer
         reward = as_reward(factory.reward, tokenizer)
         vllm = factory.backend == "vllm"
         specs = check_vllm(config, found.outline, reward) if vllm else found.outline.evolved(config)
+        defaults = GenerationDefaults.of(around.generation_config, config.temperature)
         self.setup = Setup(
             config, reward, tokenizer, tuple(specs), found.name, found.outline.size, found.dtype,
             f"{workers} worker{'s' if workers != 1 else ''}", found.notes, model, trust,
+            generation_notes(reward, defaults, vllm=vllm),
         )  # fmt: skip
         self.factory = dataclasses.replace(factory, dtype=found.dtype)
         self._notes = found.notes

@@ -19,7 +19,9 @@ from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example, columns_of, prompts_of
 from eggroll.llm.estimate.expect import announce_if_slow
-from eggroll.llm.generation.chat import encode_prompts, format_prompts, plain_text
+from eggroll.llm.generation.chat import plain_text
+from eggroll.llm.generation.defaults import GenerationDefaults
+from eggroll.llm.generation.encode import Encoded, encode_prompts
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.base import as_scores, guarded
 from eggroll.llm.rewards.event_loop import finished
@@ -49,11 +51,16 @@ class Evaluator(ABC):
     """Scores members and the center on a batch. A backend says how they write (:meth:`complete`).
 
     Args:
-        tokenizer: the model's tokenizer, padding on the left.
+        tokenizer: the model's tokenizer.
         reward: what is scored.
         config: the run's settings.
         eos_ids: tokens that end a completion.
     """
+
+    defaults = GenerationDefaults()
+    """What is applied of the model's generation config, and what the run's settings take the place of."""
+    encoder_decoder = False
+    """Whether an encoder reads the prompts, and a decoder begins to write from nothing."""
 
     def __init__(self, tokenizer: Any, reward: Reward, config: EggrollConfig, eos_ids: Sequence[int]) -> None:
         self.tokenizer, self.reward, self.config, self.eos_ids = tokenizer, reward, config, list(eos_ids)
@@ -150,17 +157,19 @@ class Evaluator(ABC):
         mean = float(finite.mean()) if finite.size else float("nan")
         return Heldout(mean, samples, notes.means(HELDOUT_LOGGED))
 
-    def encode(self, batch: Sequence[Example], **settings: Any) -> Any:
-        """Prompts as token ids."""
+    def encode(self, batch: Sequence[Example]) -> Encoded:
+        """Prompts as token ids, the same for every backend."""
         config = self.config
-        texts = format_prompts(
+        return encode_prompts(
             self.tokenizer,
             prompts_of(batch),
+            config.max_length,
             chat=config.chat,
             system=config.system,
             columns=[example.columns for example in batch],
+            ends=self.eos_ids,
+            encoder=self.encoder_decoder,
         )
-        return encode_prompts(self.tokenizer, texts, config.max_length, **settings)
 
     def needs(self, kind: str) -> bool:
         """Whether a part of the reward needs ``text``, ``tokens`` or the ``model``."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eggroll.errors import UnsupportedOperationError
+from eggroll.errors import ModelError, UnsupportedOperationError
 from eggroll.llm.backends.scoring import Evaluator, eos_ids
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
@@ -21,7 +21,9 @@ from eggroll.llm.estimate.expect import expectation
 from eggroll.llm.estimate.machine import machine_memory, rows_budget
 from eggroll.llm.estimate.memory import Estimate, Workload
 from eggroll.llm.generation.chat import plain_text
+from eggroll.llm.generation.defaults import GenerationDefaults
 from eggroll.llm.generation.generate import Sampling, generate
+from eggroll.llm.models.loading import embedding_rows
 from eggroll.llm.models.outline import Outline, exclude_of, separate_head
 from eggroll.llm.rewards import Reward
 from eggroll.torch import Active, Population, Replica
@@ -44,7 +46,7 @@ class TorchEvaluator(Evaluator):
 
     Args:
         population: the members.
-        tokenizer: the model's tokenizer, padding on the left.
+        tokenizer: the model's tokenizer.
         reward: what is scored.
         config: the run's settings.
     """
@@ -52,11 +54,15 @@ class TorchEvaluator(Evaluator):
     def __init__(self, population: Population, tokenizer: Any, reward: Reward, config: EggrollConfig) -> None:
         self.population = population
         self.model: Any = population.model
-        ends = eos_ids(getattr(self.model, "generation_config", None), self.model.config, tokenizer)
+        generation = getattr(self.model, "generation_config", None)
+        ends = eos_ids(generation, self.model.config, tokenizer)
         super().__init__(tokenizer, reward, config, ends)
+        self.defaults = GenerationDefaults.of(generation, config.temperature)
+        self.encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
         first = next(self.model.parameters())
         self.device = first.device
         self.estimate = Estimate(Outline.of(self.model), config, first.dtype, tuple(population.specs))
+        self.vocabulary = embedding_rows(self.model)
 
     def choose_mode(self, batch: Batch) -> str:
         """Check on a small input that rows hold the members; otherwise settle on one member at a time.
@@ -82,12 +88,12 @@ class TorchEvaluator(Evaluator):
 
     def _probe(self, batch: Batch) -> dict[str, Any]:
         if isinstance(batch, dict):
-            ids = torch.as_tensor(batch["input_ids"])[:1, :32].to(self.device)
+            ids = self._known(torch.as_tensor(batch["input_ids"]))[:1, :32].to(self.device)
         else:
             text = plain_text(batch[0].prompt) if batch[0].prompt is not None else str(batch[0].text)
-            ids = self.tokenizer(text or "a", return_tensors="pt").input_ids[:, :32].to(self.device)
+            ids = self._known(self.tokenizer(text or "a", return_tensors="pt").input_ids)[:, :32].to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if getattr(self.model.config, "is_encoder_decoder", False):
+        if self.encoder_decoder:
             inputs["decoder_input_ids"] = ids
         return inputs
 
@@ -148,19 +154,16 @@ class TorchEvaluator(Evaluator):
         """Tokens of the longest prompt."""
         if isinstance(batch, dict):
             return int(batch["input_ids"].shape[1])
-        return int(self._encoded(batch).input_ids.shape[1])
-
-    def _encoded(self, batch: Sequence[Example]) -> Any:
-        """Prompts as token ids, padded on the left."""
-        return self.encode(batch, return_tensors="pt", padding=True, padding_side="left")
+        return self.encode(batch).longest
 
     def complete(
         self, batch: Sequence[Example], active: Active | None, generation: int, members: range
     ) -> tuple[list[str], int]:
         """Completions of all rows by all members, member by member, and how many tokens were made."""
         config = self.config
-        encoded = self._encoded(batch)
-        ids, mask = encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
+        pad_id = int(self.tokenizer.pad_token_id or 0)
+        ids, mask = self.encode(batch).padded(pad_id, left=not self.encoder_decoder)
+        ids, mask = self._known(ids).to(self.device), mask.to(self.device)
         select = None
         if active is not None:
             ids, mask = active.expand(ids), active.expand(mask)
@@ -172,12 +175,28 @@ class TorchEvaluator(Evaluator):
             mask,
             max_tokens=config.max_tokens,
             eos_ids=self.eos_ids,
-            pad_id=int(self.tokenizer.pad_token_id or 0),
+            pad_id=pad_id,
             sampling=Sampling.for_rows(config.temperature, config.seed, generation, rows),
             select_rows=select,
             prompts=len(batch),
+            defaults=self.defaults,
         )
         return self.tokenizer.batch_decode(made, skip_special_tokens=True), sum(map(len, made))
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Token ids as they are.
+
+        Raises:
+            ModelError: the model's embedding has no row for one of them.
+        """
+        if self.vocabulary is None or not ids.numel() or int(ids.max()) < self.vocabulary:
+            return ids
+        beyond = int(ids.max())
+        raise ModelError(
+            f"the tokenizer gives token {beyond} ({self.tokenizer.convert_ids_to_tokens(beyond)!r}), but the model's "
+            f"embedding has {self.vocabulary} rows (0 to {self.vocabulary - 1}). Use the model's own tokenizer, or add "
+            "rows for new tokens: model.resize_token_embeddings(len(tokenizer)), and save both"
+        )
 
     def beyond_text(
         self, part: Reward, batch: Batch, active: Active | None, members: int
@@ -195,8 +214,9 @@ class TorchEvaluator(Evaluator):
             inputs: Any = {key: x.to(self.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
         else:
             texts = [e.text if e.text is not None else plain_text(e.prompt or "") for e in batch]
+            side = {"padding_side": "right"} if self.encoder_decoder else {}
             encoded = self.tokenizer(
-                texts, return_tensors="pt", padding=True, truncation=True, max_length=self.config.max_length
+                texts, return_tensors="pt", padding=True, truncation=True, max_length=self.config.max_length, **side
             )
             inputs = dict(encoded.to(self.device))
             inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -206,8 +226,10 @@ class TorchEvaluator(Evaluator):
         if isinstance(batch, dict):
             inputs = {key: torch.as_tensor(x).to(self.device) for key, x in batch.items()}
         else:
-            is_encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
-            inputs = part.encode(batch, device=self.device, encoder_decoder=is_encoder_decoder)
+            inputs = part.encode(batch, device=self.device, encoder_decoder=self.encoder_decoder)
+        for name in ("input_ids", "labels"):
+            if name in inputs:
+                self._known(inputs[name])
         if active is not None:
             inputs = {key: active.expand(x) for key, x in inputs.items()}
         values = part.log_likelihood(self.model, inputs)

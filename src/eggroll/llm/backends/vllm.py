@@ -16,6 +16,7 @@ from eggroll.llm.backends.vllm_worker import MemberAddress
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example
+from eggroll.llm.generation.defaults import GenerationDefaults
 from eggroll.llm.generation.generate import SAMPLING_STREAM
 from eggroll.llm.rewards import Reward
 from eggroll.loop import Evaluation
@@ -30,13 +31,21 @@ class VllmEvaluator(Evaluator):
         reward: a reward of text.
         config: the run's settings.
         eos_ids: tokens that end a completion.
+        defaults: what is applied of the model's generation config, as far as vLLM can.
     """
 
     def __init__(
-        self, engine: VllmEngine, tokenizer: Any, reward: Reward, config: EggrollConfig, eos_ids: Sequence[int]
+        self,
+        engine: VllmEngine,
+        tokenizer: Any,
+        reward: Reward,
+        config: EggrollConfig,
+        eos_ids: Sequence[int],
+        defaults: GenerationDefaults | None = None,
     ) -> None:
         super().__init__(tokenizer, reward, config, eos_ids)
         self.engine = engine
+        self.defaults = defaults or GenerationDefaults()
         self.best: MemberAddress | None = None
         """The member with the best score so far."""
         self._best_score = -np.inf
@@ -80,7 +89,7 @@ class VllmEvaluator(Evaluator):
     ) -> tuple[list[str], int]:
         """Completions of all rows by all members (or adapters), member by member, and how many tokens were made."""
         prompts = batch[:: self.config.samples_per_prompt]  # the engine takes the samples of a prompt by itself
-        ids = [list(row) for row in self.encode(prompts).input_ids]
+        ids = self.encode(prompts).input_ids
         first, rows = members.start * len(prompts), len(members) * len(prompts)
         sampling = [self._sampling(generation, first + row) for row in range(rows)]
         requests = None if active is None else [request for request in active for _ in prompts]
@@ -103,6 +112,7 @@ class VllmEvaluator(Evaluator):
             seed=seed,
             stop_token_ids=self.eos_ids,
             detokenize=False,
+            **self.defaults.vllm_arguments(),
         )
 
 

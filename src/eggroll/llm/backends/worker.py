@@ -36,6 +36,7 @@ class Setup:
         notes: what was chosen and why.
         base: the model that the run begins with (directory, hub id or alias); ``None`` for a module of the user's.
         trust_remote_code: run code that comes with the model.
+        generation: what becomes of the model's generation config, in a line, if there is something to say.
     """
 
     config: EggrollConfig
@@ -49,6 +50,7 @@ class Setup:
     notes: tuple[str, ...] = ()
     base: str | None = None
     trust_remote_code: bool = False
+    generation: tuple[str, ...] = ()
 
     @property
     def dtype_name(self) -> str:

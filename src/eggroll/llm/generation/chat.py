@@ -47,16 +47,79 @@ def format_prompts(
     Raises:
         DataError: a conversation (or ``chat=True``) without a chat template, or one that the template refuses.
     """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    as_chat = has_template if chat is None else chat
+    check_system(system)
     rows = columns if columns is not None else [{}] * len(prompts)
-    texts = [
-        _format(tokenizer, prompt, as_chat, has_template, system, row)
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
-    for text in texts:  # from a system message, or a template: the data have been looked at when they were read
-        check_characters(text, "a prompt with its system message")
+    texts = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        shown = as_read(tokenizer, prompt, row, chat=chat, system=system)
+        if not isinstance(shown, str):
+            shown = _without_start(tokenizer, apply_template(tokenizer, shown, row, system=system))
+        texts.append(shown)
     return texts
+
+
+def as_read(
+    tokenizer: Any, prompt: Prompt, columns: Mapping[str, Any], *, chat: bool | None, system: str | None
+) -> Prompt:
+    """A prompt as the model reads it: a text as it is (with the system message), or a conversation for the template.
+
+    Raises:
+        DataError: it is a conversation, and there is no chat template.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if isinstance(prompt, str):
+        if not (has_template if chat is None else chat):
+            if columns.get("tools"):
+                warnings.warn(f"plain prompts go through no chat template: {UNREAD_TOOLS}", stacklevel=3)
+            return f"{system}\n\n{prompt}" if system else prompt
+        prompt = [{"role": "user", "content": prompt}]
+    if not has_template:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise DataError(
+            f"the prompts are conversations, but the tokenizer {name!r} has no chat template. Give the prompts as "
+            "strings, or use an instruction-tuned model"
+        )
+    return prompt
+
+
+def apply_template(
+    tokenizer: Any,
+    messages: list[Message],
+    columns: Mapping[str, Any],
+    *,
+    system: str | None = None,
+    tokenize: bool = False,
+) -> Any:
+    """What a tokenizer's ``apply_chat_template`` makes of a conversation: text, or token ids.
+
+    The assistant's turn is opened at the end; a last turn of the assistant's is left open instead.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
+    arguments = {**template_arguments(tokenizer, columns), "tokenize": tokenize}
+    if tokenize:
+        arguments["return_dict"] = False
+    if system and not any(message["role"] == "system" for message in messages):
+        try:
+            return _apply(tokenizer, [{"role": "system", "content": system}, *messages], arguments)
+        except Exception:
+            # templates without a system role raise an error of their own; the first user turn takes the text instead
+            messages = _into_user_turn(messages, system)
+    try:
+        return _apply(tokenizer, messages, arguments)
+    except Exception as error:
+        roles = [message.get("role") for message in messages]
+        raise DataError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
+
+
+def check_system(system: str | None) -> None:
+    """Refuse a system message that cannot be encoded; prompts have been looked at when they were read.
+
+    Raises:
+        DataError: it holds half of a character.
+    """
+    check_characters(system, "a prompt with its system message")
 
 
 def template_arguments(tokenizer: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,31 +154,6 @@ def template_arguments(tokenizer: Any, columns: Mapping[str, Any]) -> dict[str, 
     if isinstance(template, str) and "tools" not in template:
         warnings.warn(f"the chat template of this model knows no tools: {UNREAD_TOOLS}", stacklevel=2)
     return {**found, "tools": list(tools)}
-
-
-def encode_prompts(tokenizer: Any, texts: Sequence[str], max_length: int, **settings: Any) -> Any:
-    """What the tokenizer makes of the texts of :func:`format_prompts`; longer ones lose their beginning.
-
-    The side is a property of the tokenizer (an argument of the call is ignored), and is put back afterwards.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        texts: one for each prompt.
-        max_length: tokens that are kept, the last ones.
-        **settings: of the tokenizer's call.
-    """
-    side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
-    try:
-        encoded = tokenizer(list(texts), truncation=True, max_length=max_length, **settings)
-    finally:
-        tokenizer.truncation_side = side
-    if any(one.overflowing for one in encoded.encodings or ()):
-        warnings.warn(
-            f"prompts of more than max_length (={max_length}) tokens lose their beginning; a larger max_length "
-            "(--max-length) keeps it",
-            stacklevel=2,
-        )
-    return encoded
 
 
 def as_conversational(prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[list[Prompt], list[Any]]:
@@ -156,51 +194,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _format(
-    tokenizer: Any,
-    prompt: Prompt,
-    as_chat: bool,
-    has_template: bool,
-    system: str | None,
-    columns: Mapping[str, Any],
-) -> str:
-    if isinstance(prompt, str):
-        if not as_chat:
-            if columns.get("tools"):
-                warnings.warn(f"plain prompts go through no chat template: {UNREAD_TOOLS}", stacklevel=2)
-            return f"{system}\n\n{prompt}" if system else prompt
-        prompt = [{"role": "user", "content": prompt}]
-    if not has_template:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise DataError(
-            f"the prompts are conversations, but the tokenizer {name!r} has no chat template. Give the prompts as "
-            "strings, or use an instruction-tuned model"
-        )
-    arguments = template_arguments(tokenizer, columns)
-    if system and not any(message["role"] == "system" for message in prompt):
-        try:
-            return _apply(tokenizer, [{"role": "system", "content": system}, *prompt], arguments)
-        except Exception:
-            # templates without a system role raise an error of their own; the first user turn takes the text instead
-            prompt = _into_user_turn(prompt, system)
-    try:
-        return _apply(tokenizer, prompt, arguments)
-    except Exception as error:
-        roles = [message.get("role") for message in prompt]
-        raise DataError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
-
-
-def _apply(tokenizer: Any, messages: list[Message], arguments: Mapping[str, Any]) -> str:
+def _apply(tokenizer: Any, messages: list[Message], arguments: Mapping[str, Any]) -> Any:
     continued = messages[-1]["role"] == "assistant"
-    text = str(
-        tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            **arguments,
-        )
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=not continued, continue_final_message=continued, **arguments
     )
+
+
+def _without_start(tokenizer: Any, text: str) -> str:
     start = getattr(tokenizer, "bos_token", None)
     if start and text.startswith(start) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
         return text[len(start) :]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eggroll.core.threefry import fold_in, seed_key
+from eggroll.llm.generation.defaults import GenerationDefaults, Processing
 from eggroll.llm.generation.prefix import common_prefix, plain_cache, spread
 from eggroll.torch.threefry import random_bits
 
@@ -68,12 +69,13 @@ def generate(
     sampling: Sampling | None = None,
     select_rows: Callable[[Tensor], None] | None = None,
     prompts: int | None = None,
+    defaults: GenerationDefaults | None = None,
 ) -> list[list[int]]:
     """Continue every row until it ends or ``max_tokens`` are made.
 
     Args:
         model: a Hugging Face model with a generation head, its parameters possibly standing for a population.
-        input_ids: ``(R, T)`` prompts, padded on the left.
+        input_ids: ``(R, T)`` prompts, padded on the left; for an encoder, on the right.
         attention_mask: ``(R, T)``, 0 for padding.
         max_tokens: longest continuation.
         eos_ids: tokens that end a row; they are not part of the result.
@@ -83,17 +85,19 @@ def generate(
             computes all rows to the end.
         prompts: the rows are so many prompts, the same ones for each member in turn; what these have in common at
             their beginning is then computed once per member. ``None`` computes every row by itself.
+        defaults: what is applied of the model's generation config, which is not looked at here; nothing by default.
 
     Returns:
         One list of token ids per row, without the prompt.
     """
-    sampling = sampling or Sampling()
+    sampling, defaults = sampling or Sampling(), defaults or GenerationDefaults()
     if not _decodes_with_cache(model):
-        return _generate_by_model(model, input_ids, attention_mask, max_tokens, eos_ids, pad_id, sampling)
+        return _generate_by_model(model, input_ids, attention_mask, max_tokens, eos_ids, pad_id, sampling, defaults)
     rows, device = input_ids.shape[0], input_ids.device
     made = torch.full((rows, max_tokens), pad_id, dtype=torch.long, device=device)
     lengths = torch.full((rows,), max_tokens, dtype=torch.long, device=device)
     ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    process = Processing(defaults, input_ids, attention_mask, max_tokens=max_tokens, ends=eos_ids)
     alive = torch.arange(rows, device=device)
     open_rows = torch.ones(rows, dtype=torch.bool, device=device)
     mask, tokens = attention_mask, input_ids
@@ -118,7 +122,10 @@ def generate(
     for step in range(max_tokens):
         out = forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, position_ids=positions)
         cache = out.past_key_values
-        chosen = sampling.choose(out.logits[:, -1].float(), step, alive)
+        scores = out.logits[:, -1].float()
+        if defaults.applied:
+            scores = process(made[alive, :step], scores, alive)
+        chosen = sampling.choose(scores, step, alive)
         ended = torch.isin(chosen, ends) & open_rows
         lengths[alive[ended]] = step
         made[alive[open_rows], step] = chosen[open_rows]
@@ -158,8 +165,13 @@ def _decodes_with_cache(model: Any) -> bool:
         return False
     accepts = inspect.signature(model.forward).parameters
     kinds = getattr(config, "layer_types", None) or []
-    recurrent = getattr(model, "_is_stateful", False) or any("attention" not in kind for kind in kinds)
+    recurrent = getattr(model, "_is_stateful", False) or any(_keeps_state(kind) for kind in kinds)
     return "past_key_values" in accepts and not recurrent
+
+
+def _keeps_state(kind: str) -> bool:
+    """Whether a kind of layer, as configurations name them, has a state in the place of keys and values."""
+    return "attention" not in kind or "linear" in kind
 
 
 def _generate_by_model(
@@ -170,24 +182,33 @@ def _generate_by_model(
     eos_ids: Sequence[int],
     pad_id: int,
     sampling: Sampling,
+    defaults: GenerationDefaults,
 ) -> list[list[int]]:
-    if sampling.keys is not None:
-        from transformers import LogitsProcessorList
+    from transformers import LogitsProcessorList
 
-        sampler = LogitsProcessorList([_AddressedSampler(sampling)])
-    else:
-        sampler = None
-    out = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    chooser = _Chooser(sampling, defaults, input_ids, attention_mask, max_tokens, eos_ids, encoder_decoder)
+    own = model.generation_config
+    # The model's own one is put away: transformers would fill up from it whatever is not set here.
+    model.generation_config = GenerationDefaults.plain(
+        own,
         max_new_tokens=max_tokens,
         do_sample=False,
         num_beams=1,
+        num_return_sequences=1,
         eos_token_id=list(eos_ids) or None,
         pad_token_id=pad_id,
-        logits_processor=sampler,
     )
-    start = 1 if getattr(model.config, "is_encoder_decoder", False) else input_ids.shape[1]
+    try:
+        out = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=model.generation_config,
+            logits_processor=LogitsProcessorList([chooser]),
+        )
+    finally:
+        model.generation_config = own
+    start = 1 if encoder_decoder else input_ids.shape[1]
     ends = set(eos_ids)
     results = []
     for row in out[:, start:].tolist():
@@ -196,14 +217,35 @@ def _generate_by_model(
     return results
 
 
-class _AddressedSampler:
-    """A logits processor that leaves only the sampled token, so that greedy search picks it."""
+class _Chooser:
+    """A logits processor that applies the model's defaults and, when sampling, leaves only the sampled token."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling, self.step = sampling, 0
+    def __init__(
+        self,
+        sampling: Sampling,
+        defaults: GenerationDefaults,
+        ids: Tensor,
+        mask: Tensor,
+        max_tokens: int,
+        ends: Sequence[int],
+        encoder_decoder: bool,
+    ) -> None:
+        self.sampling, self.defaults, self.step = sampling, defaults, 0
+        self.ids, self.mask, self.encoder_decoder = ids, mask, encoder_decoder
+        self.limits: dict[str, Any] = {"max_tokens": max_tokens, "ends": ends}
+        self.process: Processing | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = torch.arange(scores.shape[0])
+        rows = torch.arange(scores.shape[0], device=scores.device)
+        if self.process is None:
+            begin, mask, read = self.ids, self.mask, None
+            if self.encoder_decoder:  # the decoder begins with a start token of its own
+                begin, mask, read = input_ids, torch.ones_like(input_ids), (self.ids, self.mask)
+            self.process = Processing(self.defaults, begin, mask, encoder=read, **self.limits)
+        if self.defaults.applied:
+            scores = self.process(input_ids[:, self.process.prompt.shape[1] :], scores, rows)
+        if self.sampling.keys is None:
+            return scores
         chosen = self.sampling.choose(scores, self.step, rows)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, chosen.unsqueeze(1), 0.0)

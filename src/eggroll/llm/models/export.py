@@ -12,11 +12,18 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
-from eggroll._optional import DISTRIBUTION
+from eggroll._optional import DISTRIBUTION, require
 from eggroll.errors import ModelError
 from eggroll.llm.models.hub import quiet_progress
 
 METADATA_FILE = "eggroll.json"
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+}
+"""Classes of transformers that load models with a generation head, and their tables of what they load."""
 
 
 def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metadata: Mapping[str, Any]) -> Path:
@@ -33,7 +40,7 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
             ``heldout_before``, ``heldout_after`` and ``config`` are shown in the card.
 
     Returns:
-        The directory. ``AutoModelForCausalLM.from_pretrained(directory)`` loads it.
+        The directory. The line of :func:`load_line` loads it.
 
     Raises:
         ModelError: it cannot be written.
@@ -50,7 +57,7 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
             model.save_pretrained(staging)
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
-        details = {"eggroll_version": _version(), **metadata}
+        details = {"eggroll_version": _version(), "auto_class": auto_class(model), **metadata}
         (staging / METADATA_FILE).write_text(json.dumps(details, indent=2, default=str) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(_card(model, target, details), encoding="utf-8")
         target.mkdir(exist_ok=True)
@@ -87,10 +94,48 @@ def drop_quantization(model: Any) -> None:
     model.is_quantized = False
 
 
-def load_line(directory: str | Path, *, encoder_decoder: bool = False) -> str:
-    """The line of Python that loads a saved model."""
-    auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+def auto_class(model: Any) -> str:
+    """The class of transformers whose ``from_pretrained`` loads a saved model as what it is.
+
+    Another one would raise, or load a part of it with new weights for the rest (a decoder without its encoder).
+    """
+    name, config = type(model).__name__, getattr(model, "config", None)
+    remote = getattr(config, "auto_map", None) or {}
+    own = [auto for auto, path in remote.items() if auto.startswith("AutoModel") and str(path).endswith(f".{name}")]
+    transformers: Any = require("transformers", extra="llm")
+    from transformers.models.auto import modeling_auto
+
+    for auto, names in AUTO_CLASSES.items():
+        found = getattr(modeling_auto, names, {}).get(getattr(config, "model_type", None), ())
+        if name in ((found,) if isinstance(found, str) else found):
+            own.append(auto)
+    if own:
+        return own[0]
+    if hasattr(transformers, name):
+        return name
+    return "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "AutoModelForCausalLM"
+
+
+def load_line(directory: str | Path) -> str:
+    """The line of Python that loads a saved model: with the class that was noted when it was saved, if one was."""
+    folder = Path(directory)
+    auto = _read_json(folder / METADATA_FILE).get("auto_class")
+    if not isinstance(auto, str) or not auto.isidentifier():  # saved by an older version, or by something else
+        encoder_decoder = _read_json(folder / "config.json").get("is_encoder_decoder") is True
+        auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    return _load_line(auto, directory)
+
+
+def _load_line(auto: str, directory: str | Path) -> str:
     return f'{auto}.from_pretrained("{directory}")'
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _readable(path: Path) -> None:
@@ -129,8 +174,8 @@ def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
         ),
         "## Load it",
         "```python\n"
-        f"from transformers import {load_line('', encoder_decoder=encoder_decoder).split('.')[0]}, AutoTokenizer\n\n"
-        f"model = {load_line(target.name, encoder_decoder=encoder_decoder)}\n"
+        f"from transformers import {details['auto_class']}, AutoTokenizer\n\n"
+        f"model = {_load_line(details['auto_class'], target.name)}\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{target.name}")\n'
         "```",
     ]

@@ -22,7 +22,7 @@ class LoadedModel:
 
     Attributes:
         model: in evaluation mode, on its device, without gradients.
-        tokenizer: with a pad token and padding on the left.
+        tokenizer: with a pad token, padding on the left (for an encoder-decoder, on the right).
         source: what was asked for.
         name: a short name, for directories and titles.
         dtype: of the weights.
@@ -61,9 +61,10 @@ def load(
     place = find_device(device)
     kind = parse_dtype(dtype)
     located = locate(source)
-    weights = {} if located.gguf is None else dense_gguf()
+    weights: dict[str, Any] = {} if located.gguf is None else dict(dense_gguf())
     with located.reading():
         about = _read_config(located, kind, place, trust_remote_code)
+        weights |= {"config": about.config} if about.changed else {}
         model = about.auto.from_pretrained(located.path, dtype=about.dtype, **about.arguments, **weights)
         tokenizer = _transformers().AutoTokenizer.from_pretrained(located.path, **about.arguments)
     drop_quantization(model)
@@ -105,7 +106,7 @@ class Surroundings:
         location: a directory or hub id, as other libraries take it.
         tokenizer: with a pad token and padding on the left.
         config: the model's configuration.
-        generation_config: its defaults for generation, or ``None``.
+        generation_config: its defaults for generation.
     """
 
     location: str
@@ -132,37 +133,56 @@ def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surrou
         tokenizer = transformers.AutoTokenizer.from_pretrained(located.path, trust_remote_code=trust_remote_code)
         try:
             generation = transformers.GenerationConfig.from_pretrained(located.path)
-        except OSError:
-            generation = None  # many models have none
+        except OSError:  # many models have none, or have it in their configuration
+            generation = transformers.GenerationConfig.from_model_config(config)
     prepare_tokenizer(tokenizer)
     return Surroundings(located.path, tokenizer, config, generation)
 
 
 def prepare_tokenizer(tokenizer: Any, model: Any = None) -> None:
-    """Give a tokenizer what batched generation needs: a pad token (the end token if it has none), left padding."""
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is not None:
-            tokenizer.pad_token = tokenizer.eos_token
-        elif tokenizer.unk_token is not None:
-            tokenizer.pad_token = tokenizer.unk_token
-        else:
-            # any token will do: padding is masked
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    """Give a tokenizer what batches need: a pad token, and the side of padding (right for encoders, else left)."""
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    tokenizer.padding_side = "right" if encoder_decoder else "left"
+    ensure_pad_token(tokenizer, model)
     generation = getattr(model, "generation_config", None)
-    if generation is not None and generation.pad_token_id is None:
+    if generation is not None and not _is_row(generation.pad_token_id, embedding_rows(model)):
         generation.pad_token_id = tokenizer.pad_token_id
+
+
+def ensure_pad_token(tokenizer: Any, model: Any = None) -> None:
+    """Give a tokenizer a pad token that the model has a row for, if it has none: its end token, or another one.
+
+    Padding is masked, so any token will do; one beyond the embedding (added to the tokenizer, not to the model) ends in
+    an index error.
+    """
+    rows = embedding_rows(model)
+    if not _is_row(getattr(tokenizer, "pad_token_id", None), rows):
+        known = (token for token in (tokenizer.eos_token, tokenizer.unk_token) if token is not None)
+        usable = (token for token in known if _is_row(tokenizer.convert_tokens_to_ids(token), rows))
+        tokenizer.pad_token = next(usable, None) or tokenizer.convert_ids_to_tokens(0)
+
+
+def embedding_rows(model: Any) -> int | None:
+    """How many tokens a model has an embedding of; ``None`` if it does not say."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(table, "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+def _is_row(token: int | None, rows: int | None) -> bool:
+    return token is not None and token >= 0 and (rows is None or token < rows)
 
 
 @dataclass(frozen=True)
 class _About:
-    """A model's configuration and what follows from it: its class, its dtype, and how that was chosen."""
+    """A model's configuration and what follows from it: its class, its dtype, how that was chosen; if it was mended."""
 
     config: Any
     auto: Any
     dtype: torch.dtype
     notes: tuple[str, ...]
     arguments: dict[str, Any]
+    changed: bool = False
 
 
 def _read_config(located: Located, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool) -> _About:
@@ -175,9 +195,21 @@ def _read_config(located: Located, dtype: torch.dtype | None, device: torch.devi
     if dtype is None:
         dtype, reason = choose_dtype(device, *typical_shape(config))
         notes = (reason,)
+    mended = _drop_unknown_pad_token(config)
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     auto = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
-    return _About(config, auto, dtype, notes, arguments)
+    return _About(config, auto, dtype, (*notes, *mended), arguments, bool(mended))
+
+
+def _drop_unknown_pad_token(config: Any) -> list[str]:
+    """Leave out a pad token that the model has no row for, which ends in an assertion of its embedding; says so."""
+    notes = []
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(rows, int) and not _is_row(pad, rows):
+            part.pad_token_id = None
+            notes.append(f"pad_token_id {pad} of the model's configuration is left out: its embedding has {rows} rows")
+    return notes
 
 
 def _transformers() -> Any:

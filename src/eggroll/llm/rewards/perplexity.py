@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from eggroll.errors import ConfigError, DataError, RewardError
 from eggroll.llm.data.examples import Example
-from eggroll.llm.generation.chat import format_prompts, template_arguments
+from eggroll.llm.generation.chat import Prompt, format_prompts, template_arguments
+from eggroll.llm.generation.encode import encode_prompts
 from eggroll.llm.rewards.base import Need, Reward
 from eggroll.llm.rewards.logits import chunked_logits
 
@@ -59,7 +61,8 @@ class PerplexityReward(Reward):
         prompts: list[list[int]] = []
         answers: list[list[int]] = []
         for number, example in enumerate(examples, start=1):
-            prompt, answer = self._tokens(Example(None, example) if isinstance(example, str) else example, number)
+            example = Example(None, example) if isinstance(example, str) else example
+            prompt, answer = self._tokens(example, number, encoder_decoder)
             if encoder_decoder and prompt is None:
                 raise DataError(
                     f"example {number} has no completion: an encoder-decoder model reads a prompt and is scored on a "
@@ -147,13 +150,20 @@ class PerplexityReward(Reward):
             arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
         return labels
 
-    def _tokens(self, example: Example, number: int) -> tuple[list[int] | None, list[int]]:
+    def _tokens(self, example: Example, number: int, encoder: bool) -> tuple[list[int] | None, list[int]]:
         """Token ids of the part that is read and of the part that is scored; ``None`` if everything is scored."""
+
+        def read(prompt: Prompt) -> list[int]:
+            columns = [example.columns]
+            return encode_prompts(
+                self.tokenizer, [prompt], sys.maxsize, chat=False, columns=columns, encoder=encoder
+            ).input_ids[0]
+
         completion = example.columns.get("completion")
         if isinstance(example.prompt, str) and isinstance(completion, str):
             answer = self.tokenizer(completion, add_special_tokens=False).input_ids
             end = self.tokenizer.eos_token_id
-            return list(self.tokenizer(example.prompt).input_ids), [*answer, *([] if end is None else [end])]
+            return read(example.prompt), [*answer, *([] if end is None else [end])]
         whole = example.columns.get("messages")
         if isinstance(example.prompt, list) and isinstance(completion, list):
             whole = [*example.prompt, *completion]
@@ -163,11 +173,8 @@ class PerplexityReward(Reward):
             text = str(self.tokenizer.apply_chat_template(whole, tokenize=False, **arguments))
             at = text.find(opening)
             if at >= 0:
-                answer = text[at + len(opening) :]
-                return (
-                    list(self.tokenizer(opening).input_ids),
-                    list(self.tokenizer(answer, add_special_tokens=False).input_ids),
-                )
+                answer = self.tokenizer(text[at + len(opening) :], add_special_tokens=False).input_ids
+                return read(example.prompt), list(answer)
         scored = example.text if example.text is not None else example.prompt
         if not isinstance(scored, str):
             raise DataError(
