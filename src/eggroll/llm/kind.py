@@ -177,7 +177,7 @@ def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str]) -> list[s
         f"reward {escape(setup.reward.name)}, {prompts} {'texts' if texts else 'prompts'}, {each} a generation",
         f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
         f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}",
-        *(f"[dim]{escape(note)}[/]" for note in (*setup.notes, *slow)),
+        *(f"[dim]{escape(note)}[/]" for note in (*setup.notes, *setup.reward.notes, *slow)),
     ]
 
 
