@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from eggroll.distributed.host import Factory, Host, StateLostError, set_threads
 from eggroll.distributed.ray_place import Place, release
 from eggroll.distributed.state import Packed
 from eggroll.distributed.transport import WorkerLostError
-from eggroll.errors import ConfigError, EggrollError, EngineDiedError
+from eggroll.errors import ConfigError, EggrollError, EngineDiedError, RunError
 
 TAIL = 2000
 """Characters of a dead process's output that a message shows."""
+
+OWNER_DIED = "owner has died"
+"""What Ray says of actors whose driver's node it takes for dead."""
 
 
 class WorkerActor:
@@ -66,12 +69,14 @@ class RayTransport:
     Args:
         factory: makes a worker.
         place: what each takes; it computes with as many threads as it has cores.
+        death: what ended the cluster, if that can be seen from here; empty while it lives.
 
     Raises:
         ConfigError: the factory cannot be sent to another process.
     """
 
-    def __init__(self, factory: Factory, place: Place) -> None:
+    def __init__(self, factory: Factory, place: Place, death: Callable[[], str] = lambda: "") -> None:
+        self._death = death
         self._ray = require("ray", extra="ray")
         self._pickle = require("ray.cloudpickle", extra="ray")
         self.sent_bytes = self.received_bytes = 0
@@ -115,10 +120,19 @@ class RayTransport:
         return ticket
 
     def wait(self, tickets: Sequence[Any], timeout: float) -> list[Any]:
-        """The first answer, and whatever else is there by then."""
+        """The first answer, and whatever else is there by then.
+
+        Raises:
+            RunError: the cluster is gone.
+        """
         if not tickets:
             return []
         first, rest = self._ray.wait(list(tickets), num_returns=1, timeout=timeout, fetch_local=False)
+        if gone := self._death():
+            raise RunError(
+                f"the Ray cluster of this run is gone: {gone}, and the workers with it. If nobody ended it, the "
+                "machine may be out of memory (the kernel's log says so): use fewer workers, or ones that need less"
+            )
         if first and rest:
             first += self._ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
         return first
@@ -138,6 +152,12 @@ class RayTransport:
                 cause.add_note("In a worker of the cluster:\n" + re.sub("\x1b\\[\\d+m", "", str(error)))
             raise cause from None
         except errors.RayError as error:
+            if OWNER_DIED in str(error):  # no new worker would live, either
+                raise RunError(
+                    f"Ray has declared the machine of this process dead ({_reason(error)}), and ends all its workers. "
+                    "It may have been too busy to answer: start the cluster with more patience, for example with "
+                    "RAY_health_check_timeout_ms=60000 in the environment of `ray start --head`"
+                ) from None
             raise WorkerLostError(_reason(error)) from None
         if ticket.hex() in self._states:
             self._states.discard(ticket.hex())
@@ -153,7 +173,7 @@ class RayTransport:
         """Kill an actor, and give its placement group back."""
         groups = [group for actor, group in self._placed if actor is worker]
         self._placed = [(actor, group) for actor, group in self._placed if actor is not worker]
-        if self._ray.is_initialized():
+        if self._ray.is_initialized() and not self._death():
             self._ray.kill(worker)
             for group in groups:
                 release(group)

@@ -1,0 +1,113 @@
+"""A local cluster is patient while the machine is busy, and one that dies is said in a sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from eggroll.distributed import ray_cluster
+from eggroll.distributed.ray_actor import RayTransport
+from eggroll.distributed.transport import WorkerLostError
+from eggroll.errors import RunError
+
+
+class TestSettings:
+    def test_a_busy_node_is_not_a_dead_one(self):
+        found = ray_cluster.system_config()
+        assert found["health_check_timeout_ms"] * found["health_check_failure_threshold"] == 600_000
+        assert found["worker_niceness"] == 0
+
+    def test_what_the_user_has_set_stays(self, monkeypatch):
+        monkeypatch.setenv("RAY_health_check_timeout_ms", "5000")
+        monkeypatch.setenv("RAY_worker_niceness", "10")
+        assert set(ray_cluster.system_config()) == {"health_check_period_ms", "health_check_failure_threshold"}
+
+
+class Ended:
+    def __init__(self, status):
+        self.pid, self.status = 4711, status
+
+    def poll(self):
+        return self.status
+
+
+class TestDeath:
+    @pytest.mark.parametrize(
+        ("kind", "status", "text"),
+        [
+            ("raylet", None, ""),
+            ("raylet", -9, "its raylet (pid 4711) was killed by SIGKILL"),
+            ("raylet", -999, "its raylet (pid 4711) was killed by signal 999"),
+            ("gcs_server", 1, "its GCS server (pid 4711) ended with status 1"),
+            ("log_monitor", -9, ""),  # nobody needs it
+        ],
+    )
+    def test_what_died(self, monkeypatch, kind, status, text):
+        monkeypatch.setattr(ray_cluster, "_processes", lambda: [("dashboard", Ended(0)), (kind, Ended(status))])
+        assert ray_cluster.death() == text
+
+    def test_somebody_elses_cluster_is_not_watched(self, monkeypatch):
+        monkeypatch.setattr(ray_cluster, "require", lambda *_, **__: None)  # no node in this process
+        assert ray_cluster.death() == ""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("kind", "name"), [("raylet", "raylet"), ("gcs_server", "GCS server")])
+    def test_a_real_one(self, kind, name):
+        pytest.importorskip("ray")
+        script = Path(__file__).with_name("death_script.py")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_health")}
+        done = subprocess.run(
+            [sys.executable, str(script), kind],
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        patience, niceness, error, left = done.stdout.splitlines()
+        assert patience == "patience 600 s"
+        assert niceness == "niceness {0}"
+        assert error == (
+            f"error the Ray cluster of this run is gone: its {name} (pid N) was killed by SIGKILL, and the workers "
+            "with it. If nobody ended it, the machine may be out of memory (the kernel's log says so): use fewer "
+            "workers, or ones that need less"
+        )
+        assert left == "left []"
+
+
+class TestSomebodyElsesCluster:
+    def test_a_machine_that_ray_has_declared_dead(self):
+        """All that can be told is what Ray says about the workers."""
+        errors = pytest.importorskip("ray").exceptions
+
+        def get(ticket):
+            raise errors.RayError(
+                "The actor died unexpectedly.\nThe actor is dead because its owner has died. Worker exit detail: "
+                "Owner's node has crashed."
+            )
+
+        transport = RayTransport.__new__(RayTransport)
+        transport._ray = SimpleNamespace(get=get, exceptions=errors)
+        with pytest.raises(RunError) as info:
+            transport.result("ticket")
+        assert str(info.value) == (
+            "Ray has declared the machine of this process dead (The actor is dead because its owner has died. Worker "
+            "exit detail: Owner's node has crashed.), and ends all its workers. It may have been too busy to answer: start "
+            "the cluster with more patience, for example with RAY_health_check_timeout_ms=60000 in the environment of `ray "
+            "start --head`"
+        )
+
+    def test_a_worker_that_died_alone(self):
+        errors = pytest.importorskip("ray").exceptions
+
+        def get(ticket):
+            raise errors.RayError("The actor is dead because all references were removed.")
+
+        transport = RayTransport.__new__(RayTransport)
+        transport._ray = SimpleNamespace(get=get, exceptions=errors)
+        with pytest.raises(WorkerLostError, match="all references"):
+            transport.result("ticket")
