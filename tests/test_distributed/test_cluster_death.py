@@ -96,9 +96,9 @@ class TestSomebodyElsesCluster:
             transport.result("ticket")
         assert str(info.value) == (
             "Ray has declared the machine of this process dead (The actor is dead because its owner has died. Worker "
-            "exit detail: Owner's node has crashed.), and ends all its workers. It may have been too busy to answer: start "
-            "the cluster with more patience, for example with RAY_health_check_timeout_ms=60000 in the environment of `ray "
-            "start --head`"
+            "exit detail: Owner's node has crashed.), and ends all its workers. It may have been too busy to answer: "
+            "start the cluster with more patience, for example with RAY_health_check_timeout_ms=60000 in the environment "
+            "of `ray start --head`"
         )
 
     def test_a_worker_that_died_alone(self):
