@@ -26,6 +26,44 @@ class TestSettings:
         assert set(ray_cluster.system_config()) == {"health_check_period_ms", "health_check_failure_threshold"}
 
 
+class Slow:
+    """A Ray that needs several attempts to start."""
+
+    def __init__(self, failures, error):
+        self.failures, self.error, self.ended = failures, error, 0
+
+    def init(self, address, **settings):
+        if self.failures > 0:
+            self.failures -= 1
+            raise self.error
+
+    def shutdown(self):
+        self.ended += 1
+
+
+class TestStart:
+    @pytest.mark.parametrize("error", [Exception("The current node timed out during startup."), SystemExit(1)])
+    def test_a_busy_machine_gets_more_time(self, error):
+        ray = Slow(3, error)
+        ray_cluster._start(ray, {})
+        assert ray.ended == 3
+
+    def test_it_ends_in_a_sentence(self):
+        with pytest.raises(RunError) as info:
+            ray_cluster._start(Slow(9, Exception("The current node timed out during startup.\nMore.")), {})
+        assert str(info.value) == (
+            "Ray could not be started on this machine in 4 attempts (The current node timed out during startup.). It "
+            "may be too busy, or short of memory or processes: try again when it is quieter, or leave --workers "
+            "(workers=) out"
+        )
+
+    def test_wrong_settings_are_not_tried_again(self):
+        ray = Slow(1, ValueError("no such setting"))
+        with pytest.raises(ValueError, match="no such setting"):
+            ray_cluster._start(ray, {})
+        assert ray.ended == 0
+
+
 class Ended:
     def __init__(self, status):
         self.pid, self.status = 4711, status
@@ -97,8 +135,8 @@ class TestSomebodyElsesCluster:
         assert str(info.value) == (
             "Ray has declared the machine of this process dead (The actor is dead because its owner has died. Worker "
             "exit detail: Owner's node has crashed.), and ends all its workers. It may have been too busy to answer: "
-            "start the cluster with more patience, for example with RAY_health_check_timeout_ms=60000 in the environment "
-            "of `ray start --head`"
+            "start the cluster with more patience, for example with RAY_health_check_timeout_ms=60000 in the "
+            "environment of `ray start --head`"
         )
 
     def test_a_worker_that_died_alone(self):

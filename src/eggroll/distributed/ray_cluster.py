@@ -12,7 +12,7 @@ from typing import Any
 
 from eggroll._optional import require
 from eggroll.distributed.ray_address import HOW, check_address
-from eggroll.errors import ConfigError
+from eggroll.errors import ConfigError, RunError
 from eggroll.run.provenance import cores
 
 LIMITS = {"health_check_period_ms": 5_000, "health_check_timeout_ms": 60_000, "health_check_failure_threshold": 10}
@@ -22,6 +22,8 @@ is there is seen at once (:func:`death`)."""
 NICENESS = {"worker_niceness": 0}
 """By default, workers give way to everything else on the machine (niceness 15), as if nobody waited for them."""
 
+STARTS = 4
+"""Attempts to start a cluster."""
 ESSENTIAL = {"raylet": "raylet", "gcs_server": "GCS server"}
 """Processes without which a cluster is no more."""
 
@@ -38,6 +40,7 @@ def connect(address: str | None, *, workers: int, cpus: int, gpus: float) -> boo
 
     Raises:
         ConfigError: there is no cluster at the address, or this machine has too few GPUs.
+        RunError: none can be started here.
         MissingExtraError: ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -56,7 +59,10 @@ def connect(address: str | None, *, workers: int, cpus: int, gpus: float) -> boo
         check_address(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **settings)
+        if address == "local":
+            _start(ray, settings)
+        else:
+            ray.init(address=address, **settings)
     except (ConnectionError, ValueError, RuntimeError, OSError, SystemExit) as error:  # it may end the process
         with suppress(Exception):
             ray.shutdown()
@@ -128,6 +134,25 @@ def _signal_name(number: int) -> str:
     with suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
+
+
+def _start(ray: Any, settings: dict[str, Any]) -> None:
+    """Start a cluster. Ray gives its processes 30 s and no setting for it, which is too short on a busy machine."""
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except ValueError:  # a setting of the user's that Ray does not take
+            raise
+        except (Exception, SystemExit) as error:
+            with suppress(Exception):
+                ray.shutdown()
+            if not left:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise RunError(
+                    f"Ray could not be started on this machine in {STARTS} attempts ({reason}). It may be too busy, or "
+                    "short of memory or processes: try again when it is quieter, or leave --workers (workers=) out"
+                ) from error
 
 
 def _check_same(ray: Any, address: str | None) -> None:
