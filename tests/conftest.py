@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -14,6 +15,9 @@ from hypothesis import settings
 # before any Hugging Face library is imported: a test must not depend on a hub that may or may not be reachable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# An activated environment: programs are called by their names in what is printed.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 # The key that seals runs is made in this folder, not in the user's own.
 if "XDG_STATE_HOME" not in os.environ:

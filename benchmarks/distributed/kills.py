@@ -40,7 +40,7 @@ from eggroll.loop import Evaluation, Heldout
 MEASURE = "seconds from a kill to what the case names; lost: finished generations that had to be trained again"
 TARGET = 90.0
 """Seconds. A run that stands still for longer looks dead to whoever waits for it."""
-GENERATIONS = {"pool": 60, "rl": 20}
+GENERATIONS = {"pool": 40, "rl": 12}
 RL = ["rl", "--env", "gymnasium/CartPole-v1", "-p", "16", "--episodes", "1", "--report-to", "none"]
 
 
@@ -82,14 +82,14 @@ class Vector:
         self.theta = np.asarray(tensors["parameter/theta"]).copy()
 
 
-def run_pool(directory: str, resume: bool) -> None:
-    """A run on two workers, in a process that can be killed."""
+def run_pool(directory: str, *, resume: bool, local: bool) -> None:
+    """A run on two workers, in a process that can be killed; ``local`` needs no Ray and has the same results."""
     from eggroll.distributed import evolve
     from eggroll.errors import EggrollError
 
     config = ESConfig(population_size=32, rank=1, sigma=0.1, lr=0.3, generations=GENERATIONS["pool"])
     try:
-        evolve(Vector, config, workers=2, run=directory, resume=resume, checkpoint_every=5, notify=print)
+        evolve(Vector, config, workers=2, run=directory, resume=resume, local=local, checkpoint_every=5, notify=print)
     except EggrollError as error:
         print(f"error: {error}")
         sys.exit(1)
@@ -105,14 +105,14 @@ class Run:
         self.lowest = 0
         """Finished generations when there were fewest, since the last start: where the run went on."""
 
-    def start(self, *, resume: bool = False) -> None:
+    def start(self, *, resume: bool = False, local: bool = False) -> None:
         """Begin, or go on."""
         if self.kind == "rl":
             where = ["--resume", str(self.directory)] if resume else ["-o", str(self.directory)]
             words = ["-m", "eggroll.cli.main", *(RL if not resume else RL[:1]), *where]
             words += [] if resume else ["-g", str(GENERATIONS["rl"])]
         else:
-            words = [__file__, "--child", str(self.directory), *(["--resume"] if resume else [])]
+            words = [__file__, "--child", str(self.directory), *["--resume"] * resume, *["--local"] * local]
         self.lowest = self.finished()
         with self.output.open("ab") as stream:
             self.process = subprocess.Popen([sys.executable, *words], stdout=stream, stderr=stream)
@@ -252,7 +252,8 @@ KILLS = {"worker": kill_workers, "raylet": kill_raylet, "driver": kill_driver, "
 def main() -> None:
     """Kill, and write what it cost."""
     if "--child" in sys.argv:
-        run_pool(sys.argv[sys.argv.index("--child") + 1], "--resume" in sys.argv)
+        directory = sys.argv[sys.argv.index("--child") + 1]
+        run_pool(directory, resume="--resume" in sys.argv, local="--local" in sys.argv)
         return
     made = common.parser(__doc__, model=False)
     made.add_argument("--what", nargs="+", choices=KILLS, default=list(KILLS), help="what is killed")
@@ -267,7 +268,7 @@ def main() -> None:
             kind = "rl" if what == "rl" else "pool"
             if kind not in digests:
                 whole = Run(kind, Path(folder, kind))
-                whole.start()
+                whole.start(local=True)
                 assert whole.wait() == 0, whole.output.read_text()
                 digests[kind] = whole.digest()
             run = Run(kind, Path(folder, what))
@@ -283,7 +284,7 @@ def main() -> None:
             )  # fmt: skip
             print(f"{len(found)} kills, lost {lost}, {'the same weights' if same else 'OTHER WEIGHTS'}")
             common.say(rows[-1])
-    common.finish(f"distributed/kills_{'_'.join(args.what)}", MEASURE, rows, args, load=args.load, ray=ray_version())
+    common.finish("distributed/kills", MEASURE, rows, args, load=args.load, ray=ray_version())
     if not all(row["same_weights"] for row in rows):
         sys.exit("kills.py: a killed run ended with other weights")
 

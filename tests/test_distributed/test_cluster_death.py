@@ -1,6 +1,7 @@
 """A local cluster is patient while the machine is busy, and one that dies is said in a sentence."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,11 @@ class TestStart:
             "(workers=) out"
         )
 
+    def test_a_scheduler_that_ends_the_process_is_obeyed(self):
+        ray = Slow(1, SystemExit(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            ray_cluster._start(ray, {})
+
     def test_wrong_settings_are_not_tried_again(self):
         ray = Slow(1, ValueError("no such setting"))
         with pytest.raises(ValueError, match="no such setting"):
@@ -91,6 +97,20 @@ class TestDeath:
         monkeypatch.setattr(ray_cluster, "require", lambda *_, **__: None)  # no node in this process
         assert ray_cluster.death() == ""
 
+    def test_an_answer_that_never_comes(self):
+        """The cluster dies while a state is fetched from it."""
+        errors = pytest.importorskip("ray").exceptions
+        looks = iter(["", "its raylet (pid 7) was killed by SIGTERM"])
+
+        def get(ticket, timeout):
+            raise errors.GetTimeoutError("not yet")
+
+        transport = RayTransport.__new__(RayTransport)
+        transport._ray = SimpleNamespace(get=get, exceptions=errors)
+        transport._death = lambda: next(looks)
+        with pytest.raises(RunError, match=r"is gone: its raylet \(pid 7\) was killed by SIGTERM"):
+            transport.result("ticket")
+
     @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "name"), [("raylet", "raylet"), ("gcs_server", "GCS server")])
     def test_a_real_one(self, kind, name):
@@ -122,7 +142,7 @@ class TestSomebodyElsesCluster:
         """All that can be told is what Ray says about the workers."""
         errors = pytest.importorskip("ray").exceptions
 
-        def get(ticket):
+        def get(ticket, timeout):
             raise errors.RayError(
                 "The actor died unexpectedly.\nThe actor is dead because its owner has died. Worker exit detail: "
                 "Owner's node has crashed."
@@ -142,7 +162,7 @@ class TestSomebodyElsesCluster:
     def test_a_worker_that_died_alone(self):
         errors = pytest.importorskip("ray").exceptions
 
-        def get(ticket):
+        def get(ticket, timeout):
             raise errors.RayError("The actor is dead because all references were removed.")
 
         transport = RayTransport.__new__(RayTransport)

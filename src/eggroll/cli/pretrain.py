@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from eggroll._command import typed
 from eggroll._optional import require
 from eggroll.cli.watch import quoted, resumed_options, run_command
 from eggroll.core.check import numbers
@@ -73,10 +74,10 @@ def _sample(options: PretrainCommand, run: str) -> int:
 
 def _show(console: Console, trained: Trained) -> None:
     path, options = quoted(trained.run.path), trained.plan.options
-    console.print(f"text     eggroll pretrain --sample {path} --prompt '...'")
+    console.print(f"text     {typed()} pretrain --sample {path} --prompt '...'")
     if options.minutes is not None and not trained.interrupted and trained.generation < options.generations:
         console.print(
-            f"more     eggroll pretrain --resume {path} --minutes M    "
+            f"more     {typed()} pretrain --resume {path} --minutes M    "
             f"[dim](in all: {options.minutes:g} minutes are over after generation {trained.generation:,} of "
             f"{options.generations:,})[/]"
         )

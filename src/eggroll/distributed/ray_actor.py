@@ -18,6 +18,8 @@ from eggroll.errors import ConfigError, EggrollError, EngineDiedError, RunError
 TAIL = 2000
 """Characters of a dead process's output that a message shows."""
 
+LOOK_S = 5.0
+"""While an answer is fetched, look so often whether the cluster is still there, seconds."""
 OWNER_DIED = "owner has died"
 """What Ray says of actors whose driver's node it takes for dead."""
 
@@ -128,11 +130,7 @@ class RayTransport:
         if not tickets:
             return []
         first, rest = self._ray.wait(list(tickets), num_returns=1, timeout=timeout, fetch_local=False)
-        if gone := self._death():
-            raise RunError(
-                f"the Ray cluster of this run is gone: {gone}, and the workers with it. If nobody ended it, the "
-                "machine may be out of memory (the kernel's log says so): use fewer workers, or ones that need less"
-            )
+        self._check_alive()
         if first and rest:
             first += self._ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
         return first
@@ -141,7 +139,7 @@ class RayTransport:
         """The answer."""
         errors = self._ray.exceptions
         try:
-            value = self._ray.get(ticket)
+            value = self._get(ticket)
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None)
             if not isinstance(cause, Exception):
@@ -164,6 +162,21 @@ class RayTransport:
         else:
             self.received_bytes += len(self._pickle.dumps(value))
         return value
+
+    def _get(self, ticket: Any) -> Any:
+        """An answer, which may have to come from another node. Of a cluster that dies meanwhile, it never comes."""
+        while True:
+            try:
+                return self._ray.get(ticket, timeout=LOOK_S)
+            except self._ray.exceptions.GetTimeoutError:
+                self._check_alive()
+
+    def _check_alive(self) -> None:
+        if gone := self._death():
+            raise RunError(
+                f"the Ray cluster of this run is gone: {gone}, and the workers with it. If nobody ended it, the "
+                "machine may be out of memory (the kernel's log says so): use fewer workers, or ones that need less"
+            )
 
     def keep(self, state: Packed) -> Any:
         """Put a state into the object store; it lies with the driver."""

@@ -147,6 +147,8 @@ def _start(ray: Any, settings: dict[str, Any]) -> None:
         except (Exception, SystemExit) as error:
             with suppress(Exception):
                 ray.shutdown()
+            if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # meant for this process
+                raise
             if not left:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise RunError(

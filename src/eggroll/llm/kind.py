@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from eggroll._command import typed
 from eggroll.core.settings import narrowed
 from eggroll.errors import ConfigError, DataError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
@@ -156,7 +157,7 @@ def _plan(options: TuneOptions) -> Plan:
         eval_every=options.eval_every,
         checkpoint_every=options.checkpoint_every,
         describe=lambda worker: _describe(worker, len(train), notes),
-        command=f"eggroll tune {shlex.quote(options.model)}",
+        command=f"{typed()} tune {shlex.quote(options.model)}",
         facts={"model": options.model, "device": worker.setup.place},
         pools_itself=True,
         spread_advice=SPREAD_ADVICE,
