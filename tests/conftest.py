@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -16,6 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A command takes fewer threads on a busy machine, and sums are then rounded otherwise.
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+
+# An activated environment: programs are called by their names in what is printed.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 # The key that seals runs is made in this folder, not in the user's own.
 if "XDG_STATE_HOME" not in os.environ:

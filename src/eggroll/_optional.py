@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from types import ModuleType
 
+from eggroll._command import typed
 from eggroll.errors import MissingExtraError
 
 DISTRIBUTION = "eggroll-evolve"
@@ -22,9 +23,9 @@ def install_line(extra: str) -> str:
         here = checkout == Path.cwd()
         constraints = "constraints.txt" if here else str(checkout / "constraints.txt")
         target = "." if here else str(checkout)
-        return f"pip install -c {shlex.quote(constraints)} -e {shlex.quote(f'{target}[{extra}]')}"
+        return f"{typed('pip')} install -c {shlex.quote(constraints)} -e {shlex.quote(f'{target}[{extra}]')}"
     wheel = _origin(DISTRIBUTION)
-    return f"pip install {shlex.quote(f'{wheel or DISTRIBUTION}[{extra}]')}"
+    return f"{typed('pip')} install {shlex.quote(f'{wheel or DISTRIBUTION}[{extra}]')}"
 
 
 def missing(what: str, extra: str) -> MissingExtraError:
@@ -62,7 +63,7 @@ def foreign_package() -> str:
         return ""
     return (
         f"The package {FOREIGN} {version}, which is installed here, belongs to another project with the same import "
-        f"name: remove it with pip uninstall {FOREIGN}, then install eggroll again"
+        f"name: remove it with {typed('pip')} uninstall {FOREIGN}, then install eggroll again"
     )
 
 

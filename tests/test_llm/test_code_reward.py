@@ -1,7 +1,7 @@
 """Code rewards: partial passes, every way to cheat or to break out that a model might stumble on, and limits."""
 
-import dataclasses
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -229,9 +229,15 @@ class TestLimits:
 
 class TestIsolation:
     def test_network(self):
-        for address in ("127.0.0.1", "192.0.2.1"):
-            said = outcome_of(f"import socket\nsocket.create_connection(('{address}', 9), timeout=1)")[-1]
-            assert "unreachable" in said or "not allowed" in said
+        said = outcome_of("import socket\nsocket.create_connection(('192.0.2.1', 9), timeout=1)")[-1]
+        assert "unreachable" in said or "not allowed" in said
+        with socket.create_server(("127.0.0.1", 0)) as server:  # bubblewrap has a loopback device of its own
+            address = server.getsockname()
+            said = outcome_of(f"import socket\nsocket.create_connection({address!r}, timeout=1)")[-1]
+            assert "unreachable" in said or "not allowed" in said or "refused" in said
+            server.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                server.accept()
 
     def test_environment_is_scrubbed(self, monkeypatch):
         monkeypatch.setenv("MY_SECRET_TOKEN", "hunter2")
@@ -262,13 +268,16 @@ class TestIsolation:
 
     @pytest.mark.parametrize("how", [Isolation(False, False)])
     def test_without_namespaces_python_sockets_are_blocked(self, how):
-        values = {"tests": ["pass"], "stdin": "", "limits": dataclasses.replace(ENOUGH, processes=10**4)}
+        values = {"tests": ["pass"], "stdin": "", "limits": ENOUGH}
         code = "import socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)"
         assert "is not allowed in the sandbox" in sandbox._run(code, how=how, **values).results[-1]
         assert sandbox._run(ADD, how=how, **values).results == {0: "passed"}
 
     def test_isolation_is_described(self):
-        assert Isolation(True, True).describe() == "sandbox: no network (namespace), read-only files, as nobody"
+        assert Isolation(True, True).describe() == (
+            "sandbox (namespaces): no network, no sockets on disk, no other processes, no files but the system's and "
+            "Python's (read-only), as nobody, total memory watched"
+        )
         assert "Python-level network block only" in Isolation(False, False).describe()
 
     def test_a_sandbox_that_does_not_start_is_an_error(self, monkeypatch):

@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from eggroll import _environment
+from eggroll._command import typed
+from eggroll._optional import missing
 from eggroll.cli.parse import parse
 from eggroll.cli.watch import option_given
 from eggroll.errors import EggrollError, raised_at
@@ -24,6 +26,13 @@ COMMANDS = ("tune", "eval", "info", "replay", "report", "rl", "pretrain")
 ``default_options(arguments)``: defaults that depend on what is typed, such as those of the run that --resume names."""
 NAMED = {"rl": "--env", "pretrain": "--data"}
 """Commands without positional arguments, and what one is likely to be."""
+EXTRAS = {"tune": "llm", "eval": "llm", "info": "llm", "pretrain": "llm", "rl": "rl", "recipe": "recipes"}
+"""The extra that brings all that a command needs."""
+BROUGHT = {
+    "torch": "llm", "transformers": "llm", "safetensors": "llm", "tokenizers": "llm", "datasets": "llm", "jax": "rl",
+    "jaxtyping": "rl", "optax": "rl", "gymnax": "rl", "gymnasium": "rl",
+}  # fmt: skip
+"""Modules that an extra brings, and which one; a module that is missing otherwise is a fault, not an extra."""
 USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
 
   tune MODEL     evolve a language model on a reward
@@ -69,6 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = options_of(command, given[1:], prog=f"eggroll {given[0]}")
         status: int = command.run(options)
         return status
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in BROUGHT:
+            raise
+        extra = EXTRAS.get(given[0], BROUGHT[module])
+        wanted = missing(f"'eggroll {given[0]}' needs {module}, which is not installed", extra)
+        Terminal(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(wanted))}")
+        return 1
     except EggrollError as error:
         console = Terminal(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"[bold red]error:[/] {_escaped(str(error))}")
@@ -113,10 +130,10 @@ def _hints(command: str, arguments: Sequence[str]) -> Iterator[str]:
     if command in ("tune", "eval") and task is not None and (not task or task.startswith("-")):
         yield f"--task needs the name of a task after it: {', '.join(names())}, or {PREFIX}NAME"
     if command == "eval" and not arguments:  # the parser takes none for a list of none
-        yield "eval needs a model, or two to compare, and a task: eggroll eval smollm2-135m --task countdown"
+        yield f"eval needs a model, or two to compare, and a task: {typed()} eval smollm2-135m --task countdown"
     word = arguments[0] if arguments else "-"
     if command in NAMED and not word.startswith("-"):
-        yield f"{word!r} needs the option before it that says what it is: eggroll {command} {NAMED[command]} {word}"
+        yield f"{word!r} needs the option before it that says what it is: {typed()} {command} {NAMED[command]} {word}"
 
 
 def _escaped(text: str) -> str:

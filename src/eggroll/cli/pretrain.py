@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from eggroll._command import typed
 from eggroll._optional import require
 from eggroll.cli.watch import quoted, resumed_options, run_command
 from eggroll.core.check import numbers
@@ -78,7 +79,7 @@ def _show(console: Console, trained: Trained) -> None:
     console.print(f"text     {escape(str(sample_command(trained.run)))}")
     if options.minutes is not None and not trained.interrupted and trained.generation < options.generations:
         console.print(
-            f"more     eggroll pretrain --resume {path} --minutes M    "
+            f"more     {typed()} pretrain --resume {path} --minutes M    "
             f"[dim](in all: {options.minutes:g} minutes are over after generation {trained.generation:,} of "
             f"{options.generations:,})[/]"
         )

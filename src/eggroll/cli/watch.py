@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.markup import escape
 
+from eggroll._command import typed
 from eggroll.cli.cores import choose_threads
 from eggroll.run.terminal import Terminal
 
@@ -174,7 +175,7 @@ def show_worse(console: Console, run: RunDir) -> None:
     console.print(
         f"\n[bold red]the held-out score got worse:[/] {number(before)} before training, {number(after)} after "
         f"generation {last}; {what}. Rebuild {'the weights from before training' if best == 0 else 'those weights'}:\n"
-        f"         [bold]eggroll replay {quoted(run.path)} --to {best} -o {quoted(run.path / 'best')}[/]"
+        f"         [bold]{escape(typed())} replay {quoted(run.path)} --to {best} -o {quoted(run.path / 'best')}[/]"
     )
 
 

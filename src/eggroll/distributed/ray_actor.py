@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,15 @@ from eggroll.distributed.host import Factory, Host, StateLostError, TakenBackErr
 from eggroll.distributed.ray_place import Place, release
 from eggroll.distributed.state import Packed
 from eggroll.distributed.transport import WorkerLostError
-from eggroll.errors import ConfigError, EggrollError, EngineDiedError
+from eggroll.errors import ConfigError, EggrollError, EngineDiedError, RunError
 
 TAIL = 2000
 """Characters of a dead process's output that a message shows."""
+
+LOOK_S = 5.0
+"""While an answer is fetched, look so often whether the cluster is still there, seconds."""
+OWNER_DIED = "owner has died"
+"""What Ray says of actors whose driver's node it takes for dead."""
 
 
 class WorkerActor:
@@ -73,12 +78,14 @@ class RayTransport:
     Args:
         factory: makes a worker.
         place: what each takes; it computes with as many threads as it has cores.
+        death: what ended the cluster, if that can be seen from here; empty while it lives.
 
     Raises:
         ConfigError: the factory cannot be sent to another process.
     """
 
-    def __init__(self, factory: Factory, place: Place) -> None:
+    def __init__(self, factory: Factory, place: Place, death: Callable[[], str] = lambda: "") -> None:
+        self._death = death
         self._ray = require("ray", extra="ray")
         self._pickle = require("ray.cloudpickle", extra="ray")
         self.sent_bytes = self.received_bytes = 0
@@ -122,10 +129,15 @@ class RayTransport:
         return ticket
 
     def wait(self, tickets: Sequence[Any], timeout: float) -> list[Any]:
-        """The first answer, and whatever else is there by then."""
+        """The first answer, and whatever else is there by then.
+
+        Raises:
+            RunError: the cluster is gone.
+        """
         if not tickets:
             return []
         first, rest = self._ray.wait(list(tickets), num_returns=1, timeout=timeout, fetch_local=False)
+        self._check_alive()
         if first and rest:
             first += self._ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
         return first
@@ -134,7 +146,7 @@ class RayTransport:
         """The answer."""
         errors = self._ray.exceptions
         try:
-            value = self._ray.get(ticket)
+            value = self._get(ticket)
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None)
             if not isinstance(cause, Exception):
@@ -147,6 +159,12 @@ class RayTransport:
         except errors.TaskCancelledError as error:
             raise TakenBackError(str(error)) from None
         except errors.RayError as error:
+            if OWNER_DIED in str(error):  # no new worker would live, either
+                raise RunError(
+                    f"Ray has declared the machine of this process dead ({_reason(error)}), and ends all its workers. "
+                    "It may have been too busy to answer: start the cluster with more patience, for example with "
+                    "RAY_health_check_timeout_ms=60000 in the environment of `ray start --head`"
+                ) from None
             raise WorkerLostError(_reason(error)) from None
         if ticket.hex() in self._states:
             self._states.discard(ticket.hex())
@@ -159,6 +177,21 @@ class RayTransport:
         with suppress(Exception):  # an answer that is there, a worker that is gone, a Ray that cannot
             self._ray.cancel(ticket)
 
+    def _get(self, ticket: Any) -> Any:
+        """An answer, which may have to come from another node. Of a cluster that dies meanwhile, it never comes."""
+        while True:
+            try:
+                return self._ray.get(ticket, timeout=LOOK_S)
+            except self._ray.exceptions.GetTimeoutError:
+                self._check_alive()
+
+    def _check_alive(self) -> None:
+        if gone := self._death():
+            raise RunError(
+                f"the Ray cluster of this run is gone: {gone}, and the workers with it. If nobody ended it, the "
+                "machine may be out of memory (the kernel's log says so): use fewer workers, or ones that need less"
+            )
+
     def keep(self, state: Packed) -> Any:
         """Put a state into the object store; it lies with the driver."""
         return self._ray.put(state)
@@ -167,7 +200,7 @@ class RayTransport:
         """Kill an actor, and give its placement group back."""
         groups = [group for actor, group in self._placed if actor is worker]
         self._placed = [(actor, group) for actor, group in self._placed if actor is not worker]
-        if self._ray.is_initialized():
+        if self._ray.is_initialized() and not self._death():
             self._ray.kill(worker)
             for group in groups:
                 release(group)

@@ -8,7 +8,7 @@ from eggroll._optional import require
 from eggroll.distributed.host import Factory
 from eggroll.distributed.pool import Pool, check_counts
 from eggroll.distributed.ray_actor import RayTransport
-from eggroll.distributed.ray_cluster import connect
+from eggroll.distributed.ray_cluster import abandon, connect, death
 from eggroll.distributed.ray_place import Place
 from eggroll.errors import ConfigError
 
@@ -49,7 +49,8 @@ class RayPool(Pool):
         MissingExtraError: ray is not installed.
         EggrollError: what the factory raised, with the node's name. A ``MemoryBudgetError`` of some workers only
             leaves those out.
-        RunError: no worker has a place in time, or one dies three times in a row without finishing anything.
+        RunError: no worker has a place in time, one dies three times in a row without finishing anything, or the
+            cluster itself dies.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class RayPool(Pool):
         self.closed = False
         try:
             super().__init__(
-                RayTransport(factory, Place(cpus_per_worker, gpus_per_worker, across_nodes)),
+                RayTransport(factory, Place(cpus_per_worker, gpus_per_worker, across_nodes), death),
                 workers=workers,
                 population_size=population_size,
                 range_size=range_size,
@@ -94,7 +95,11 @@ class RayPool(Pool):
 
     def close(self) -> None:
         """End all workers, and Ray if it was started for them."""
+        workers = [seat.info["pid"] for seat in self._crew.seats() if seat.info]
         super().close()
+        if self._ours and death():
+            self._ours = False
+            abandon(workers)
         self._shutdown()
 
     def _shutdown(self) -> None:

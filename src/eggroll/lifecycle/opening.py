@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from eggroll._command import typed
 from eggroll.core.config import ESConfig
 from eggroll.core.reading import NUMBER, check_fields
 from eggroll.core.records import UpdateRecord
@@ -74,7 +75,7 @@ def check_code(kind: RunKind, options: Any) -> None:
     """
     if options.resume is not None:
         before = options_of_run(kind, options.resume)
-        check_resumed(before, options, RunDir.open(options.resume), f"eggroll {kind.name}")
+        check_resumed(before, options, RunDir.open(options.resume), f"{typed()} {kind.name}")
 
 
 def check_not_taken(options: Any) -> None:
@@ -122,7 +123,7 @@ def open_run(kind: RunKind, plan: Plan, held: ExitStack) -> RunDir:
     if plan.config.generations < finished:
         raise ConfigError(
             f"--generations {plan.config.generations}: the run in {run.path} has {finished} finished generations "
-            f"already; give more, or rebuild an earlier one: eggroll replay {shlex.quote(str(run.path))} "
+            f"already; give more, or rebuild an earlier one: {typed()} replay {shlex.quote(str(run.path))} "
             f"--to {plan.config.generations}"
         )
     _check_options(kind, run, options)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from eggroll._command import typed
 from eggroll.core.settings import flag_of
 from eggroll.distributed import RayPool
 from eggroll.distributed.options import WorkerOptions
@@ -173,4 +174,4 @@ def _way_on(kind: RunKind, plan: Plan, run: RunDir) -> Iterator[None]:
 
 def resume_command(kind: RunKind, plan: Plan, run: RunDir) -> str:
     """The command that goes on with a run."""
-    return f"{plan.command or f'eggroll {kind.name}'} --resume {shlex.quote(str(run.path))}"
+    return f"{plan.command or f'{typed()} {kind.name}'} --resume {shlex.quote(str(run.path))}"

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from eggroll._command import typed
 from eggroll.core.settings import about, flag_of, may_change
 from eggroll.errors import RunError
 from eggroll.run.run_dir import RunDir
@@ -100,7 +101,7 @@ def check_replayed(options: Any, run: RunDir, to: int | None, *, trust_remote_co
         end = "" if to is None else f" --to {to}"
         raise RunError(
             f"this run used {used}, which runs code, and a run's directory is not trusted with that. If you trust the "
-            f"code, add --trust-remote-code: eggroll replay {_quoted(str(run.path))}{end} --trust-remote-code"
+            f"code, add --trust-remote-code: {typed()} replay {_quoted(str(run.path))}{end} --trust-remote-code"
         )
     return without(options, set(code) - set(needed))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from eggroll._command import typed
 from eggroll.core.settings import narrowed
 from eggroll.errors import ConfigError, DataError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
@@ -157,7 +158,7 @@ def _plan(options: TuneOptions) -> Plan:
         eval_every=options.eval_every,
         checkpoint_every=options.checkpoint_every,
         describe=lambda worker: _describe(worker, len(train), notes),
-        command=f"eggroll tune {shlex.quote(options.model)}",
+        command=f"{typed()} tune {shlex.quote(options.model)}",
         facts={"model": options.model, "device": worker.setup.place},
         fingerprints=_fingerprints(options, train, heldout),
         pools_itself=True,
@@ -189,7 +190,10 @@ def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str]) -> list[s
         f"reward {escape(setup.reward.name)}, {prompts} {'texts' if texts else 'prompts'}, {each} a generation",
         f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
         f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}",
-        *(f"[dim]{escape(note)}[/]" for note in (*setup.notes, *setup.generation, *slow, *filter(None, [expected]))),
+        *(
+            f"[dim]{escape(note)}[/]"
+            for note in (*setup.notes, *setup.generation, *setup.reward.notes, *slow, *filter(None, [expected]))
+        ),
     ]
 
 

@@ -131,7 +131,8 @@ class EggrollTrainer:
             run: a run directory for logs and checkpoints.
             resume: continue ``run`` after its last logged generation.
             listeners: further objects with ``generation(metrics)``, such as a live display; their ``message(text)``, if
-                they have one, is told why members are evaluated one at a time, and that all of them score the same.
+                they have one, is told how generated code is shut in, why members are evaluated one at a time, and that
+                all of them score the same.
 
         A trainer goes on where it is: after :meth:`load_checkpoint`, or after a callback or Ctrl-C has ended a run, the
         rest of ``config.generations`` is run.
@@ -146,9 +147,11 @@ class EggrollTrainer:
         worker.use(data, eval_data)
         for note in worker.setup.generation:
             warnings.warn(note, stacklevel=2)
+        told = [*self.reward.notes, *([worker.note] if worker.note else [])]
         for listener in listeners:
-            if worker.note and hasattr(listener, "message"):
-                listener.message(worker.note)
+            if hasattr(listener, "message"):
+                for note in told:
+                    listener.message(note)
         loop = Loop(
             self.config,
             worker,

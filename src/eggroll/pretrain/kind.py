@@ -206,7 +206,7 @@ def _save(worker: PretrainWorker, directory: Path, generation: int) -> Saved:
 
 def sample_command(run: RunDir) -> str | None:
     """The command that prints text of a run's model; ``None`` before its first generation."""
-    return f"eggroll pretrain --sample {shlex.quote(str(run.path))} --prompt '...'" if run.updates() else None
+    return f"{typed()} pretrain --sample {shlex.quote(str(run.path))} --prompt '...'" if run.updates() else None
 
 
 KIND = RunKind(

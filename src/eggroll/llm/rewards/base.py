@@ -31,6 +31,11 @@ class Reward:
         return [(self, 1.0)]
 
     @property
+    def notes(self) -> list[str]:
+        """What has to be said at the start of a run, one line each."""
+        return [note for part, _ in self.parts if part is not self for note in part.notes]
+
+    @property
     def reads(self) -> Literal["text", "prompts"]:
         """What its data are: texts whose likelihood counts, or prompts to answer."""
         return "text" if all(part.needs == "tokens" for part, _ in self.parts) else "prompts"

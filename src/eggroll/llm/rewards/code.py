@@ -44,7 +44,8 @@ class CodeExecutionReward(Reward):
       code is then a whole program, and outputs are compared without white space at line ends.
 
     Any of these may also be a JSON string. Code runs in :mod:`eggroll.llm.rewards.sandbox`: limits on time, memory,
-    files and processes, and no network, but no boundary for hostile code; in particular, code that goes looking for
+    files and processes, and no network, but no boundary for hostile code (:attr:`notes` says which protections are in
+    force on this machine); in particular, code that goes looking for
     the tests in its own process can find them, so read what scores high. Since times are limited, a score can depend
     on how busy the machine is: give slow tests a generous ``timeout``.
 
@@ -52,7 +53,7 @@ class CodeExecutionReward(Reward):
         tokenizer: kept for symmetry with the other rewards; ``None`` will do.
         tests: the tests of every completion, if the data set has no column of them.
         timeout: seconds of one run (of all snippets together, or of one input).
-        memory_mb: address space of one process, in MiB.
+        memory_mb: address space of one process and memory of all processes of a run, in MiB.
         setup: Python that is put in front of the code, for example imports.
         workers: runs at the same time; the number of processors if not given.
         limits: all limits at once, instead of ``timeout`` and ``memory_mb``.
@@ -79,6 +80,11 @@ class CodeExecutionReward(Reward):
         self.setup = setup
         self.workers = workers or os.cpu_count() or 1
         self.limits = limits or Limits(seconds=timeout, memory=memory_mb * 2**20)
+
+    @property
+    def notes(self) -> list[str]:
+        """Which protections are in force, one line; see :mod:`eggroll.llm.rewards.sandbox`."""
+        return [sandbox.isolation().describe()]
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None

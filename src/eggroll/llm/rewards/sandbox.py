@@ -1,12 +1,12 @@
 """Running model-written Python in a subprocess with limits.
 
-What each run gets: a process group of its own, killed as a whole when its time is over; limits on CPU time, memory,
-file size, processes and open files; an empty temporary directory; an interpreter without site packages; an environment
-without the caller's variables; and no network. Where Linux allows user namespaces to ordinary users (most systems do)
-it also sees no process but its own, cannot write outside a small file system in memory, and, when the caller is root,
-runs as nobody.
+What each run gets: limits on CPU time, memory, file size, processes and open files; an empty temporary directory; an
+interpreter without site packages; an environment without the caller's variables; and an end, with all that it started,
+when its time is over or (on Linux) the caller dies. What it can reach beyond that depends on the machine;
+:func:`isolation` finds the strongest way by trying, and :meth:`Isolation.describe` says in one line which protections
+are in force.
 
-What this is not: a boundary for hostile code. It shares the kernel, and it can read what the user can read. It stops
+What this is not: a boundary for hostile code. It shares the kernel, and it can read the files of the system. It stops
 what models write by accident or find by trial: endless loops, floods of memory, files and processes, deletions,
 downloads, early exits. For code that someone wrote against you, put a virtual machine around the whole training.
 """
@@ -20,18 +20,26 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from eggroll.errors import ConfigError, RewardError
-from eggroll.llm.rewards.sandbox_child import STARTED
+from eggroll.llm.rewards.sandbox_cgroup import Group, delegated
+from eggroll.llm.rewards.sandbox_folder import Folder, remove_leftovers
+from eggroll.llm.rewards.sandbox_layers import Isolation, choices, command
+from eggroll.llm.rewards.sandbox_watch import Watch
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 PROBE = "import decimal, json\nopen('probe', 'w').write('x')\nprint(json.dumps('ready'))"
+
+
+class SandboxWarning(UserWarning):
+    """Code is run with fewer protections than Linux can give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +49,13 @@ class Limits:
     seconds: float = 5.0
     """Wall-clock time of the whole run; CPU time is limited to the next whole second."""
     memory: int = 512 * 2**20
-    """Bytes of address space of one process."""
+    """Bytes of address space of one process, and of memory of all processes of the run together."""
     file_size: int = 2**20
     """Bytes of one file, standard output included."""
     disk: int = 16 * 2**20
     """Bytes of all files (only where the run has a file system of its own)."""
     processes: int = 16
-    """Processes and threads. Where there are no namespaces, those of the user outside the sandbox count too."""
+    """Processes and threads. Where there are no namespaces, a run is one process with one thread."""
     open_files: int = 64
     """Open files."""
 
@@ -55,22 +63,6 @@ class Limits:
         small = [f"{name} (={value}) must be above 0" for name, value in asdict(self).items() if value <= 0]
         if small:
             raise ConfigError.from_problems("Limits", small)
-
-
-@dataclass(frozen=True)
-class Isolation:
-    """What this machine offers beyond limits."""
-
-    namespaces: bool
-    """No network, no other processes, read-only files, enforced by the kernel."""
-    drop_user: bool
-    """Root becomes nobody."""
-
-    def describe(self) -> str:
-        """One sentence for people."""
-        network = "no network (namespace)" if self.namespaces else "Python-level network block only"
-        files = "read-only files" if self.namespaces else "the user's file permissions"
-        return f"sandbox: {network}, {files}, {'as nobody' if self.drop_user else 'as the same user'}"
 
 
 @dataclass(frozen=True)
@@ -109,25 +101,24 @@ def run_tests(code: str, tests: list[str], *, limits: Limits | None = None) -> O
 
 @functools.cache
 def isolation() -> Isolation:
-    """The strongest isolation that works here, found by trying.
+    """The strongest isolation that works here, found by trying. Removes what killed runs left behind.
 
     Raises:
         RewardError: not even a plain run works.
     """
     if os.name != "posix":
         raise RewardError("code execution needs POSIX resource limits; this system has none. Run it on Linux or macOS")
-    root = os.geteuid() == 0
-    choices = [Isolation(True, True), Isolation(True, False), Isolation(False, True), Isolation(False, False)]
+    remove_leftovers()
     reason = "no way of isolation is known for it"
-    for choice in choices:
-        if (choice.drop_user and not root) or (choice.namespaces and sys.platform != "linux"):
-            continue
+    for choice in choices(delegated()):
         try:
             outcome = _run(PROBE, None, "", Limits(seconds=20), choice)
-        except RewardError as error:
+        except (RewardError, OSError) as error:
             reason = str(error)
             continue
         if outcome.output.strip() == '"ready"':
+            if not choice.namespaces:
+                warnings.warn(choice.describe(), SandboxWarning, stacklevel=2)
             return choice
         reason = outcome.error.strip()
     raise RewardError(f"code execution does not work on this system: {reason}")
@@ -136,44 +127,56 @@ def isolation() -> Isolation:
 def _run(code: str, tests: list[str] | None, stdin: str, limits: Limits, how: Isolation) -> Outcome:
     word = secrets.token_hex(16)
     with (
-        tempfile.TemporaryDirectory(prefix="eggroll-code-", ignore_cleanup_errors=True) as folder,
+        Folder(how) as folder,
+        Group(how.group, limits) as group,
         tempfile.TemporaryFile() as settings,
         tempfile.TemporaryFile() as source,
         tempfile.TemporaryFile() as output,
         tempfile.TemporaryFile() as error,
-        tempfile.TemporaryFile() as results,
+        _Pipe() as started,
+        _Pipe() as results,
     ):
-        os.chmod(folder, 0o777 if how.drop_user else 0o700)
-        source.write(stdin.encode())
+        source.write(stdin.encode(errors="replace"))
         source.seek(0)
         values = {
             **asdict(limits),
-            **asdict(how),
+            "namespaces": how.namespaces,
+            "drop_user": how.drop_user,
+            "wrapped": how.bubblewrap is not None,
+            "driver": os.getpid(),
             "cpu_seconds": int(limits.seconds) + 1,
             "folder": folder,
             "code": code,
             "tests": tests,
             "word": word,
-            "result": results.fileno(),
+            "started": started.writer,
+            "result": results.writer,
         }
         settings.write(json.dumps(values).encode())
         settings.seek(0)
+        inner = ["-P", "-S", "-s", "-B", "-X", "utf8"]
         process = subprocess.Popen(
-            [sys.executable, "-P", "-S", "-s", "-B", "-X", "utf8", str(CHILD), str(settings.fileno())],
+            [*group.enter(), *command(how, CHILD, inner), str(settings.fileno())],
             stdin=source,
             stdout=output,
             stderr=error,
             cwd="/",
             env=_environment(folder),
-            pass_fds=(settings.fileno(), results.fileno()),
+            pass_fds=(settings.fileno(), started.writer, results.writer),
             start_new_session=True,
         )
-        timed_out = _wait(process, limits.seconds)
-        reports = _results(_read(results, limits.file_size), word)
+        started.close_writer()
+        results.close_writer()
+        watch = Watch(process.pid, limits.memory, limits.processes) if how.namespaces and not how.group else None
+        timed_out = _wait(process, limits.seconds, lambda: results.drain(limits.file_size), watch)
+        group.kill()
+        reports = _results(results.drain(limits.file_size), word)
         messages = _read(error, limits.file_size)[-2000:]
-        if reports.pop(STARTED, None) is None and not timed_out:
+        if not started.drain(1) and not timed_out:
             reason = messages.strip().splitlines()[-1:] or [f"status {process.returncode}"]
             raise RewardError(f"the sandbox for code did not start: {reason[0]}")
+        if watch is not None and watch.exceeded:
+            messages += f"\nkilled: it used more than {watch.exceeded}"
         return Outcome(_read(output, limits.file_size), messages, timed_out, process.returncode, reports)
 
 
@@ -182,10 +185,49 @@ def _environment(folder: str) -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
+class _Pipe:
+    """What the child says to the driver. Unlike a file, it cannot be cut off or written over by scored code."""
+
+    def __init__(self) -> None:
+        self._reader, self.writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._open, self._text = [self._reader, self.writer], b""
+
+    def __enter__(self) -> _Pipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in self._open:
+            os.close(number)
+
+    def close_writer(self) -> None:
+        """Leave the writing to the child."""
+        os.close(self.writer)
+        self._open.remove(self.writer)
+
+    def drain(self, size: int) -> str:
+        """All that was written so far, but not more than ``size`` bytes; never waits."""
+        for _ in range(64):  # a child that writes without end must not hold up its time limit
+            try:
+                block = os.read(self._reader, 65536)
+            except BlockingIOError:
+                break
+            if not block:
+                break
+            self._text += block[: max(size - len(self._text), 0)]
+        return self._text.decode("utf-8", errors="replace")
+
+
+def _wait(
+    process: subprocess.Popen[bytes], seconds: float, pump: Callable[[], Any], watch: Watch | None = None
+) -> bool:
     """Waits for the end, then kills whatever is left of the process group. Returns whether the time ran out."""
     deadline = time.monotonic() + seconds
     while not (ended := _has_ended(process)) and time.monotonic() < deadline:
+        pump()
+        if watch is not None and watch.look():
+            ended = True
+            break
         time.sleep(0.005)
     # the leader is not reaped yet, so the number of the group cannot belong to anyone else
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -206,12 +248,17 @@ def _read(stream: IO[bytes], size: int) -> str:
 
 
 def _results(text: str, word: str) -> dict[int, str]:
+    """What the tests said. Scored code can write here, too, and whatever it writes must do no harm."""
     found: dict[int, str] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
+        if not line.startswith(f'["{word}"'):
+            continue
         try:
             record: Any = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, list) and len(record) == 3 and record[0] == word:
-            found.setdefault(record[1], record[2])
+        if isinstance(record, list) and len(record) == 3:
+            _, number, said = record
+            if type(number) is int and isinstance(said, str):
+                found.setdefault(number, said)
     return found

@@ -9,21 +9,29 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
-import stat
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)  # fmt: skip
-MS_NOSUID, MS_NODEV, MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x2000, 0x4000, 0x40000
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x1, 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, SYS_MOUNT_SETATTR = -100, 0x8000, 0x1, 442
 CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
-CANDIDATE, STARTED = -1, -2
-"""Numbers in the result file that are no tests: the candidate itself, and that everything was set up."""
+CANDIDATE = -1
+"""The number of a result that is no test's: that of the candidate itself."""
+BLOCKED = (
+    "socket.", "ctypes.dlopen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "pty.spawn",
+    "subprocess.Popen",
+)  # fmt: skip
+"""Audit events (their beginnings) that are errors where there are no namespaces."""
+SHOWN = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "etc", "dev", "proc", "nix", "gnu")
+"""Folders at the top that a run in namespaces sees."""
 
 
 class TooSlow(BaseException):
@@ -35,20 +43,31 @@ def main() -> NoReturn:
     with os.fdopen(int(sys.argv[1]), encoding="utf-8") as stream:
         settings: dict[str, Any] = json.load(stream)
     sys.argv[:] = ["solution.py"]
-    if settings["drop_user"]:
-        if sys.platform == "linux":
-            _open_way_to_python(settings["folder"])
+    os.environ.pop("PWD", None)  # bubblewrap sets it
+    folder, wrapped, namespaces = settings["folder"], settings["wrapped"], settings["namespaces"]
+    if wrapped:
+        _mount_folder(folder, settings["disk"])
+    elif namespaces:
+        _enter_namespaces(folder, settings["disk"], as_root=settings["drop_user"])
+        parent = _continue_in_child(settings["driver"])
+        _mount_proc()
+    if settings["drop_user"]:  # after the mounts: nobody may have no way to Python in root's home
         _become_nobody()
-    if settings["namespaces"]:
-        _enter_namespaces(settings["folder"], settings["disk"])
-        _continue_in_child()
-    os.chdir(settings["folder"])
+    os.chdir(folder)
+    if namespaces:
+        # An unmapped user namespace: processes are counted for this run alone, and it can make no further namespaces.
+        _check(_libc().unshare(CLONE_NEWUSER), "unshare")
     _limit(settings)
     if sys.platform == "linux":
         _give_up_privileges()
-    if not settings["namespaces"]:
-        _block_sockets()
-    os.write(settings["result"], json.dumps([settings["word"], STARTED, ""]).encode() + b"\n")
+    if namespaces and not wrapped:
+        _die_with(lambda: not select.select([parent], [], [], 0)[0])
+        os.close(parent)
+    if not namespaces:
+        _die_with(lambda: os.getppid() == settings["driver"])
+        _block_calls()
+    os.write(settings["started"], b"1")
+    os.close(settings["started"])
     if settings["tests"] is None:
         os.close(settings["result"])
         _run_program(settings["code"])
@@ -68,58 +87,88 @@ def _check(result: int, what: str) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def _open_way_to_python(folder: str) -> None:
-    """Lets other users read the standard library where root has it in a private home, and hides that home."""
-    prefix = sys.base_prefix
-    parts = prefix.strip("/").split("/")
-    parents = ["/" + "/".join(parts[:count]) for count in range(1, len(parts))]
-    private = next((parent for parent in parents if not os.stat(parent).st_mode & stat.S_IXOTH), None)
-    if private is None:
-        return
-    libc = _libc()
-    _check(libc.unshare(CLONE_NEWNS), "unshare")
-    _check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount --make-rprivate")
-    _check(libc.mount(os.fsencode(prefix), os.fsencode(folder), None, MS_BIND, None), "mount --bind")
-    _check(libc.mount(b"tmpfs", os.fsencode(private), b"tmpfs", MS_NOSUID | MS_NODEV, b"mode=0755"), "mount tmpfs")
-    os.makedirs(prefix)
-    _check(libc.mount(os.fsencode(folder), os.fsencode(prefix), None, MS_MOVE, None), "mount --move")
-
-
 def _become_nobody() -> None:
     """Root is exempt from the limit on processes and may write everywhere; nobody is not."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
-    # a change of user makes /proc/self belong to root, but the user map is written there
-    _libc().prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
-def _enter_namespaces(folder: str, disk: int) -> None:
-    """No network, no other process in sight, all files read-only but for a small file system in memory."""
+def _mount(kind: bytes, target: str, options: str = "", flags: int = 0) -> None:
+    flags |= MS_NOSUID | MS_NODEV
+    _check(_libc().mount(kind, os.fsencode(target), kind, flags, options.encode()), f"mount {target}")
+
+
+def _mount_folder(folder: str, disk: int) -> None:
+    """A small file system in memory, the only place to write."""
+    _mount(b"tmpfs", folder, f"size={disk},nr_inodes=1024,mode=0777")
+
+
+def _enter_namespaces(folder: str, disk: int, *, as_root: bool) -> None:
+    """No network; of the files only those of the system and the interpreter, read-only; a small place to write."""
     libc = _libc()
     uid, gid = os.getuid(), os.getgid()
-    _check(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC), "unshare")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as stream:
-            stream.write(text)
+    flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC
+    _check(libc.unshare(flags if as_root else flags | CLONE_NEWUSER), "unshare")
+    if not as_root:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as stream:
+                stream.write(text)
     _check(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount --make-rprivate")
+    places = dict.fromkeys(os.path.abspath(path) for path in (sys.base_prefix, sys.base_exec_prefix))
+    python = [(place, os.open(place, os.O_PATH | os.O_DIRECTORY)) for place in places]
+    # Whatever lies elsewhere (homes, /run, /tmp, /var) may hold sockets and secrets.
+    hidden = [path for name in os.listdir("/") if name not in SHOWN and os.path.isdir(path := "/" + name)]
+    for path in [*hidden, "/dev/shm", "/dev/mqueue"]:
+        if os.path.isdir(path) and not os.path.islink(path):
+            _mount(b"tmpfs", path, "mode=0755")
+    for place, number in python:
+        os.makedirs(place, exist_ok=True)
+        source = f"/proc/self/fd/{number}".encode()
+        _check(libc.mount(source, os.fsencode(place), None, MS_BIND | MS_REC, None), "mount --bind")
+        os.close(number)
+    os.makedirs(folder, exist_ok=True)
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     _check(
         libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, ctypes.byref(attributes), size), "mount_setattr"
     )
-    options = f"size={disk},nr_inodes=1024,mode=0700".encode()
-    _check(libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", MS_NOSUID | MS_NODEV, options), "mount tmpfs")
+    _mount_folder(folder, disk)
 
 
-def _continue_in_child() -> None:
-    """A process enters a new process namespace only by its children: the first is its init, whose end ends them all."""
+def _continue_in_child(driver: int) -> int:
+    """A process enters a new process namespace only by its children: the first is its init, whose end ends them all.
+
+    Returns the end of a pipe that is silent for as long as the parent lives; from inside, the parent has no number.
+    """
+    _die_with(lambda: os.getppid() == driver)
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        return
+        os.close(writer)
+        return reader
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _die_with(alive: Callable[[], bool]) -> None:
+    """End when the parent ends, however it does. A change of user or capabilities would undo it, so this comes last.
+
+    Args:
+        alive: whether the parent is still there; it may have ended before it could be tied to.
+    """
+    if sys.platform == "linux":
+        _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if not alive():
+        os._exit(1)
+
+
+def _mount_proc() -> None:
+    """The processes of the namespace only. Where a container does not allow that, none at all."""
+    try:
+        _mount(b"proc", "/proc", flags=MS_NOEXEC)
+    except OSError:
+        _mount(b"tmpfs", "/proc", "mode=0555", MS_RDONLY)
 
 
 def _limit(settings: dict[str, Any]) -> None:
@@ -130,7 +179,8 @@ def _limit(settings: dict[str, Any]) -> None:
         "RLIMIT_CPU": settings["cpu_seconds"],
         "RLIMIT_AS": settings["memory"],
         "RLIMIT_FSIZE": settings["file_size"],
-        "RLIMIT_NPROC": settings["processes"],
+        # Without a process namespace, what a run leaves behind could not be found. It counts those of the user, too.
+        "RLIMIT_NPROC": settings["processes"] if settings["namespaces"] else 0,
         "RLIMIT_NOFILE": settings["open_files"],
         "RLIMIT_CORE": 0,
     }
@@ -156,11 +206,22 @@ def _give_up_privileges() -> None:
     _check(libc.capset(ctypes.byref(header), ctypes.byref(none)), "capset")
 
 
-def _block_sockets() -> None:
-    """Where there is no network namespace: Python code that opens a connection gets an error. C code does not."""
+def _block_calls() -> None:
+    """Where there are no namespaces: Python code that opens a connection, starts or signals a process gets an error.
 
-    def hook(event: str, _: tuple[Any, ...]) -> None:
-        if event.startswith("socket.") or event in ("ctypes.dlopen", "os.system", "subprocess.Popen", "os.exec"):
+    C code does not; but the kernel refuses it processes, too (see :func:`_limit`).
+    """
+    own = os.getpid()
+    import socket  # only here: it takes a while
+
+    inside = int(getattr(socket, "AF_UNIX", -1))
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "socket.__new__" and arguments[1] == inside:
+            return  # of no use without connect or bind, but asyncio makes a pair to wake itself up
+        if event == "os.kill" and arguments[0] == own:
+            return
+        if event.startswith(BLOCKED):
             raise PermissionError(f"{event} is not allowed in the sandbox")
 
     sys.addaudithook(hook)
@@ -172,7 +233,7 @@ def _run_program(code: str) -> None:
 
 
 def _run_tests(settings: dict[str, Any]) -> None:
-    """The candidate once, then each test in the namespace it made; one line per test to the result file.
+    """The candidate once, then each test in the namespace it made; one line per test to the result pipe.
 
     A line counts only with the random word that the settings brought, so a candidate that prints, or exits early with
     status 0, passes nothing.

@@ -53,7 +53,7 @@ MAX_DEPTH = 2
 CLOSE = Fraction(1, 2_000_000)
 """Answers are compared to six decimals, as math-verify does."""
 MAX_DIVISIONS = 5
-"""In what math-verify gets: its time doubles with each of a chain of them. What is left takes it under half a second."""
+"""In what math-verify gets: its time doubles with each of a chain of them. What is left takes it half a second."""
 _PROMPT = "{question}\nThink step by step, and end with the answer as a number in \\boxed{{}}."
 _EXAMPLE = '{"prompt": "...", "answer": "72"}'
 _CALCULATOR = re.compile(r"<<[^<>]*>>")

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
+from eggroll._command import typed
 from eggroll._optional import install_line, require
 from eggroll.errors import ConfigError
 from eggroll.rl.envs.base import Environment
@@ -50,7 +51,7 @@ PAPER = (
 )
 """The sixteen environments of the paper, by their canonical names."""
 
-HOW_TO_LIST = "'eggroll rl --list' shows the names"
+HOW_TO_LIST = f"'{typed()} rl --list' shows the names"
 GYMNAX_OWN = re.compile(r"(CartPole|Pendulum|Acrobot)-v1|MountainCar(Continuous)?-v0|.+-(MinAtar|bsuite|misc)")
 VERSION = r"-v\d+$"
 
