@@ -37,6 +37,8 @@ WAYS_OUT = (
 )
 
 
+SHARED_INPUT = "the input that active.expand made"
+
 Use = tuple[str, str, int]
 """A use of a parameter: its name, the kind of operation, and the dimensions of what it met."""
 

@@ -95,8 +95,10 @@ def _linear_of_value(x: Value, weight: Any, bias: Any) -> Any:
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def matmul(left: Any, right: Any) -> Any:
+def matmul(left: Any, right: Any, *out_dtype: Any) -> Any:
     """``left @ right`` with a perturbed matrix on either side."""
+    if out_dtype:
+        return NotImplemented
     if isinstance(right, PerturbedWeight):
         if right.kind == "experts" or right.base.ndim > 2:
             return bmm(left, right)
@@ -116,9 +118,9 @@ def rmatmul(right: Any, left: Any) -> Any:
 
 
 @rule(torch.addmm, Tensor.addmm)
-def addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+def addmm(bias: Any, x: Any, weight: Any, *out_dtype: Any, beta: float = 1, alpha: float = 1) -> Any:
     """``bias + x @ W``: the ``Conv1D`` of Hugging Face."""
-    if beta != 1 or alpha != 1:
+    if beta != 1 or alpha != 1 or out_dtype:
         return NotImplemented
     if isinstance(bias, MemberTensor) and not isinstance(x, Value) and not isinstance(weight, Value):
         return torch.mm(x, weight) + bias
@@ -128,8 +130,10 @@ def addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) 
 
 
 @rule(torch.bmm, Tensor.bmm)
-def bmm(left: Any, right: Any) -> Any:
+def bmm(left: Any, right: Any, *out_dtype: Any) -> Any:
     """Batched products with expert weights ``(E, n, m)``: tokens ``(E, rows, n)``, or one selected matrix per row."""
+    if out_dtype:
+        return NotImplemented
     value = left if isinstance(left, PerturbedWeight) else right
     if not isinstance(value, PerturbedWeight) or isinstance(left, Value) == isinstance(right, Value):
         return NotImplemented
