@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
+from eggroll.torch.alone import Slot
 from eggroll.torch.hazards import refuse_hazards
+from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
 from eggroll.torch.members import Members
@@ -84,6 +86,8 @@ class PerturbedModel(Members):
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         super().__init__(model, **settings)
         self._probed: set[int] = set()
+        self.places: dict[Any, Places] = {}  # where outputs hold rows, by their form
+        self.written: set[Slot] | None = None  # what the model changes besides its perturbed weights; see alone
         self._active = False
 
     @contextmanager
