@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
@@ -21,6 +21,7 @@ from eggroll.torch.layout.probe import own_random_numbers, sigma_for_checks
 from eggroll.torch.layout.rows import Inputs, count_rows, cut, member_dims
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
 from eggroll.torch.swap import Kept
+from eggroll.torch.unanimous import Unanimous
 
 # In 16 bit, rounding is amplified from layer to layer, so that no fixed tolerance tells it from a wrong layout. What
 # does is the size of the perturbation's own effect: with sigma at this part of the weights' size, rounding stays far
@@ -156,7 +157,8 @@ def run_vmap(call: Call) -> Any:
 
     kept = Kept(population.model)
     try:
-        tensors = torch.vmap(one, in_dims=(0, held), randomness="error")(parts, inputs)
+        with Unanimous():
+            tensors = torch.vmap(one, in_dims=(0, held), randomness="error")(parts, inputs)
     finally:
         kept.restore(lambda _: True)  # tensors of the vmap mean nothing after it
     outputs = []
@@ -180,8 +182,14 @@ def difference(call: Call, out: Any) -> tuple[float, bool]:
             got = _part_of(call, out, p, expected)
             if len(tree_flatten(got)[0]) != len(tree_flatten(expected)[0]):
                 return float("inf"), False
-            found.append(largest_difference(got, expected))
+            found.append(largest_difference(got, expected, narrowest(call.population.model)))
     return max(d for d, _ in found), all(close for _, close in found)
+
+
+def narrowest(model: nn.Module) -> torch.dtype:
+    """The floating dtype of a model's parameters that rounds most: some keep their norms in float32."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _some(call: Call) -> list[int]:
@@ -203,7 +211,7 @@ def _part_of(call: Call, out: Any, p: int, expected: Any) -> Any:
 def verify(call: Call) -> float:
     """Check rows against some members alone; see :meth:`eggroll.torch.Population.verify`."""
     population = call.population
-    is_half = next(population.model.parameters()).element_size() < 4
+    is_half = torch.finfo(narrowest(population.model)).bits < 32
     if call.sigma is None and is_half:
         call = replace(call, sigma=sigma_for_checks(population))
     with torch.no_grad():
