@@ -7,7 +7,7 @@
     ├── ModelError               also OSError          a model cannot be found or loaded
     │   └── EngineDiedError                            the engine that held it is gone; another one can be started
     ├── MissingExtraError        also ImportError      an optional dependency is not installed
-    ├── UnsupportedOperationError also TypeError       an operation has no population rule for a parameter
+    ├── UnsupportedOperationError also RuntimeError    an operation has no population rule for a parameter
     ├── RewardError              also RuntimeError     a reward raised, or returned the wrong thing
     ├── MemoryBudgetError        also MemoryError      a population does not fit
     └── RunError                 also RuntimeError     a run directory cannot be used
@@ -78,8 +78,11 @@ class MissingExtraError(EggrollError, ImportError):
     """An optional dependency is not installed. The message holds the pip line."""
 
 
-class UnsupportedOperationError(EggrollError, TypeError):
-    """A perturbed parameter is used in an operation that has no population rule."""
+class UnsupportedOperationError(EggrollError, RuntimeError):
+    """A perturbed parameter is used in an operation that has no population rule.
+
+    No ``TypeError``: torch's operators answer one with ``NotImplemented``, so that ``x == weight`` would be ``False``.
+    """
 
 
 class RewardError(EggrollError, RuntimeError):

@@ -17,7 +17,7 @@ STANDARD = {
     "DataError": ValueError,
     "ModelError": OSError,
     "MissingExtraError": ImportError,
-    "UnsupportedOperationError": TypeError,
+    "UnsupportedOperationError": RuntimeError,
     "EngineDiedError": OSError,
     "RewardError": RuntimeError,
     "MemoryBudgetError": MemoryError,

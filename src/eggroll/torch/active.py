@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
+from eggroll.torch.alone import Slot
+from eggroll.torch.compiled import uncompiled
 from eggroll.torch.hazards import refuse_hazards
+from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
 from eggroll.torch.members import Members
@@ -84,6 +87,8 @@ class PerturbedModel(Members):
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         super().__init__(model, **settings)
         self._probed: set[int] = set()
+        self.places: dict[Any, Places] = {}  # where outputs hold rows, by their form
+        self.written: set[Slot] | None = None  # what the model changes besides its perturbed weights; see alone
         self._active = False
 
     @contextmanager
@@ -139,8 +144,13 @@ class PerturbedModel(Members):
             if active.context.single:
                 yield active
                 return
-            with rows_from_input(self.model, active.context, partial(self._probe, active)):
-                yield active
+            try:
+                with rows_from_input(self.model, active.context, partial(self._probe, active)):
+                    yield active
+            except RuntimeError as error:
+                if active.context.refused is not None and "TorchScript" in str(error):
+                    raise active.context.refused from error
+                raise
 
     def _probe(self, active: Active, module: nn.Module, inputs: Inputs) -> None:
         """Before a module's first call: where each parameter meets the members, and whether rows hold them at all."""
@@ -153,7 +163,7 @@ class PerturbedModel(Members):
         """Put values in the place of the model's parameters for the length of the block."""
         self._active = True
         try:
-            with swapped(self.model, self.sites, values, single=single):
+            with uncompiled(), swapped(self.model, self.sites, values, single=single):
                 yield
         finally:
             self._active = False

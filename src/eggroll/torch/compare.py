@@ -33,8 +33,10 @@ def tolerance(dtype: torch.dtype) -> float:
     return 0.1
 
 
-def largest_difference(got: Any, expected: Any) -> tuple[float, bool]:
+def largest_difference(got: Any, expected: Any, precision: torch.dtype | None = None) -> tuple[float, bool]:
     """Over all tensors of two structures: the largest relative difference, and whether all are within rounding.
+
+    ``precision`` is the narrowest dtype that outputs have passed through, if it is narrower than their own.
 
     Chosen tokens or indices may flip on rounding; they count only where there is nothing else, and then by majority.
     """
@@ -49,5 +51,8 @@ def largest_difference(got: Any, expected: Any) -> tuple[float, bool]:
     if not floating:
         differing = [float((mine != theirs).float().mean()) for mine, theirs in pairs if theirs.numel()]
         return max(differing, default=0.0), all(share <= 0.1 for share in differing)
-    differences = [(relative_difference(mine, theirs), tolerance(theirs.dtype)) for mine, theirs in floating]
+    differences = [
+        (relative_difference(mine, theirs), max(tolerance(theirs.dtype), tolerance(precision or theirs.dtype)))
+        for mine, theirs in floating
+    ]
     return max(d for d, _ in differences), all(d <= allowed for d, allowed in differences)

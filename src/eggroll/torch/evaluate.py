@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.active import PerturbedModel
+from eggroll.torch.alone import alone
 from eggroll.torch.compare import largest_difference
-from eggroll.torch.layout.probe import sigma_for_checks
-from eggroll.torch.layout.rows import Inputs, count_rows, cut, join, member_dim, plain_outputs
+from eggroll.torch.layout.outputs import Places, written_out
+from eggroll.torch.layout.probe import own_random_numbers, sigma_for_checks
+from eggroll.torch.layout.rows import Inputs, count_rows, cut, member_dims
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
 from eggroll.torch.swap import Kept
+from eggroll.torch.unanimous import Unanimous
 
-# Whatever the reason that a mode cannot run a model, another one may.
-FAILURES = (UnsupportedOperationError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 # In 16 bit, rounding is amplified from layer to layer, so that no fixed tolerance tells it from a wrong layout. What
 # does is the size of the perturbation's own effect: with sigma at this part of the weights' size, rounding stays far
 # below it (a sixth on a 30-layer model in bfloat16), and members in the wrong rows are off by all of it.
@@ -44,36 +45,83 @@ class Call:
         return count_rows(self.inputs, len(self.members), self.population.batch_dim)
 
     def own(self, p: int) -> Inputs:
-        """The inputs of the ``p``-th member alone."""
-        return cut(self.inputs, p, len(self.members), self.rows, self.population.batch_dim)
+        """The inputs of the ``p``-th member alone, its own to write to."""
+        return _copied(cut(self.inputs, p, len(self.members), self.rows, self.population.batch_dim))
 
     def alone(self, p: int) -> Any:
-        """The outputs of the ``p``-th member alone."""
-        args, kwargs = self.own(p)
-        with self.population.member(self.generation, self.members[p], sigma=self.sigma) as model:
-            return model(*args, **kwargs)
+        """The outputs of the ``p``-th member alone: of the plain model with its weights."""
+        return self.of_member(p, self.own(p))
+
+    def of_member(self, p: int, inputs: Inputs) -> Any:
+        """The outputs of the ``p``-th member for inputs."""
+        population = self.population
+        with alone(population, self.generation, self.members[p], sigma=self.sigma) as model:
+            return model(*inputs[0], **inputs[1])
+
+    def places(self, outputs: Any) -> Places:
+        """Where outputs like these hold rows: from the first member's, and its outputs for every row given twice.
+
+        Kept, as it depends on the model alone.
+        """
+        leaves, structure = tree_flatten(outputs)
+        own, batch_dim = self.rows // len(self.members), self.population.batch_dim
+        key = (str(structure), own == 1, tuple(x.ndim if isinstance(x, Tensor) else None for x in leaves))
+        known = self.population.places
+        if key not in known:
+            with torch.no_grad(), own_random_numbers(self.population):
+                one = self.alone(0)
+                try:
+                    twice = self.of_member(0, self._twice())
+                    found = Places.of(one, twice, own, 2, batch_dim)
+                except Exception:  # a model that takes no other number of rows
+                    found = None
+            known[key] = found or Places.likely(one, own, batch_dim)
+        return known[key]
+
+    def _twice(self) -> Inputs:
+        """The first member's inputs with every row given twice."""
+        dims = member_dims(self.inputs, self.rows, self.population.batch_dim)
+        leaves, structure = tree_flatten(self.own(0))
+        twice = [x if dim is None else torch.cat([x, x], dim) for x, dim in zip(leaves, dims, strict=True)]
+        return tree_unflatten(twice, structure)
 
 
-def run_rows(call: Call, *, trusting: bool = False) -> Any:
-    """All members in one forward, as rows of one batch."""
+def _copied(tree: Any) -> Any:
+    """Inputs that a model may write to."""
+    leaves, structure = tree_flatten(tree)
+    return tree_unflatten([x.clone() if isinstance(x, Tensor) else _copy_of(x) for x in leaves], structure)
+
+
+def _copy_of(leaf: Any) -> Any:
+    return copy.deepcopy(leaf) if hasattr(leaf, "get_seq_length") else leaf
+
+
+def run_rows(call: Call, *, trusting: bool = False, checked: bool = False) -> Any:
+    """All members in one forward, as rows of one batch.
+
+    What holds no rows is each member's own in a ``checked`` model, and as the model gave it otherwise.
+    """
     population, (args, kwargs) = call.population, call.inputs
     with population.perturbed(call.generation, call.members, sigma=call.sigma) as active:
         active.context.trusting = trusting
         outputs = population.model(*args, **kwargs)
     if active.context.single:
         return outputs
-    return plain_outputs(outputs, len(call.members), call.rows, population.batch_dim)
+    count = len(call.members)
+    if not checked:
+        return written_out(outputs, count, call.rows)
+    return call.places(outputs).spread(outputs, count, call.rows)
 
 
 def run_loop(call: Call) -> Any:
-    """One member after the other; exact for every model."""
-    return join([call.alone(p) for p in range(len(call.members))], call.population.batch_dim)
+    """One member after the other, each as the plain model with its weights; exact for every model."""
+    outputs = [call.alone(p) for p in range(len(call.members))]
+    return call.places(outputs[0]).join(outputs, call.rows // len(outputs))
 
 
 def run_vmap(call: Call) -> Any:
     """All members by ``torch.vmap``, which knows where they are in every tensor, whatever the layout."""
-    population, count, rows = call.population, len(call.members), call.rows
-    batch_dim = population.batch_dim
+    population, count = call.population, len(call.members)
     sigma = population.sigma if call.sigma is None else call.sigma
     population.check(call.members)
     values = population.values(call.generation, call.members, MemberContext(count), sigma=sigma)
@@ -86,17 +134,14 @@ def run_vmap(call: Call) -> Any:
             assert isinstance(value, MemberTensor)
             parts[name] = (value.data_P,)
 
-    def split(x: Any) -> Any:
-        dim = member_dim(x, rows, batch_dim)
-        return x if dim is None else x.unflatten(dim, (count, -1))
-
-    inputs = tree_map(split, call.inputs)
-    dims = tree_map(lambda x: member_dim(x, rows, batch_dim), call.inputs)
+    leaves, structure = tree_flatten(_copied(call.inputs))
+    held = member_dims(call.inputs, call.rows, population.batch_dim)
+    inputs = [x if dim is None else x.unflatten(dim, (count, -1)) for x, dim in zip(leaves, held, strict=True)]
 
     others: dict[int, Any] = {}  # what is no tensor among the outputs, by its place
     structures: dict[str, Any] = {}
 
-    def one(member_parts: dict[str, tuple[Tensor, ...]], member_inputs: Inputs) -> Any:
+    def one(member_parts: dict[str, tuple[Tensor, ...]], member_inputs: list[Any]) -> Any:
         own: dict[str, Tensor] = {}
         for name, pieces in member_parts.items():
             value = values[name]
@@ -105,13 +150,15 @@ def run_vmap(call: Call) -> Any:
             else:
                 own[name] = pieces[0]
         with population.swapped(own, single=True):
-            leaves, structures["outputs"] = tree_flatten(population.model(*member_inputs[0], **member_inputs[1]))
+            args, kwargs = tree_unflatten(member_inputs, structure)
+            leaves, structures["outputs"] = tree_flatten(population.model(*args, **kwargs))
         others.update((slot, leaf) for slot, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     kept = Kept(population.model)
     try:
-        tensors = torch.vmap(one, in_dims=(0, dims), randomness="error")(parts, inputs)
+        with Unanimous():
+            tensors = torch.vmap(one, in_dims=(0, held), randomness="error")(parts, inputs)
     finally:
         kept.restore(lambda _: True)  # tensors of the vmap mean nothing after it
     outputs = []
@@ -120,58 +167,56 @@ def run_vmap(call: Call) -> Any:
         for slot, leaf in sorted(others.items()):
             leaves.insert(slot, leaf)
         outputs.append(tree_unflatten(leaves, structures["outputs"]))
-    return join(outputs, batch_dim)
+    return call.places(outputs[0]).join(outputs, call.rows // count)
 
 
 RUNS: dict[str, Callable[[Call], Any]] = {"rows": run_rows, "vmap": run_vmap, "loop": run_loop}
 
 
-def run_auto(call: Call) -> tuple[str, Any]:
-    """The first mode that works and agrees with single members, and the outputs."""
-    with contextlib.suppress(*FAILURES):
-        verify(call)
-        return "rows", run_rows(call)
-    with contextlib.suppress(*FAILURES):
-        out = run_vmap(call)
-        if difference(call, out)[1]:
-            return "vmap", out
-    return "loop", run_loop(call)
-
-
 def difference(call: Call, out: Any) -> tuple[float, bool]:
     """Largest relative difference between joint outputs and some members alone, and whether it is within rounding."""
-    count = len(call.members)
     found = []
     with torch.no_grad():
-        for p in sorted({0, count // 2, count - 1}):
-            got = cut(out, p, count, call.rows, call.population.batch_dim)
+        for p in _some(call):
             expected = call.alone(p)
+            got = _part_of(call, out, p, expected)
             if len(tree_flatten(got)[0]) != len(tree_flatten(expected)[0]):
                 return float("inf"), False
-            found.append(largest_difference(_scalars_of(got, expected, p, count), expected))
+            found.append(largest_difference(got, expected, narrowest(call.population.model)))
     return max(d for d, _ in found), all(close for _, close in found)
 
 
-def _scalars_of(got: Any, expected: Any, p: int, members: int) -> Any:
-    """Scalars of all members stand side by side in ``(P,)``, and were cut already where every member has one row."""
+def narrowest(model: nn.Module) -> torch.dtype:
+    """The floating dtype of a model's parameters that rounds most: some keep their norms in float32."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def one(mine: Any, theirs: Any) -> Any:
-        if not isinstance(theirs, Tensor) or theirs.ndim > 0 or mine.ndim != 1:
-            return mine
-        return mine[p if len(mine) == members else 0]
 
-    return tree_map(one, got, expected)
+def _some(call: Call) -> list[int]:
+    count = len(call.members)
+    return sorted({0, count // 2, count - 1})
+
+
+def _part_of(call: Call, out: Any, p: int, expected: Any) -> Any:
+    """Member ``p``'s part of joint outputs, as :meth:`Places.join` makes them."""
+    count = len(call.members)
+    if count == 1:
+        return out
+    try:
+        return call.places(expected).cut(out, p, count, call.rows)
+    except ValueError:
+        return None  # outputs of another form
 
 
 def verify(call: Call) -> float:
     """Check rows against some members alone; see :meth:`eggroll.torch.Population.verify`."""
     population = call.population
-    is_half = next(population.model.parameters()).element_size() < 4
+    is_half = torch.finfo(narrowest(population.model)).bits < 32
     if call.sigma is None and is_half:
         call = replace(call, sigma=sigma_for_checks(population))
     with torch.no_grad():
         layouts = dict(population.layouts)
-        out = run_rows(call, trusting=True)
+        out = run_rows(call, trusting=True, checked=True)
         worst, close = difference(call, out)
         if not close and is_half and math.isfinite(worst):
             worst = _share_of_effect(call, out)
@@ -188,10 +233,10 @@ def verify(call: Call) -> float:
 
 def _share_of_effect(call: Call, out: Any) -> float:
     """How far joint outputs are from members alone, as a part of how far those are from the center (norms)."""
-    count, shares = len(call.members), []
-    for p in sorted({0, count // 2, count - 1}):
+    shares = []
+    for p in _some(call):
         expected = call.alone(p)
-        got = _scalars_of(cut(out, p, count, call.rows, call.population.batch_dim), expected, p, count)
+        got = _part_of(call, out, p, expected)
         args, kwargs = call.own(p)
         center = call.population.model(*args, **kwargs)
         error, effect = _distance(got, expected), _distance(center, expected)

@@ -37,6 +37,8 @@ WAYS_OUT = (
 )
 
 
+SHARED_INPUT = "the input that active.expand made"
+
 Use = tuple[str, str, int]
 """A use of a parameter: its name, the kind of operation, and the dimensions of what it met."""
 
@@ -56,6 +58,7 @@ class MemberContext:
         inputs: addresses of the memory of the running call's inputs; ``None`` while no call is running.
         constants: addresses of the memory of the model's parameters and buffers, which are the same for all members.
         max_dense_bytes: how much one materialized parameter may take (P copies) before an error is raised instead.
+        refused: the last operation that a value passed by unseen; TorchScript swallows its error's text.
     """
 
     members: int | None
@@ -66,6 +69,7 @@ class MemberContext:
     inputs: frozenset[int] | None = None
     constants: frozenset[int] = frozenset()
     max_dense_bytes: int = 2**30
+    refused: UnsupportedOperationError | None = None
 
     @property
     def single(self) -> bool:
@@ -115,10 +119,13 @@ class Value(Tensor):
         if all(value.context.single for value in values) and not func._schema.is_mutable:  # type: ignore[attr-defined]
             return call_materialized(func, args, kwargs or {})
         name = values[0].parameter if values else "a parameter"
-        raise UnsupportedOperationError(
+        error = UnsupportedOperationError(
             f"parameter {name!r} is perturbed and reached the operation {func} without a population rule. "
             + WAYS_OUT.format(name=name)
         )
+        for value in values:
+            value.context.refused = error
+        raise error
 
     def by_member(self) -> MemberTensor:
         """The same values with the member axis spelled out."""

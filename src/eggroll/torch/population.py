@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.core.select import KINDS
-from eggroll.errors import ConfigError, UnsupportedOperationError
+from eggroll.errors import ConfigError
 from eggroll.torch.active import Active, PerturbedModel
-from eggroll.torch.evaluate import RUNS, Call, run_auto, verify
+from eggroll.torch.auto import run_auto
+from eggroll.torch.evaluate import RUNS, Call, run_rows, verify
 from eggroll.torch.noise import CACHE_BYTES
 from eggroll.torch.scores import checked_scores
 
@@ -76,7 +77,7 @@ class Population(PerturbedModel):
             cache_bytes=cache_bytes,
         )  # fmt: skip
         self.mode: Mode = mode
-        self._fall_back = False
+        self._fall_back = self._announced = False
 
     @torch.no_grad()
     def scores(
@@ -137,8 +138,10 @@ class Population(PerturbedModel):
         """The model's outputs for inputs that carry the members in their batch dimension, in the population's ``mode``.
 
         ``mode="auto"`` tries rows, checked against single members on the first call, then ``vmap``, then the loop,
-        and keeps to the first that works (``population.mode`` says which it is then). Inputs of another size than the
-        first one's (a mask, positions) are the same for all members. A scalar output becomes one for each member.
+        and keeps to the first that works: ``population.mode`` says which it is then, and a log line says why and what
+        it costs. Later inputs that this mode cannot run go through the ones after it. Inputs of another size than the
+        first one's (a mask, positions) are the same for all members; a recurrent state ``(layers, rows, h)`` is not.
+        What belongs to no row (a loss, a learned scale) is given for each member, ``(members, *shape)``.
         """
         chosen = range(self.population_size) if members is None else members
         call = Call(self, (args, kwargs), generation, chosen, sigma)
@@ -146,12 +149,16 @@ class Population(PerturbedModel):
             chosen_mode, outputs = run_auto(call)
             self.mode, self._fall_back = chosen_mode, True  # type: ignore[assignment]
             return outputs
-        try:
+        if not self._fall_back:
             return RUNS[self.mode](call)
-        except UnsupportedOperationError:
-            if not self._fall_back or self.mode == "loop":
+        try:
+            return run_rows(call, checked=True) if self.mode == "rows" else RUNS[self.mode](call)
+        except Exception:  # the same model may need another way for other inputs
+            if self.mode == "loop":
                 raise
-            return RUNS["loop"](call)
+            modes = ("vmap", "loop") if self.mode == "rows" else ("loop",)
+            announce, self._announced = not self._announced, True
+            return run_auto(call, modes, announce=announce)[1]
 
     def verify(
         self,

@@ -102,10 +102,21 @@ class Kept:
                 (module._parameters, parameters),
             ]  # type: ignore[list-item]
             if any(_has_new(held, before, is_undone) for held, before in now):
-                for held, before in now:
-                    held.update(before)
-                    for key in held.keys() - before.keys():
-                        del held[key]
+                _give_back(now)
+
+    def restore_all(self) -> None:
+        """Give back everything to every module, whatever it holds now."""
+        for module, (attributes, buffers, parameters) in self._held.items():
+            _give_back(
+                [(module.__dict__, attributes), (module._buffers, buffers), (module._parameters, parameters)]  # type: ignore[list-item]
+            )
+
+
+def _give_back(held_and_before: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for held, before in held_and_before:
+        held.update(before)
+        for key in held.keys() - before.keys():
+            del held[key]
 
 
 def _has_new(held: Mapping[str, Any], before: Mapping[str, Any], is_undone: Callable[[Tensor], bool]) -> bool:

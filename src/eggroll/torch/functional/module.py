@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 from eggroll.errors import ConfigError
 from eggroll.torch.active import Active, PerturbedModel
 from eggroll.torch.hazards import refuse_hazards
-from eggroll.torch.layout.rows import addresses, plain_outputs
-from eggroll.torch.perturbed import MemberContext, PerturbedWeight
+from eggroll.torch.layout.rows import addresses, member_data
+from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
 
 MEMBERS_OF_CHECK = 24
 """Members of the population with which a module's first call is checked; more than any check needs."""
@@ -92,9 +92,10 @@ class PerturbedForward:
             outputs = self.module(inputs)
         if single:
             return tree_map(lambda y: y.unsqueeze(0) if isinstance(y, Tensor) else y, outputs)
-        outputs = plain_outputs(outputs, members, rows, population.batch_dim)
 
         def split(y: Any) -> Any:
+            if isinstance(y, MemberTensor | PerturbedWeight):
+                return member_data(y.by_member(), members, rows)
             if not isinstance(y, Tensor) or y.ndim == 0:
                 return y
             # A recurrent layer's last state has the rows in its second dimension.

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.compare import relative_difference
 from eggroll.torch.compare import tolerance as rounding
+from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim
 from eggroll.torch.members import Members
 from eggroll.torch.perturbed import MemberContext, MemberTensor, Value
@@ -60,7 +61,7 @@ def learn_and_check(
     own_rows = (context.rows or 0) // members
     try:
         for own in (1, 2)[:own_rows]:  # a layer that takes no batch of one may take two
-            with contextlib.suppress(_CannotRun), _own_random_numbers(population):
+            with contextlib.suppress(_CannotRun), own_random_numbers(population):
                 probe = _Probe.of(population, context, module, inputs, own)
                 share = None if probe is None else probe.share_of_effect()
                 break
@@ -78,7 +79,8 @@ def learn_and_check(
 
 
 @contextlib.contextmanager
-def _own_random_numbers(population: Members) -> Iterator[None]:
+def own_random_numbers(population: Members) -> Iterator[None]:
+    """Inside the block, nothing is taken from the stream of random numbers, and nothing is recorded for gradients."""
     device = population.device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
@@ -156,13 +158,22 @@ class _Probe:
 
     def _shares(self, p: int, together: Any) -> list[float]:
         """The outputs of one member that differ from it alone by more than rounding, and by how much."""
-        alone = tree_flatten(self._alone(p, self.member(p)))[0]
+        outputs = self._alone(p, self.member(p))
+        alone, joint_leaves = tree_flatten(outputs)[0], tree_flatten(together)[0]
         found = []
-        for position, (joint, mine) in enumerate(zip(tree_flatten(together)[0], alone, strict=True)):
+        if len(joint_leaves) != len(alone):
+            places = Places.of(outputs, together, self.own, self.count, self.population.batch_dim)
+            if places is None:
+                return []  # of another form for other rows: nothing to compare
+            # The entries of a list that has one for each row are the member's own.
+            joint_leaves = tree_flatten(places.own_entries(together, p, self.count, self.rows))[0]
+        for position, (joint, mine) in enumerate(zip(joint_leaves, alone, strict=True)):
             if not isinstance(mine, Tensor) or not mine.is_floating_point():
                 continue
             if isinstance(joint, MemberTensor):
                 got = member_data(joint, self.count, self.rows)[p]
+            elif len(alone) < len(tree_flatten(together)[0]) and joint.shape == mine.shape:
+                got = joint
             elif not isinstance(joint, Value) and member_dim(joint, self.rows, self.population.batch_dim) is not None:
                 got = cut(joint, p, self.count, self.rows, self.population.batch_dim)
             else:

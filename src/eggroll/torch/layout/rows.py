@@ -1,4 +1,4 @@
-"""Where a module's inputs and outputs hold the members: read off a call, cut into members, joined again."""
+"""Where a module's inputs hold the members: read off a call, and cut into members."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
-from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import MemberContext, MemberTensor, Value
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -91,18 +91,24 @@ def fewer_rows(
     leaves = tree_flatten(inputs)[0]
     if rows == 0 or not all(_is_stateless(leaf) for leaf in leaves):
         return None
-    tensors = [(x, member_dim(x, rows, batch_dim)) for x in leaves if isinstance(x, Tensor)]
-    dims = {size for x, batch in tensors for dim, size in enumerate(x.shape) if dim != batch}
+    held = member_dims(inputs, rows, batch_dim)
+    dims = {
+        size
+        for x, batch in zip(leaves, held, strict=True)
+        if isinstance(x, Tensor)
+        for dim, size in enumerate(x.shape)
+        if dim != batch
+    }
     count = min(LEARNING_ROWS, key=lambda count: sum(size % count == 0 for size in {*sizes, *dims}))
 
-    def take(x: Any) -> Any:
-        dim = member_dim(x, rows, batch_dim)
+    def take(x: Any, dim: int | None) -> Any:
         if dim is None:
             return copy.deepcopy(x) if hasattr(x, "get_seq_length") else x
         index = torch.arange(count * own * (x.shape[dim] // rows), device=x.device) % x.shape[dim]
         return x.index_select(dim, index)
 
-    return count, tree_map(take, inputs)
+    taken = [take(x, dim) for x, dim in zip(leaves, held, strict=True)]
+    return count, tree_unflatten(taken, tree_flatten(inputs)[1])
 
 
 def _is_stateless(leaf: Any) -> bool:
@@ -140,42 +146,34 @@ def member_dim(x: Any, rows: int, batch_dim: int) -> int | None:
     return 0 if x.ndim > 0 and x.shape[0] > 0 and x.shape[0] % rows == 0 else None
 
 
-def cut(tree: Any, p: int, members: int, rows: int, batch_dim: int) -> Any:
-    """Member ``p``'s part of every tensor of a structure; tensors without members as they are."""
+def member_dims(tree: Any, rows: int, batch_dim: int) -> list[int | None]:
+    """The dimension that holds the members, for every leaf of a call's inputs.
 
-    def part(x: Any) -> Any:
-        dim = member_dim(x, rows, batch_dim)
-        return x if dim is None else x.chunk(members, dim)[p]
-
-    return tree_map(part, tree)
-
-
-def join(outputs: list[Any], batch_dim: int) -> Any:
-    """Outputs of members one after the other as one structure with the members in the batch dimension."""
-
-    def together(*parts: Any) -> Any:
-        if not isinstance(parts[0], Tensor):
-            return parts[0]
-        if parts[0].ndim == 0:
-            return torch.stack(parts)
-        return torch.cat(parts, dim=batch_dim if parts[0].ndim > batch_dim else 0)
-
-    return tree_map(together, *outputs)
-
-
-def plain_outputs(tree: Any, members: int, rows: int, batch_dim: int) -> Any:
-    """A forward's outputs without values among them: those become what the members one by one would give.
-
-    Raises:
-        UnsupportedOperationError: a value still holds all rows for every member: they were not recognised.
+    A recurrent state ``(layers, R, h)`` holds them in its second one. A mask ``(1, T, T)`` or a table ``(1, T, d)`` is
+    none, also where ``T`` is R: the batch has that dimension too then.
     """
+    leaves = tree_flatten(tree)[0]
+    dims = [member_dim(x, rows, batch_dim) for x in leaves]
+    others = {
+        size
+        for x, dim in zip(leaves, dims, strict=True)
+        if dim is not None
+        for size in (*x.shape[:dim], *x.shape[dim + 1 :])
+    }
+    if rows < 2 or rows in others:
+        return dims
+    return [
+        1 if dim is None and isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == rows else dim
+        for x, dim in zip(leaves, dims, strict=True)
+    ]
 
-    def plain(x: Any) -> Any:
-        if not isinstance(x, MemberTensor | PerturbedWeight):
-            return x
-        return join(list(member_data(x.by_member(), members, rows).unbind(0)), batch_dim)
 
-    return tree_map(plain, tree)
+def cut(tree: Any, p: int, members: int, rows: int, batch_dim: int) -> Any:
+    """Member ``p``'s part of every tensor of a call's inputs; tensors without members as they are."""
+    leaves, structure = tree_flatten(tree)
+    dims = member_dims(tree, rows, batch_dim)
+    parts = [x if dim is None else x.chunk(members, dim)[p] for x, dim in zip(leaves, dims, strict=True)]
+    return tree_unflatten(parts, structure)
 
 
 def member_data(value: MemberTensor, members: int, rows: int) -> Tensor:

@@ -105,7 +105,21 @@ def layout_in_broadcast(context: MemberContext, name: str, x: Tensor, value_shap
     assert context.members is not None
     if x.shape[0] != value_shape[0]:
         return "rows" if leading and x.shape[0] // context.members in (1, value_shape[0]) else "shared"
-    return "time_major" if x.ndim >= 3 and value_shape[1] == 1 and x.shape[1] == context.rows else "shared"
+    if x.ndim < 3 or value_shape[1] != 1:
+        return "shared"
+    return in_second(context, (name, "second", x.ndim), x)
+
+
+def in_second(context: MemberContext, use: Use, x: Tensor) -> Layout:
+    """Whether a tensor, whose leading dimension is a parameter's, has rows in its second one (``time_major``)."""
+    known = context.layouts.get(use)
+    if context.rows is None or not context.is_rows(x.shape[1]) or x.shape[1] <= 1:
+        return learn(context, use, "shared")
+    if known == "shared":
+        return "shared"
+    if known == "mixed" or (known is None and x.shape[1] != context.rows and not context.trusting):
+        raise ambiguous(context, use[0], use[1], x)
+    return learn(context, use, "time_major")
 
 
 def is_constant(context: MemberContext, x: Tensor) -> bool:

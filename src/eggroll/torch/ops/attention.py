@@ -82,7 +82,7 @@ def multi_head_attention_forward(
     scores = _masked(scores, attn_mask, key_padding_mask)
     attention = torch.softmax(scores, dim=-1)
     mixed = (attention @ v).transpose(1, 2).flatten(2)
-    out = linear_rows(mixed, out_proj_weight, out_proj_bias).transpose(0, 1)
+    out = linear_rows(mixed, out_proj_weight, out_proj_bias).transpose(0, 1).contiguous()
     if not need_weights:
         return out, None
     return out, attention.mean(dim=1) if average_attn_weights else attention

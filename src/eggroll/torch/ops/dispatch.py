@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from eggroll.torch.ops import shared
-from eggroll.torch.ops.per_member import per_member
+from eggroll.torch.ops.arguments import bind
+from eggroll.torch.ops.per_member import into_given, per_member
 from eggroll.torch.ops.registry import METADATA, RULES
 from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.perturbed import set_handler
@@ -16,6 +17,10 @@ from eggroll.torch.perturbed import set_handler
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a torch function some of whose arguments are values."""
+    if kwargs:
+        args, kwargs = bind(func, args, kwargs)
+        if kwargs.get("out") is not None:
+            return into_given(func, args, kwargs)
     for arg in (*args, *kwargs.values()):
         if type(arg) is SharedRows or (isinstance(arg, (list, tuple)) and any(type(x) is SharedRows for x in arg)):
             return shared.apply(func, args, kwargs)

@@ -27,13 +27,16 @@ def with_rows(
     """``func(x, value)`` (or reversed) for rows ``x``, or time-major ``x``, without copies."""
     members = value.data_P.shape[0]
     data = spread(value, x)
+    is_contiguous = x.is_contiguous()
     if time_major:
         x, data = x.transpose(0, 1), data.transpose(1, 2)
     x_PB = x.view(members, -1, *x.shape[1:]) if x.is_contiguous() else x.reshape(members, -1, *x.shape[1:])
     out = flatten_rows(func(data, x_PB) if reverse else func(x_PB, data))
     if value.data_P.ndim == 1 and out.is_floating_point() and x.is_floating_point():
         out = out.to(x.dtype)  # a scalar parameter does not promote what it meets
-    return out.transpose(0, 1) if time_major else out
+    if not time_major:
+        return out
+    return out.transpose(0, 1).contiguous() if is_contiguous else out.transpose(0, 1)  # strides as torch has them
 
 
 def combine(func: Callable[..., Tensor], x: Tensor, value: MemberTensor, *, reverse: bool = False) -> Any:

@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.layout.rules import is_constant, layout_in_broadcast, layout_of, layout_of_ids
 from eggroll.torch.ops.registry import flatten_rows, name_of
-from eggroll.torch.perturbed import WAYS_OUT, Layout, MemberTensor, PerturbedWeight, Value, call_materialized
+from eggroll.torch.perturbed import (
+    SHARED_INPUT,
+    WAYS_OUT,
+    Layout,
+    MemberTensor,
+    PerturbedWeight,
+    Value,
+    call_materialized,
+)
 
 
 def per_member(
@@ -49,6 +57,7 @@ def per_member(
     dims: list[int | None] = []
     slots: list[int] = []
     own_rows = set()
+    from_right = 0  # where the rows are in what broadcasts with a time-major tensor
     for slot, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             continue
@@ -57,12 +66,14 @@ def per_member(
             tensor = leaf.by_member().data_P
         else:
             where = find(leaf)
-            if where == "time_major":
+            if where == "time_major" and func not in _broadcasting():
                 raise _no_rule(name, func, f"with the members in the second dimension of {tuple(leaf.shape)}")
             if where == "rows":
                 split = (members, leaf.shape[0] // members, *leaf.shape[1:])
                 tensor = leaf.view(split) if in_place and leaf is args[0] else leaf.reshape(split)
                 own_rows.add(split[1])
+            elif where == "time_major":
+                tensor, dim, from_right = leaf.unflatten(1, (members, -1)), 1, leaf.ndim - 1
             else:
                 tensor, dim = leaf, None
                 if in_place and leaf is args[0]:
@@ -84,6 +95,8 @@ def per_member(
         return args[0]
 
     def wrap(data: Tensor) -> Tensor:
+        if from_right:
+            return data.movedim(0, -from_right - 1).flatten(-from_right - 1, -from_right)
         if data.ndim >= 2 and data.shape[1] in own_rows:
             return flatten_rows(data)
         return MemberTensor(data, name=name, context=context)
@@ -108,21 +121,43 @@ def _layout(func: Any, values: list[Value], leaf: Tensor) -> Layout:
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> bool:
     """Whether ``func`` changes its first argument, after refusing the changes that would be wrong."""
-    if kwargs.get("out") is not None:
-        raise _no_rule(name, func, "with out=")
     if func in _WRITES_ROWS and not isinstance(args[0], Value):
         raise _no_rule(name, func, "where rows are addressed by an index, so that a row's member is not known")
     if not is_write(func):
         return False
     target = args[0]
     if isinstance(target, PerturbedWeight) or getattr(target, "_is_param", False):
-        raise UnsupportedOperationError(
-            f"parameter {target.parameter!r} is perturbed and would be changed in place by {name_of(func)}; a "
-            f"parameter is never changed during an evaluation. Leave it alone (exclude=[{target.parameter!r}])"
-        )
+        raise _changed(target.parameter, func)
     if func is Tensor.__setitem__ and not isinstance(target, Value) and not _keeps_rows(target, args[1]):
         raise _no_rule(name, func, "where rows are addressed by an index, so that a row's member is not known")
     return True
+
+
+def into_given(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call with ``out=``: possible for a member alone.
+
+    Raises:
+        UnsupportedOperationError: several members, whose results one given tensor cannot be relied on to hold.
+    """
+    leaves = tree_leaves((args, kwargs))
+    values = [leaf for leaf in leaves if isinstance(leaf, Value)]
+    written = [x for x in tree_leaves(kwargs["out"]) if isinstance(x, Value)]
+    if written:
+        raise _changed(written[0].parameter, func)
+    perturbed = [value for value in values if value.parameter != SHARED_INPUT]
+    if all(value.context.single for value in perturbed):
+        plain_args, plain_kwargs = tree_map_only(Value, _plain, (args, kwargs))
+        return func(*plain_args, **plain_kwargs)
+    raise _no_rule(
+        perturbed[0].parameter,
+        func,
+        "with out=: the tensor given is for the result of one member. Without out=, the function makes a tensor that "
+        "holds the results of all members",
+    )
+
+
+def _plain(value: Any) -> Tensor:
+    return value.dense() if isinstance(value, PerturbedWeight) else value.written_out()
 
 
 def is_write(func: Any) -> bool:
@@ -136,6 +171,13 @@ def _keeps_rows(target: Tensor, index: Any) -> bool:
     if isinstance(first, Tensor):
         return first.dtype == torch.bool and first.shape == target.shape[: first.ndim]
     return first is Ellipsis or (isinstance(first, slice) and first == slice(None))
+
+
+def _changed(name: str, func: Any) -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        f"parameter {name!r} is perturbed and would be changed in place by {name_of(func)}; a parameter is never "
+        f"changed during an evaluation. Leave it alone (exclude=[{name!r}])"
+    )
 
 
 def _no_rule(name: str, func: Any, what: str) -> UnsupportedOperationError:

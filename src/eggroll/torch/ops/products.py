@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch import low_rank
-from eggroll.torch.layout.rules import layout_of, layout_of_ids
+from eggroll.torch.layout.rules import in_second, is_constant, layout_of, layout_of_ids
 from eggroll.torch.ops.elementwise import with_rows
 from eggroll.torch.ops.per_member import per_member
 from eggroll.torch.ops.registry import context_of, rule
@@ -79,7 +79,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if layout == "rows":
         return linear_rows(x, weight, bias)
     if layout == "time_major":
-        return linear_rows(x.transpose(0, 1), weight, bias).transpose(0, 1)
+        return linear_rows(x.transpose(0, 1), weight, bias).transpose(0, 1).contiguous()  # a .view may follow
     if not isinstance(weight, PerturbedWeight):
         return per_member(F.linear, (x, weight, bias), {}, layout="shared")
     b_Pm = bias.data_P if isinstance(bias, MemberTensor) else bias
@@ -95,8 +95,12 @@ def _linear_of_value(x: Value, weight: Any, bias: Any) -> Any:
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def matmul(left: Any, right: Any) -> Any:
+def matmul(left: Any, right: Any, *out_dtype: Any) -> Any:
     """``left @ right`` with a perturbed matrix on either side."""
+    if out_dtype:
+        return NotImplemented
+    if isinstance(right, MemberTensor) and right.ndim == 3 and isinstance(left, Tensor) and left.ndim == 3:
+        return bmm(left, right)
     if isinstance(right, PerturbedWeight):
         if right.kind == "experts" or right.base.ndim > 2:
             return bmm(left, right)
@@ -116,9 +120,9 @@ def rmatmul(right: Any, left: Any) -> Any:
 
 
 @rule(torch.addmm, Tensor.addmm)
-def addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+def addmm(bias: Any, x: Any, weight: Any, *out_dtype: Any, beta: float = 1, alpha: float = 1) -> Any:
     """``bias + x @ W``: the ``Conv1D`` of Hugging Face."""
-    if beta != 1 or alpha != 1:
+    if beta != 1 or alpha != 1 or out_dtype:
         return NotImplemented
     if isinstance(bias, MemberTensor) and not isinstance(x, Value) and not isinstance(weight, Value):
         return torch.mm(x, weight) + bias
@@ -128,8 +132,14 @@ def addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) 
 
 
 @rule(torch.bmm, Tensor.bmm)
-def bmm(left: Any, right: Any) -> Any:
+def bmm(left: Any, right: Any, *out_dtype: Any) -> Any:
     """Batched products with expert weights ``(E, n, m)``: tokens ``(E, rows, n)``, or one selected matrix per row."""
+    if out_dtype:
+        return NotImplemented
+    if isinstance(right, MemberTensor) and not isinstance(left, Value) and _is_grouped(left, right):
+        groups, tokens, _ = left.shape
+        x_PETn = left.reshape(groups, right.data_P.shape[0], -1, left.shape[-1]).transpose(0, 1)
+        return (x_PETn @ right.data_P).transpose(0, 1).reshape(groups, tokens, -1)
     value = left if isinstance(left, PerturbedWeight) else right
     if not isinstance(value, PerturbedWeight) or isinstance(left, Value) == isinstance(right, Value):
         return NotImplemented
@@ -147,6 +157,37 @@ def bmm(left: Any, right: Any) -> Any:
     x_EPRn = left.reshape(experts, members, tokens // members, -1)
     low = torch.einsum("eprn,penk->eprk", x_EPRn, value.a)
     return out + torch.einsum("eprk,pemk->eprm", low, value.b).reshape(out.shape)
+
+
+def _is_grouped(left: Tensor, value: MemberTensor) -> bool:
+    """Whether what meets a value ``(E, n, m)`` is ``(E, rows * T, n)``."""
+    context, key = value.context, (value.parameter, "groups", 3)
+    if value.ndim != 3 or left.ndim != 3 or left.shape[0] != value.shape[0] or is_constant(context, left):
+        return False
+    return in_second(context, key, left) == "time_major"
+
+
+@rule(torch.baddbmm, Tensor.baddbmm)
+def baddbmm(bias: Any, left: Any, right: Any, *out_dtype: Any, beta: float = 1, alpha: float = 1) -> Any:
+    """``bias + left @ right`` of groups: products and biases ``(E, 1, m)`` of each group."""
+    if out_dtype or beta != 1 or alpha != 1 or isinstance(left, Value) or isinstance(bias, PerturbedWeight):
+        return NotImplemented
+    out = bmm(left, right) if isinstance(right, Value) else torch.bmm(left, right)
+    return out if out is NotImplemented else out + bias
+
+
+@rule(Tensor.view, Tensor.reshape, torch.reshape)
+def view(value: Any, *sizes: Any) -> Any:
+    """A matrix ``(E * m, n)`` as one ``(m, n)`` for each of ``E`` groups, in low rank."""
+    shape = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else list(sizes)
+    if not isinstance(value, PerturbedWeight) or value.base.ndim != 2 or value.kind == "conv" or len(shape) != 3:
+        return NotImplemented
+    base = value.base.reshape(shape)
+    if base.shape[-1] != value.base.shape[-1]:
+        return NotImplemented
+    groups, inputs, rank = base.shape[0], *value.b.shape[-2:]
+    b = value.b.unsqueeze(-3).expand(*value.b.shape[:-2], groups, inputs, rank)
+    return value.like(base, value.a.unflatten(-2, (groups, -1)), b, kind="experts")
 
 
 @rule(F.embedding)
@@ -172,7 +213,8 @@ def embedding(
     if layout == "rows":
         return low_rank.embedding(ids, weight.base, weight.a, weight.b)
     if layout == "time_major":
-        return low_rank.embedding(ids.transpose(0, 1), weight.base, weight.a, weight.b).transpose(0, 1)
+        gathered = low_rank.embedding(ids.transpose(0, 1), weight.base, weight.a, weight.b)
+        return gathered.transpose(0, 1).contiguous()
     shared = low_rank.embedding_shared(ids, weight.base, weight.a, weight.b)
     return MemberTensor(shared, name=weight.parameter, context=context)
 

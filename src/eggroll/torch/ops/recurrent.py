@@ -108,7 +108,7 @@ def _recurrent(func: Callable[..., Any]) -> Callable[..., Any]:
                 finals.append(final)
             x_RT = torch.cat(outputs, dim=-1)
         last = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
-        return x_RT if batch_first else x_RT.transpose(0, 1), *last
+        return x_RT if batch_first else x_RT.transpose(0, 1).contiguous(), *last
 
     return apply
 

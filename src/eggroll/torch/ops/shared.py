@@ -23,7 +23,7 @@ from eggroll.torch import low_rank
 from eggroll.torch.low_rank_conv import CONVOLUTIONS, convolution
 from eggroll.torch.ops.per_member import is_write
 from eggroll.torch.ops.registry import METADATA, Rule, name_of
-from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.perturbed import SHARED_INPUT, MemberContext, MemberTensor, PerturbedWeight, Value
 
 
 class SharedRows(Value):
@@ -38,7 +38,7 @@ class SharedRows(Value):
         return Value.__new__(cls, shape, data.dtype, data.device)  # type: ignore[return-value]
 
     def __init__(self, data: Tensor, context: MemberContext, *, owned: bool = False) -> None:
-        self.data_B, self.context, self.parameter = data, context, "the input that active.expand made"
+        self.data_B, self.context, self.parameter = data, context, SHARED_INPUT
         self.owned = owned  # made by a layer that is not perturbed, so nobody else has the memory
 
     @property
@@ -71,12 +71,7 @@ def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             f"{name_of(func)}; change it before, or give the model a copy: active.expand(x).clone()"
         )
     if rule is not None:
-        try:
-            result = rule(*args, **kwargs)
-        except UnsupportedOperationError:
-            raise
-        except TypeError:  # called with other names of arguments than the rule's
-            result = NotImplemented
+        result = rule(*args, **kwargs)
         if result is not NotImplemented:
             return result
     return func(*_written_out(args), **_written_out(kwargs))
@@ -112,13 +107,17 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return low_rank.linear_shared(x.data_B, weight.base, weight.a, weight.b, b_Pm).flatten(0, 1)
 
 
-def _matmul(x: Any, weight: Any) -> Any:
-    is_matrix = isinstance(weight, PerturbedWeight) and weight.base.ndim == 2 and weight.kind != "conv"
+def _matmul(x: Any, weight: Any, *out_dtype: Any) -> Any:
+    is_matrix = (
+        not out_dtype and isinstance(weight, PerturbedWeight) and weight.base.ndim == 2 and weight.kind != "conv"
+    )
     return _linear(x, weight.transposed()) if is_matrix else NotImplemented
 
 
-def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    is_matrix = isinstance(weight, PerturbedWeight) and weight.base.ndim == 2 and weight.kind != "conv"
+def _addmm(bias: Any, x: Any, weight: Any, *out_dtype: Any, beta: float = 1, alpha: float = 1) -> Any:
+    is_matrix = (
+        not out_dtype and isinstance(weight, PerturbedWeight) and weight.base.ndim == 2 and weight.kind != "conv"
+    )
     return _linear(x, weight.transposed(), bias) if is_matrix and beta == alpha == 1 else NotImplemented
 
 
