@@ -5,7 +5,8 @@
     make test-extras EXTRAS=rl RESOLUTION=lowest-direct   with the oldest releases that pyproject.toml allows
     make test-extras EXTRAS=rl RESOLUTION=tested    with those of constraints.txt
 
-What is committed is installed. torch is the CPU build. Nothing is downloaded but packages: language models are made from a configuration.
+What is committed is installed. torch is the CPU build. Nothing is downloaded but packages: language models are made
+from a configuration.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> int:
         parser.error(f"there is no check of {', '.join(unknown)}; there are: {', '.join(CHECKS)}")
     for extra in wanted:
         with tempfile.TemporaryDirectory(prefix="eggroll-extra-") as folder:
-            check(extra, Path(folder), given.uv, given.resolution)
+            check(extra, Path(folder), str(Path(shutil.which(given.uv) or given.uv).absolute()), given.resolution)
     return 0
 
 
