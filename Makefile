@@ -4,6 +4,7 @@
 #   make test     lint, format check, types, import contracts, tests
 #   make test-all   the same with the tests that take longest (marked slow)
 #   make test-vllm  the tests of the vLLM backend, with vLLM's CPU build in an environment of its own (.venv-vllm)
+#   make test-extras  each extra in a clean environment: install, --help, a tiny run (half an hour; EXTRAS="rl jax" for some)
 #   make lint     the same without the tests
 #   make bench    every script in benchmarks/; results go to benchmarks/results/
 #   make setup    only the virtual environment, with the development tools
@@ -21,7 +22,7 @@ SOURCES := src tests benchmarks examples recipes
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-vllm lint bench setup clean
+.PHONY: help demo test test-all test-vllm test-extras lint bench setup clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -54,6 +55,10 @@ test-all:
 
 test-vllm: .venv-vllm/.installed-vllm
 	@TOKENIZERS_PARALLELISM=false .venv-vllm/bin/python -m pytest -q -m "$(PYTEST_MARKS)" tests/test_vllm
+
+# RESOLUTION=lowest-direct takes the oldest releases that pyproject.toml allows, tested those of constraints.txt.
+test-extras: $(VENV)/.installed-dev
+	@$(BIN)/python scripts/extras.py --uv $(BIN)/uv --resolution $(or $(RESOLUTION),highest) $(EXTRAS)
 
 bench: $(VENV)/.installed-dev
 	@for script in benchmarks/bench_*.py; do \

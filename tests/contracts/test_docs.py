@@ -15,6 +15,7 @@ from eggroll.cli.main import load as load_command
 from eggroll.cli.main import options_of
 from eggroll.cli.parse import parse
 from eggroll.cli.recipe import AllOptions, options_type
+from eggroll.cli.watch import option_given
 from eggroll.llm import load
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,18 @@ COMMAND_LINES = [
 def examples(page):
     """The Python blocks of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def accuracy_of_members(names):
+    return float(names["scores"].mean())
+
+
+def accuracy_of_center(names):
+    return float(names["fitness"](names["state"].params, names["x"]))
+
+
+LEARNED = {"docs/functional.md": accuracy_of_members, "docs/jax.md": accuracy_of_center}
+"""Pages whose first example says that it learns: half of the answers are right by chance."""
 
 
 @pytest.mark.parametrize(
@@ -48,6 +61,8 @@ def test_examples_of_a_page_run(page):
     names = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{page}, example {number + 1}", "exec"), names)
+        if number == 0 and page in LEARNED:
+            assert LEARNED[page](names) > 0.9
 
 
 def test_the_example_of_the_readme_runs(monkeypatch, tmp_path, capsys):
@@ -77,3 +92,12 @@ def test_command_lines_are_understood(line):
     else:
         module = load_command(command)
         assert isinstance(options_of(module, arguments, prog=command), module.OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for line in COMMAND_LINES if (name := option_given(shlex.split(line, comments=True), "--env")) is not None})
+)
+def test_environments_of_the_guide_come_with_the_extra(name):
+    """One that needs another package, such as Box2D, would be the first thing that fails."""
+    worker = pytest.importorskip("eggroll.rl.worker")
+    assert worker.environment_of(name).obs_size > 0

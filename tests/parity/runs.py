@@ -40,7 +40,7 @@ class Run:
 
 
 def _tune(options: str, more: str = "--prompts prompts.txt -r score.py --dtype float32") -> str:
-    small = "-p 4 --rank 1 --max-tokens 4 --batch-size 2 --sigma 0.05 --lr 0.02 -g 3"
+    small = "-p 4 --rank 1 --max-tokens 4 --batch-size 2 --sigma 0.05 --lr 0.02 -g 3 --optimizer adam"
     return f"tune tiny {small} --device cpu --report-to none -o run {more} {options}"
 
 
@@ -49,7 +49,7 @@ def _recipe(name: str, options: str) -> str:
 
 
 def _rl(options: str) -> str:
-    small = "-p 8 --hidden 8 --layers 1 --max-steps 20 --eval-episodes 4 --eval-every 2 -g 3"
+    small = "--preset paper -p 8 --hidden 8 --layers 1 --max-steps 20 --eval-episodes 4 --eval-every 2 -g 3"
     return f"rl {small} --no-render --report-to none -o run {options}"
 
 

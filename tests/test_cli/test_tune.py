@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -48,10 +49,11 @@ FLAGS = {
 }
 DEFAULTS = {
     "generations": 100,
-    "population_size": 64,
-    "rank": 8,
+    "population_size": 32,
+    "rank": 1,
     "sigma": 0.01,
-    "lr": 0.001,
+    "lr": 0.05,
+    "optimizer": "sgd",
     "seed": 42,
     "target_modules": None,
     "fitness_shaping": "centered_rank",
@@ -400,8 +402,30 @@ def test_what_is_typed_counts_more_than_what_a_task_recommends():
     wrong = [*given, "--backend", "foo"]
     with pytest.raises(SystemExit):
         parsed(wrong)
-    task = get_task("countdown")
-    assert (options.lr, options.population_size) == (task.settings["lr"], task.settings["population_size"])
+    assert options.population_size == get_task("countdown").settings["population_size"]
+
+
+@pytest.mark.parametrize("task", [[], ["--task", "countdown"]])
+def test_a_learning_rate_that_is_not_given_is_that_of_the_optimizer(task):
+    """The task's is sgd's: with Adam, a step of 0.05 per entry would be five times sigma."""
+    assert parsed(["tiny", *task]).lr == 0.05
+    assert parsed(["tiny", *task, "--optimizer", "adamw"]).lr == 0.003
+    assert parsed(["tiny", *task, "--optimizer=momentum"]).lr == 0.005
+    assert parsed(["tiny", *task, "--optimizer", "adam", "--lr", "0.05"]).lr == 0.05
+
+
+def test_help_guide_and_demo_have_one_set_of_defaults():
+    guide = (Path(__file__).parents[2] / "docs" / "tune.md").read_text(encoding="utf-8")
+    demo, options = get_task("one_sentence").settings, OPTIONS(model="tiny")
+    words = {
+        "population_size": "--population", "rank": "--rank", "sigma": "--sigma", "lr": "--lr",
+        "optimizer": "--optimizer", "prompts_per_generation": "--batch-size",
+    }  # fmt: skip
+    for name, flag in words.items():
+        value = getattr(options, name)
+        assert demo[name] == value
+        (start,) = re.findall(rf"^\| `{flag}`[^|]*\| ([\w.]+)", guide, re.MULTILINE)
+        assert start == str(value)
 
 
 def test_a_data_set_beside_a_task_is_what_is_trained_on(eggroll):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from toys import SPACES  # noqa: E402
 
 import eggroll.rl  # noqa: E402
 from eggroll.core.settings import may_change  # noqa: E402
+from eggroll.errors import ConfigError  # noqa: E402
 from eggroll.rl.config import RLConfig  # noqa: E402
 from eggroll.rl.envs import registry  # noqa: E402
 from eggroll.rl.envs.base import Continuous, Discrete, MultiDiscrete  # noqa: E402
@@ -97,3 +99,36 @@ def test_what_may_change_on_resume():
         "generations", "env_steps", "eval_every", "members_per_forward", "devices", "resume", "report_to",
         "workers", "ray_address", "worker_cpus", "worker_gpus",
     }  # fmt: skip
+
+
+def test_presets_depend_on_the_device_unless_one_is_named():
+    """What solves CartPole on a CPU in minutes is no use on a GPU, and the other way round."""
+    name = "CartPole-v1"
+    small = RLConfig(env=name).resolved(name, cpu=True)
+    assert (small.population_size, small.rank, small.optimizer, small.lr, small.sigma) == (128, 1, "adam", 0.02, 0.1)
+    assert (small.lr_decay, small.sigma_decay, small.episodes, small.rank_transform) == (1.0, 1.0, 1, True)
+    assert RLConfig(env=name).resolved(name, cpu=False).population_size == 2048
+    assert RLConfig(env=name, preset="paper").resolved(name, cpu=True) == dataclasses.replace(
+        RLConfig(env=name).resolved(name), preset="paper"
+    )
+    assert RLConfig(env=name, preset="small").resolved(name).population_size == 128
+    assert RLConfig(env="brax/ant").resolved("brax/ant", cpu=True).lr == 0.005
+    assert RLConfig(env=name, optimizer="sgd").resolved(name, cpu=True).lr == 0.2  # Adam's is no other rule's
+    assert RLConfig(env=name, optimizer="sgd", lr=0.3).resolved(name, cpu=True).lr == 0.3
+    with pytest.raises(ConfigError, match=r"preset \(='large'\) must be one of auto, paper, small"):
+        RLConfig(env=name, preset="large").resolved(name)
+
+
+def test_what_a_run_has_recorded_counts_more_than_the_device():
+    """A run from a GPU goes on, and is replayed, on a CPU with its own values."""
+    name = "CartPole-v1"
+    recorded = RLConfig(env=name).resolved(name, cpu=False)
+    assert recorded.resolved(name, cpu=True) == recorded
+    assert recorded.preset == "auto"  # as in runs from before there were presets, so that these can be resumed
+
+
+def test_a_learning_rate_is_shown_as_it_was_given_and_as_it_is_logged():
+    name = "CartPole-v1"
+    paper = RLConfig(env=name).resolved(name)
+    assert paper.lr_text() == f"0.1 in the paper's scale (logged as {paper.es().lr:.4g})"
+    assert RLConfig(env=name).resolved(name, cpu=True).lr_text() == "0.02"

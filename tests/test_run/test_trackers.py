@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eggroll.errors import ConfigError, MissingExtraError
+from eggroll.lifecycle import RunKind, train
 from eggroll.run.trackers import TrackerWarning, make_trackers
 
 
@@ -88,8 +89,45 @@ def test_a_wrong_name_is_explained(run):
 
 def test_wandb_missing_says_how_to_install_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingExtraError, match=r"'wandb' is needed here.*pip install .*\[wandb\]"):
+    with pytest.raises(MissingExtraError, match=r"--report-to wandb needs 'wandb'.*pip install wandb; or go without"):
         make_trackers("wandb", run)
+
+
+def test_tensorboard_does_without_torch(run, monkeypatch):
+    """The extra for reinforcement learning has none."""
+    for name in [name for name in sys.modules if name == "torch" or name.startswith("torch.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    tracker = make_trackers("tensorboard", run)
+    tracker.log(1, {"fitness_mean": 0.25})
+    tracker.close()
+    assert [event.value for event in events(run).Scalars("fitness/mean")] == [0.25]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_what_is_missing_is_said_before_a_run_is_made(name, tmp_path, monkeypatch):
+    """An empty run directory would be in the way of the next try."""
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, name, None)
+    loaded = []
+    kind = RunKind(name="toy", options=None, plan=loaded.append, base=None, save=None)
+    with pytest.raises(MissingExtraError, match=f"pip install {name}; or go without it: --report-to none"):
+        train(kind, SimpleNamespace(report_to=f"none,{name}", output=tmp_path / "run", resume=None))
+    assert loaded == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_cannot_start_is_dropped_too(run, monkeypatch):
+    def init(**options):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.warns(TrackerWarning, match=r"wandb failed \(RuntimeError: api_key not configured\)"):
+        tracker = make_trackers("wandb,tensorboard", run)
+    tracker.log(1, {"fitness_mean": 1.0})
+    tracker.close()
+    assert [event.step for event in events(run).Scalars("fitness/mean")] == [1]
 
 
 def test_wandb_and_tensorboard_together(run, wandb):

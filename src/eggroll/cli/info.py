@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from eggroll.core.settings import setting
-from eggroll.llm.config import EggrollConfig, ModelOptions
+from eggroll.llm.config import ModelOptions
+from eggroll.llm.options import TuneSettings
 from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions(ModelOptions, EggrollConfig):
+class InfoOptions(ModelOptions, TuneSettings):
     """The settings of ``eggroll tune`` that change what a run needs."""
 
     model: str = setting(positional="MODEL")
     """Hub id, local directory, .gguf file, or smollm2-135m."""
     prompt_tokens: int = 64
     """Length of a prompt in tokens."""
-    population_size: int = 64
 
 
 OPTIONS = InfoOptions

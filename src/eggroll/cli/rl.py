@@ -35,7 +35,7 @@ OPTIONS = RLOptions
 
 
 def run(options: RLOptions) -> int:
-    """Evolve a policy for an environment; hyperparameters that are not given are the paper's for it."""
+    """Evolve a policy for an environment; settings that are not given come from a preset."""
     if options.list:
         _list()
         return 0

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run_command
-from eggroll.llm.options import TuneOptions
+from eggroll.llm.options import LEARNING_RATES, TuneOptions
 from eggroll.run.terminal import Terminal, printable
 
 if TYPE_CHECKING:
@@ -31,18 +31,21 @@ def run(options: TuneOptions) -> int:
 def default_options(arguments: Sequence[str]) -> TuneOptions | None:
     """Defaults for the command line: the options of the run that ``--resume`` names, or what ``--task`` recommends.
 
-    ``None`` without either. What is given on the command line counts more, whatever its value.
+    A learning rate belongs to its optimizer, so another ``--optimizer`` has another default. ``None`` without any of
+    these. What is given on the command line counts more, whatever its value.
     """
     if option_given(arguments, "--resume") is not None:
         from eggroll.llm.kind import KIND
 
         return resumed_options(KIND, arguments)
     task, shots = option_given(arguments, "--task"), option_given(arguments, "--shots") or "0"
-    if not task or task.startswith("-") or not shots.isdecimal():
-        return None  # wrong, and told in the words of the command line
+    lr = LEARNING_RATES.get(option_given(arguments, "--optimizer"))  # type: ignore[call-overload]
+    if not task or task.startswith("-") or not shots.isdecimal():  # none, or wrong and told by the command line
+        return None if lr is None else TuneOptions(model=tyro.MISSING_NONPROP, lr=lr)
     # A default of another word would make that word a choice of the command line.
     backend: Literal["torch", "vllm"] = "vllm" if option_given(arguments, "--backend") == "vllm" else "torch"
-    return with_task(TuneOptions(model=tyro.MISSING_NONPROP, task=task, shots=int(shots), backend=backend))
+    options = with_task(TuneOptions(model=tyro.MISSING_NONPROP, task=task, shots=int(shots), backend=backend))
+    return options if lr is None else dataclasses.replace(options, lr=lr)
 
 
 def with_task(options: TuneOptions) -> TuneOptions:

@@ -75,8 +75,10 @@ def _apply(equation: Any, operands: list[Any]) -> list[Any]:
 
 
 def _bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
-    subfuns, params = equation.primitive.get_bind_params(equation.params)
-    result = equation.primitive.bind(*subfuns, *operands, **params)
+    found = equation.primitive.get_bind_params(equation.params)
+    # jax 0.9 gives the functions to call and the parameters; jax 0.10 gives parameters that hold those functions.
+    functions, params = found if isinstance(found, tuple) else ((), found)
+    result = equation.primitive.bind(*functions, *operands, **params)
     return list(result) if equation.primitive.multiple_results else [result]
 
 

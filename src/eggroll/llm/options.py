@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from eggroll.core.config import OptimizerName
 from eggroll.core.settings import setting
 from eggroll.distributed.options import WorkerOptions
 from eggroll.llm.config import EggrollConfig, ModelOptions
@@ -21,8 +23,25 @@ def _is_program(reward: str | None) -> bool:
     )
 
 
+LEARNING_RATES: Mapping[OptimizerName, float] = {"sgd": 0.05, "momentum": 0.005, "adam": 0.003, "adamw": 0.003}
+"""What is taken where none is given: with 32 members, steps of up to about 0.003 per entry, a third of ``sigma``."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions(WorkerOptions, RunOptions, ModelOptions, EggrollConfig):
+class TuneSettings(EggrollConfig):
+    """``EggrollConfig`` with the command line's defaults: those that the guide and ``make demo`` have."""
+
+    population_size: int = 32
+    rank: int = 1
+    lr: float = LEARNING_RATES["sgd"]
+    """Learning rate; default: 0.05 with sgd, 0.005 with momentum, 0.003 with adam and adamw."""
+    optimizer: OptimizerName = "sgd"
+    """Which rule turns the estimate into a step; sgd's is of the same size whatever the scores' scale, and smaller for
+    larger populations. Adam keeps two float32 numbers per evolved entry, sgd none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
     """Everything that ``eggroll tune`` can be told."""
 
     model: str = setting(positional="MODEL")
@@ -39,7 +58,6 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, EggrollConfig):
     """The same as --dataset, for prompts."""
     eval_prompts: str | None = None
     """Held-out prompts or texts, in the same forms."""
-    population_size: int = 64
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: PyTorch in this process, or a vLLM engine whose adapters are the members."""
     engine_args: str | None = setting(None, resume=True, runs_code=bool)

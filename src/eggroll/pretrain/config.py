@@ -122,7 +122,7 @@ class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOpt
     """minipile, a hub text data set, a .txt, a folder of .txt, or a .npy of bytes (a byte 0 begins a document)."""
     text_column: str = "text"
     """Column of a hub data set that holds the documents."""
-    population_size: int = setting(4096, flags=("-p", "--pop_size"))
+    population_size: int = setting(4096, flags=("-p", "--population", "--pop_size"))
     rank: int = 1
     n_layers: int = 6
     """Blocks of the model."""

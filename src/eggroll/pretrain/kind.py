@@ -13,6 +13,7 @@ from typing import Any
 from rich.markup import escape
 
 from eggroll import lifecycle
+from eggroll._command import typed
 from eggroll.distributed.partition import default_range_size
 from eggroll.errors import RunError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting, Trained

@@ -31,8 +31,9 @@ PPO_SETTINGS: dict[str, Any] = {
 
 
 OF_EVOLUTION = (
-    "population_size", "rank", "sigma", "lr", "optimizer", "lr_decay", "sigma_decay", "rank_transform", "episodes",
-    "noiser", "generations", "devices", "members_per_forward", "workers", "ray_address", "worker_cpus", "worker_gpus",
+    "preset", "population_size", "rank", "sigma", "lr", "optimizer", "lr_decay", "sigma_decay", "rank_transform",
+    "episodes", "noiser", "generations", "devices", "members_per_forward", "workers", "ray_address", "worker_cpus",
+    "worker_gpus",
 )  # fmt: skip
 """Options that PPO has no use for."""
 

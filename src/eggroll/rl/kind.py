@@ -96,8 +96,8 @@ def _describe(config: RLConfig, env: Environment) -> Sequence[str]:
         f"[bold]{escape(env.name)}[/]  {env.obs_size} observations, {escape(str(env.actions))}, episodes of at most "
         f"{min(config.max_steps or env.max_steps, env.max_steps)} steps",
         f"policy   {sum(leaf.size for leaf in jax.tree.leaves(policy)):,} parameters evolved",
-        f"search   population {es.population_size}, rank {es.rank}, sigma {es.sigma:g}, {es.optimizer} lr {es.lr:.4g}, "
-        f"seed {es.seed}",
+        f"search   population {es.population_size}, rank {es.rank}, sigma {es.sigma:g}, {es.optimizer} lr "
+        f"{escape(config.lr_text())}, seed {es.seed}",
         "[dim]the first generation compiles, which takes some seconds to a minute[/]",
     )
 

@@ -1,9 +1,11 @@
-"""The paper's hyperparameters for its sixteen environments (EGGROLL v2, appendix N.4)."""
+"""Hyperparameters that are not given: the paper's for its sixteen environments (EGGROLL v2, appendix N.4), and small
+ones for a CPU."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+PresetName = Literal["paper", "small"]
 COLUMNS = (
     "optimizer", "lr", "lr_decay", "sigma", "sigma_decay", "rank", "population_size", "episodes", "rank_transform",
 )  # fmt: skip
@@ -34,6 +36,25 @@ DEFAULT: dict[str, Any] = dict(zip(COLUMNS, ("adam", 0.01, 0.999, 0.05, 1.0, 1, 
 PRESETS: dict[str, dict[str, Any]] = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in _TABLE.items()}
 
 
-def preset(name: str) -> dict[str, Any]:
-    """The settings for an environment by its canonical name."""
-    return dict(PRESETS.get(name, DEFAULT))
+SMALL: dict[str, Any] = dict(zip(COLUMNS, ("adam", 0.02, 1.0, 0.1, 1.0, 1, 128, 1, True), strict=True))
+"""For a CPU, where the paper's populations take minutes a generation: those of ``benchmarks/rl/sixteen.py``."""
+SMALL_BRAX = {"sigma": 0.05, "lr": 0.005}
+"""The same for brax, where a policy that does nothing survives, and some twenty updates of that size end it."""
+SMALL_SGD_LR = 0.2
+"""In the paper's scale, for sgd in the place of Adam."""
+
+
+def preset(name: str, which: PresetName, optimizer: str | None = None) -> dict[str, Any]:
+    """The settings for an environment by its canonical name.
+
+    Args:
+        name: the environment.
+        which: ``paper``, or ``small`` (for short runs on a CPU).
+        optimizer: the one that was asked for, if any: Adam's learning rate is no other rule's.
+    """
+    if which == "paper":
+        return dict(PRESETS.get(name, DEFAULT))
+    found = {**SMALL, **(SMALL_BRAX if name.startswith("brax/") else {})}
+    if optimizer in ("sgd", "momentum"):
+        found["lr"] = SMALL_SGD_LR * (1.0 if optimizer == "sgd" else 0.1)  # momentum of 0.9 adds up to ten steps
+    return found

@@ -143,7 +143,7 @@ def resolved(config: RLConfig, env: Environment) -> RLConfig:
     Raises:
         ConfigError: settings cannot work, here or at all.
     """
-    config = config.resolved(env.name)
+    config = config.resolved(env.name, cpu=jax.default_backend() == "cpu")
     if config.devices == 1:
         return config
     given = f"devices (={config.devices})"

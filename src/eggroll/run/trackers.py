@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from eggroll._optional import require
-from eggroll.errors import ConfigError
+from eggroll.errors import ConfigError, MissingExtraError
 from eggroll.run.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def tracker_names(report_to: str | Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: a name is not known.
+        MissingExtraError: what a tracker needs is not installed.
     """
     names = report_to.split(",") if isinstance(report_to, str) else list(report_to)
     names = [name.strip().lower() for name in names if name.strip()]
@@ -49,7 +52,11 @@ def tracker_names(report_to: str | Sequence[str]) -> list[str]:
             near = difflib.get_close_matches(name, allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"report_to (={name!r}) must be one or several of: {', '.join(allowed)}{hint}")
-    return list(dict.fromkeys(name for name in names if name != "none"))
+    wanted = list(dict.fromkeys(name for name in names if name != "none"))
+    for name in wanted:
+        for module in _NEEDS[name]:
+            _imported(module, name)
+    return wanted
 
 
 def make_trackers(report_to: str | Sequence[str], run: RunDir) -> Tracker:
@@ -63,7 +70,13 @@ def make_trackers(report_to: str | Sequence[str], run: RunDir) -> Tracker:
         ConfigError: a name is not known.
         MissingExtraError: what a tracker needs is not installed.
     """
-    return _Trackers({name: _KINDS[name](run) for name in tracker_names(report_to)})
+    trackers = {}
+    for name in tracker_names(report_to):
+        try:
+            trackers[name] = _KINDS[name](run)
+        except Exception as error:  # no login, no network, a directory that cannot be written
+            _warn_of(name, error)
+    return _Trackers(trackers)
 
 
 class TrackerListener:
@@ -104,12 +117,27 @@ class _Trackers:
                 call(tracker)
             except Exception as error:
                 del self._trackers[name]
-                warnings.warn(
-                    f"{name} failed ({type(error).__name__}: {error}) and gets no more metrics; the run goes on, and "
-                    "metrics.jsonl has all of them",
-                    TrackerWarning,
-                    stacklevel=4,
-                )
+                _warn_of(name, error)
+
+
+def _warn_of(name: str, error: Exception) -> None:
+    warnings.warn(
+        f"{name} failed ({type(error).__name__}: {error}) and gets no more metrics; the run goes on, and "
+        "metrics.jsonl has all of them",
+        TrackerWarning,
+        stacklevel=5,
+    )
+
+
+def _imported(module: str, name: str) -> ModuleType:
+    """A module that a tracker needs; its package may be in no extra of the command, so the package is named."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"--report-to {name} needs {name!r}, which could not be imported ({error}). "
+            f"Install it with: pip install {name}; or go without it: --report-to none"
+        ) from error
 
 
 def _tag(key: str) -> str:
@@ -118,28 +146,42 @@ def _tag(key: str) -> str:
 
 
 class _TensorBoard:
+    """Events by the tensorboard package alone: torch's writer makes the same ones, but a run in JAX has no torch."""
+
     def __init__(self, run: RunDir) -> None:
-        tensorboard = require("torch.utils.tensorboard", extra="llm")
-        # a resumed run repeats the steps after its last generation; the purge hides what was logged for them before
-        purge_step = len(run.updates()) + 1 if run.events.exists() else None
-        self._writer = tensorboard.SummaryWriter(str(run.events), purge_step=purge_step)
+        modules = [_imported(module, "tensorboard") for module in _NEEDS["tensorboard"]]
+        writer, self._events, self._summaries, texts = modules
+        self._text_of = texts.text_pb
+        resumed = run.events.exists()
+        self._writer = writer.EventFileWriter(str(run.events))
+        if resumed:
+            # A resumed run repeats the steps after its last generation; this hides what was logged for them before.
+            purge_step = len(run.updates()) + 1
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._add(step=purge_step, file_version="brain.Event:2")
+            self._add(step=purge_step, session_log=start)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        values = self._summaries.Summary.Value
         for tag, value in metrics.items():
-            self._writer.add_scalar(tag, value, step)
+            self._add(step=step, summary=self._summaries.Summary(value=[values(tag=tag, simple_value=value)]))
         self._writer.flush()
 
     def text(self, step: int, tag: str, text: str) -> None:
         # TensorBoard renders Markdown; an indented block shows the text as it is
-        self._writer.add_text(tag, "\n".join("    " + line for line in text.splitlines()), step)
+        block = "\n".join("    " + line for line in text.splitlines())
+        self._add(step=step, summary=self._text_of(f"{tag}/text_summary", block))
 
     def close(self) -> None:
         self._writer.close()
 
+    def _add(self, **fields: Any) -> None:
+        self._writer.add_event(self._events.Event(wall_time=time.time(), **fields))
+
 
 class _WandB:
     def __init__(self, run: RunDir) -> None:
-        self._wandb = require("wandb", extra="wandb")
+        self._wandb = _imported("wandb", "wandb")
         self._run = self._wandb.init(
             project="eggroll",
             name=run.path.resolve().name,
@@ -160,4 +202,13 @@ class _WandB:
         self._run.finish()
 
 
+_NEEDS = {
+    "tensorboard": (
+        "tensorboard.summary.writer.event_file_writer",
+        "tensorboard.compat.proto.event_pb2",
+        "tensorboard.compat.proto.summary_pb2",
+        "tensorboard.plugins.text.summary_v2",
+    ),
+    "wandb": ("wandb",),
+}
 _KINDS: dict[str, Callable[[RunDir], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
