@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -110,7 +111,7 @@ class Expected:
             )
             center = parameters[spec.name]
             # Copied, not assigned: whatever else holds the parameter sees it.
-            center.copy_((center.double() + SIGMA * torch.from_numpy(noise)).to(center.dtype))
+            center.copy_((center.double() + SIGMA * torch.as_tensor(np.asarray(noise))).to(center.dtype))
         return model
 
     def batch_dim_of(self, slot: int) -> int | None:

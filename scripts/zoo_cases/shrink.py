@@ -167,6 +167,9 @@ def shrunk(config_class: Any, overrides: Mapping[str, Any] | None = None) -> Any
         part = getattr(full, name, None)
         if part is not None and hasattr(part, "to_dict"):
             inner = overrides.pop(name, None)
+            if hasattr(inner, "to_dict"):
+                parts[name] = inner
+                continue
             with contextlib.suppress(Exception):
                 parts[name] = shrunk(type(part), inner)
     fields = {k: v for k, v in full.to_dict().items() if k not in parts and not k.startswith("_")}
