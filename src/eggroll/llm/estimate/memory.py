@@ -212,7 +212,7 @@ class Estimate:
         return moments
 
     def _cache(self, tokens: int) -> int:
-        """Keys and values of one row, or its recurrent state (float32), which is the same after any number of tokens."""
+        """Keys and values of one row; a recurrent state (float32) is as large after any number of tokens."""
         o = self.outline
         if o.state:
             return 4 * o.layers * o.state

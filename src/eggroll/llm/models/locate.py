@@ -80,9 +80,7 @@ def locate(source: str) -> Located:
         hint = f"say which one: {path / ggufs[0]}" if ggufs else "a model's directory has a config.json"
         raise ModelError(f"directory {path} holds no model: {hint}. In it there is: {there}")
     if path.is_file():
-        raise ModelError(
-            f"model {path} is a file that ends neither with .gguf nor with .pth (RWKV-7); give the model's directory"
-        )
+        raise ModelError(f"model {path} is a file, but neither .gguf nor .pth (RWKV-7); give the model's directory")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModelError(f"model directory {path} does not exist{_files_near(path)}")
     return Located(source, source)

@@ -36,6 +36,7 @@ _BACK = {
     **{theirs: ours for ours, theirs in _PROJECTIONS.items()},
 }
 _VECTORS = re.compile(r"\.(x_[rwkvag]|[wav]0|k_k|k_a)$")
+_MIXES = re.compile(r"\.att\.x_[rwkvag]$")
 _UNUSED = re.compile(r"^blocks\.0\.att\.v[012]$")
 _OLDER = {
     "RWKV-4": lambda names: any(name.endswith("att.time_first") for name in names),
