@@ -94,9 +94,10 @@ def test_command_lines_are_understood(line):
         assert isinstance(options_of(module, arguments, prog=command), module.OPTIONS)
 
 
-@pytest.mark.parametrize(
-    "name", sorted({name for line in COMMAND_LINES if (name := option_given(shlex.split(line, comments=True), "--env")) is not None})
-)
+ENVIRONMENTS = {option_given(shlex.split(line, comments=True), "--env") for line in COMMAND_LINES} - {None}
+
+
+@pytest.mark.parametrize("name", sorted(ENVIRONMENTS))
 def test_environments_of_the_guide_come_with_the_extra(name):
     """One that needs another package, such as Box2D, would be the first thing that fails."""
     worker = pytest.importorskip("eggroll.rl.worker")

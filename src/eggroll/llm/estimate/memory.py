@@ -212,8 +212,10 @@ class Estimate:
         return moments
 
     def _cache(self, tokens: int) -> int:
-        """Keys and values of one row."""
+        """Keys and values of one row; a recurrent state (float32) is as large after any number of tokens."""
         o = self.outline
+        if o.state:
+            return 4 * o.layers * o.state
         return 2 * o.layers * o.kv_heads * o.head_size * tokens * self.element
 
     def _activations(self, tokens: int) -> int:
@@ -224,12 +226,14 @@ class Estimate:
         # their product, or an activation function made of several operations.
         inner = 4 * o.width + (3 if o.gated else 4) * o.inner * max(o.experts_per_token, 1)
         attention = 3 * o.width + 4 * q + 2 * kv + (2 * q if kv < q else 0)
+        if o.state:  # what the recurrence reads and writes, in float32, beside the projections that it was made of
+            attention = 12 * o.width + 9 * o.width * 4 // self.element
         total = max(inner, attention) * tokens * self.element
         if o.experts:
             # Each token gets a copy of the experts that the router chose for it.
             widest = max((math.prod(s.matrix_shape) for s in o.specs if s.kind == "experts"), default=0)
             total += tokens * o.experts_per_token * widest * self.element
-        masks = tokens * tokens * (1 + self.element)
+        masks = 0 if o.state else tokens * tokens * (1 + self.element)
         scores = o.heads * tokens * tokens * (4 + 2 * self.element) if o.scores else 0
         return total + masks + scores
 

@@ -2,8 +2,8 @@
 
 The members' rows are decoded together with a KV cache. A beginning that all prompts share (a system prompt, worked
 examples) is computed once per member, not once per prompt. When enough rows have ended, they are cut out of the cache,
-the mask and the population's factors, so a member that says little costs little. Models that are not decoders with a
-cache of that kind (T5, Mamba) go through their own ``generate``.
+the mask and the population's factors, so a member that says little costs little. A recurrent state that can be cut by
+rows (RWKV-7) takes the place of the cache. Models that have neither (T5, Mamba) go through their own ``generate``.
 """
 
 from __future__ import annotations
@@ -116,7 +116,10 @@ def generate(
 
     cache: Any = None
     shared = common_prefix(tokens[:prompts], mask[:prompts]) if prompts else 0
-    if shared and prompts and (empty := plain_cache(model)) is not None:
+    if shared and prompts and getattr(model, "cache_has_rows", False):
+        cache, mask = _shared_state(forward, tokens, mask, positions, prompts, shared)
+        tokens, positions = tokens[:, shared:], positions[:, shared:]
+    elif shared and prompts and (empty := plain_cache(model)) is not None:
         cache = _shared_cache(forward, empty, tokens, mask, prompts, shared)
         tokens, positions = tokens[:, shared:], positions[:, shared:]
     for step in range(max_tokens):
@@ -158,8 +161,26 @@ def _shared_cache(
     return spread(cache, torch.arange(len(tokens), device=tokens.device) // prompts, padding)
 
 
+def _shared_state(
+    forward: Callable[..., Any], tokens: Tensor, mask: Tensor, positions: Tensor, prompts: int, shared: int
+) -> tuple[Any, Tensor]:
+    """The state after the first ``shared`` tokens of all rows, and the mask of what is left to read.
+
+    A state has no columns that could begin later, so that what stands before a row's own tokens is masked.
+    """
+    begin = int(mask.shape[1] - mask[0].sum())
+    prefix = tokens[::prompts, begin : begin + shared]
+    ones = torch.ones_like(prefix)
+    places = torch.arange(shared, device=tokens.device).expand(len(prefix), -1)
+    state = forward(input_ids=prefix, attention_mask=ones, past_key_values=None, position_ids=places).past_key_values
+    state.batch_select_indices(torch.arange(len(tokens), device=tokens.device) // prompts)
+    return state, mask * (positions >= shared)
+
+
 def _decodes_with_cache(model: Any) -> bool:
-    """Whether a model is a decoder whose cache can be cut by rows (attention, not a recurrent state)."""
+    """Whether a model is a decoder whose cache can be cut by rows: attention, or a state that says that it can."""
+    if getattr(model, "cache_has_rows", False):
+        return True
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         return False

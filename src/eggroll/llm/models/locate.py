@@ -1,4 +1,4 @@
-"""Where a model is: a directory, a GGUF file, the hub, or an alias that needs no hub."""
+"""Where a model is: a directory, a GGUF file, an RWKV-7 file, the hub, or an alias that needs no hub."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ class Located:
         source: what was asked for.
         path: what transformers gets: a directory or hub id.
         gguf: the name of the GGUF file in the directory, if it is one.
+        pth: whether ``path`` is an original RWKV file.
     """
 
     source: str
     path: str
     gguf: str | None = None
+    pth: bool = False
 
     @property
     def name(self) -> str:
         """A short name, for directories and titles."""
-        return Path(self.source.rstrip("/")).name.removesuffix(".gguf") or "model"
+        return Path(self.source.rstrip("/")).name.removesuffix(".gguf").removesuffix(".pth") or "model"
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -46,7 +48,7 @@ class Located:
         try:
             with nullcontext() if Path(self.path).exists() else offline_if_unreachable(), quiet_progress():
                 yield
-        except MissingExtraError:
+        except (MissingExtraError, ModelError):
             raise
         except Exception as error:
             raise ModelError(_not_loaded(self.source, self.path, error)) from error
@@ -62,9 +64,11 @@ def locate(source: str) -> Located:
     path = Path(source).expanduser()
     if alias is not None and not path.exists():
         return Located(source, str(alias()))
-    if path.suffix.lower() == ".gguf":
+    if path.suffix.lower() in (".gguf", ".pth"):
         if not path.is_file():
             raise ModelError(f"model file {path} does not exist{_files_near(path)}")
+        if path.suffix.lower() == ".pth":
+            return Located(source, str(path), pth=True)
         return Located(source, str(path.parent), path.name)
     if path.is_dir():
         if (path / "config.json").exists():
@@ -76,7 +80,7 @@ def locate(source: str) -> Located:
         hint = f"say which one: {path / ggufs[0]}" if ggufs else "a model's directory has a config.json"
         raise ModelError(f"directory {path} holds no model: {hint}. In it there is: {there}")
     if path.is_file():
-        raise ModelError(f"model {path} is a file that does not end with .gguf; give the model's directory")
+        raise ModelError(f"model {path} is a file, but neither .gguf nor .pth (RWKV-7); give the model's directory")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModelError(f"model directory {path} does not exist{_files_near(path)}")
     return Located(source, source)
@@ -85,7 +89,7 @@ def locate(source: str) -> Located:
 def _files_near(path: Path) -> str:
     if not path.parent.is_dir():
         return f", nor does {path.parent}"
-    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix in (".gguf", ".pth")]
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     return f". Near matches in {path.parent}: {', '.join(near)}" if near else ""
 

@@ -32,6 +32,7 @@ class Outline:
         gated: whether the inner layer has a gate (a third matrix).
         scores: whether attention writes its ``(time, time)`` scores to memory.
         experts, experts_per_token: of a mixture of experts; both 0 without one.
+        state: entries of a row's recurrent state in one layer, which takes the place of keys and values; 0 without one.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Outline:
     scores: bool
     experts: int
     experts_per_token: int
+    state: int = 0
 
     @classmethod
     def of(cls, model: Any) -> Outline:
@@ -83,6 +85,7 @@ class Outline:
             scores=getattr(config, "_attn_implementation", None) == "eager",
             experts=experts,
             experts_per_token=number("num_experts_per_tok", "num_experts_per_token", default=1) if experts else 0,
+            state=getattr(model, "state_size", 0),
         )
 
     @property

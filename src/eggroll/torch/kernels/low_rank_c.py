@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from eggroll.torch.kernels import compile_c
+from eggroll.torch.kernels.native import is_unobserved, thread_entry
 
 SOURCE = Path(__file__).with_name("low_rank.c")
 # Sums in any order, so that they can be vectors. Not -ffast-math: it would also drop infinities and NaN, and change how
@@ -86,7 +86,7 @@ class Term:
 
     def takes(self, x: Tensor, bias: Tensor | None) -> bool:
         """As :func:`can_add`, of contiguous rows ``x (R, ..., n)``; false also where somebody may ask for gradients."""
-        if type(x) is not Tensor or x.dtype is not self.dtype or not x.is_cpu or not _is_unobserved():
+        if type(x) is not Tensor or x.dtype is not self.dtype or not x.is_cpu or not is_unobserved():
             return False
         rows = x.numel() // self.n
         if torch.is_grad_enabled() or rows > self.limit or rows % self.members or not rows:
@@ -123,7 +123,7 @@ def prepare(weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) -> Term | None:
     if rank > MAX_RANK or 0 in (members, m, n, rank):
         return None
     a_Prm, b_Prn = a_Pmr.transpose(1, 2), b_Pnr.transpose(1, 2)
-    if not (_is_unobserved() and a_Prm.is_contiguous() and b_Prn.is_contiguous()):
+    if not (is_unobserved() and a_Prm.is_contiguous() and b_Prn.is_contiguous()):
         return None
     entries = _library(weight_mn.dtype)
     return None if isinstance(entries, str) else Term(entries, a_Prm.detach(), b_Prn.detach())
@@ -190,19 +190,8 @@ def _usable(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *others
         and all(part.dtype == dtype and part.is_cpu and type(part) in _PLAIN_TYPES for part in parts)
         and (bias is None or bias.is_contiguous())
         and not (torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts)))
-        and _is_unobserved()
+        and is_unobserved()
         and not isinstance(_library(dtype), str)
-    )
-
-
-def _is_unobserved() -> bool:
-    """Whether nothing follows what is computed: no compilation, transform, dispatch mode, trace or dual level."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.maybe_current_level() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_tracing()
-        and forward_ad._current_level < 0
     )
 
 
@@ -247,15 +236,7 @@ class _Entries:
         self.run = getattr(library, _NAMES[dtype])
         self.run.argtypes = (*(ctypes.c_void_p,) * 8, *(ctypes.c_int64,) * 7, ctypes.c_void_p)
         self.run.restype = None
-        self.parallel = _parallel()
-
-
-def _parallel() -> int | None:
-    try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
-    except (OSError, AttributeError):
-        return None
+        self.parallel = thread_entry()
 
 
 @functools.cache
