@@ -132,7 +132,8 @@ def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surrou
     if located.gguf is not None or located.pth:
         raise ModelError(
             f"{source} is a {'GGUF' if located.gguf else 'RWKV'} file; this backend takes a directory or a hub id. "
-            f"Convert it once: eggroll.llm.load({source!r}) and .model.save_pretrained(directory), or use backend='torch'"
+            f"Convert it once: eggroll.llm.load({source!r}) and .model.save_pretrained(directory), or use "
+            "backend='torch'"
         )
     transformers = _transformers()
     with located.reading():

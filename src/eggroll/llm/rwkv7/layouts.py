@@ -128,7 +128,7 @@ def _to_fla(name: str) -> tuple[str, bool]:
         return ".".join([_OUTER[parts[0]], *parts[1:]]), False
     head, part, rest = f"model.layers.{parts[1]}", parts[2], parts[3:]
     if part == "att" and re.fullmatch(r"[wavg][012]", rest[0]):
-        pair, which = rest[0]
+        pair, which = rest[0][0], rest[0][1]
         return f"{head}.attn.{pair}_lora.lora.{_PAIRS[which]}", which != "0"
     if part == "att":
         rest = [_PROJECTIONS.get(rest[0], rest[0]), *rest[1:]]

@@ -57,6 +57,31 @@ class Shift:
 class TimeMix(nn.Module):
     """The recurrent half of a block."""
 
+    x_r: Tensor
+    x_w: Tensor
+    x_k: Tensor
+    x_v: Tensor
+    x_a: Tensor
+    x_g: Tensor
+    k_k: Tensor
+    k_a: Tensor
+    r_k: Tensor
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+    a0: Tensor
+    a1: Tensor
+    a2: Tensor
+    v0: Tensor
+    v1: Tensor
+    v2: Tensor
+    g1: Tensor
+    g2: Tensor
+    receptance: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
         width = config.hidden_size
@@ -101,7 +126,9 @@ class TimeMix(nn.Module):
         if shift.mask is not None:  # padding leaves the state as it is
             keep = shift.mask[:, :, None, None]
             log_w, to, values = (torch.where(keep, part, 0.0) for part in (log_w, to, heads_v))
-        y, wkv = wkv7(*(part.float() for part in (heads_r, log_w, heads_k, values, to, fro)), state.wkv)
+        y, wkv = wkv7(
+            heads_r.float(), log_w, heads_k.float(), values.float(), to.float(), fro.float(), state.wkv
+        )  # fmt: skip
         y = F.layer_norm(y.to(x.dtype), (self.size,), eps=self.eps)  # a group norm with a group for each head
         bonus = self._heads(r * k * self.r_k).sum(-1, keepdim=True) * heads_v
         y = self.ln_x(y.flatten(2)) + bonus.flatten(2)
@@ -141,6 +168,10 @@ class ChannelMix(nn.Module):
 
 class Block(nn.Module):
     """Time mix and channel mix, each behind a layer norm; the first block also norms the embedding."""
+
+    ln0: nn.LayerNorm
+    ln1: nn.LayerNorm
+    ln2: nn.LayerNorm
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
