@@ -198,10 +198,6 @@ REWARDS = {
         "def score(text):\n    return 'good'\n",
         "returned the text 'good'; a score must be a number",
     ),
-    "missing column": (
-        "def reward(prompts, completions, answer):\n    return [1.0 for _ in answer]\n",
-        "reward function 'reward' asks for answer; there are prompts, completions. Add the column to the data set",
-    ),
     "needs labels": (
         "def reward_fn(model, inputs):\n    return model(inputs['pixels'])\n",
         "reward 'reward_fn' raised KeyError: 'pixels'",

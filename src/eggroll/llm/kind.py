@@ -6,7 +6,8 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ from rich.markup import escape
 
 from eggroll._command import typed
 from eggroll.core.settings import narrowed
-from eggroll.errors import ConfigError, DataError
+from eggroll.errors import ConfigError, DataError, EggrollError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
 from eggroll.llm.backends.build import WorkerFactory
 from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
 from eggroll.llm.config import EggrollConfig
-from eggroll.llm.data.examples import Example, load_examples
+from eggroll.llm.data.examples import Example, check_source, load_examples
 from eggroll.llm.data.fingerprint import data_fingerprint
 from eggroll.llm.models.export import load_line, save_pretrained
 from eggroll.llm.models.fingerprint import model_fingerprint
+from eggroll.llm.models.locate import check_place
 from eggroll.llm.options import TuneOptions
+from eggroll.llm.rewards import Reward
+from eggroll.llm.rewards.columns import check_columns
+from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.tasks import get_task, row_check
 from eggroll.llm.trainer import SPREAD_ADVICE, EggrollTrainer
 from eggroll.run.run_dir import MODEL as MODEL
@@ -36,10 +41,9 @@ def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None
     """Training data, held-out data, and what was chosen.
 
     Raises:
-        ConfigError: two sources are given, or worked examples that would not be shown everywhere.
+        ConfigError: two sources are given.
         DataError: data cannot be read.
     """
-    _check_shots(options)
     if options.dataset is not None and options.prompts is not None:
         raise ConfigError("--dataset and --prompts mean the same; give one of them")
     source = options.dataset or options.prompts
@@ -81,8 +85,46 @@ def _check_shots(options: TuneOptions) -> None:
             )
 
 
-def make_worker(options: TuneOptions) -> ModelWorker:
+def look(options: TuneOptions) -> Reward:
+    """The reward, and whether the model and the data are there; nothing else is loaded or fetched.
+
+    Raises:
+        ConfigError: no reward is given, or several things are not there: the message lists all of them.
+        EggrollError: one of them is not there, or the reward cannot be loaded.
+    """
+    _check_shots(options)
+    what = options.reward or options.task
+    if what is None and options.resume is None:
+        raise ConfigError(
+            'eggroll tune needs --reward, which says what is scored: a .py file, "lambda text: ..." or '
+            "package.module:function for what the model writes, perplexity for how likely it finds the texts of "
+            "--dataset; or --task NAME, which brings a reward and prompts"
+        )
+    sources = [source for source in (options.dataset, options.prompts, options.eval_prompts) if source is not None]
+    found: list[Any] = []
+    problems: list[EggrollError] = []
+    looks: list[Callable[[], Any]] = [
+        partial(as_reward, what or "perplexity", None),
+        partial(check_place, options.model),
+        *(partial(check_source, source) for source in sources),
+    ]
+    for one in looks:
+        try:
+            found.append(one())
+        except EggrollError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError.from_problems("eggroll tune", [str(problem) for problem in problems])
+    reward: Reward = found[0]
+    return reward
+
+
+def make_worker(options: TuneOptions, reward: Reward | None = None) -> ModelWorker:
     """The worker of a run: in this process, with a vLLM engine, or a pool of workers; it is not told its data yet.
+
+    A reward that is loaded already stays in this process: workers elsewhere load what the options name.
 
     Raises:
         EggrollError: the model, the reward or the engine cannot be had, or do not fit each other.
@@ -96,7 +138,7 @@ def make_worker(options: TuneOptions) -> ModelWorker:
     trainer = EggrollTrainer.from_model_id(
         options.model,
         narrowed(options, EggrollConfig),
-        options.reward or options.task or "perplexity",
+        reward if reward is not None and options.workers is None else options.reward or options.task or "perplexity",
         backend=options.backend,
         workers=options.workers,
         dtype=options.dtype,
@@ -133,9 +175,12 @@ def engine_args(options: TuneOptions) -> dict[str, Any]:
 
 
 def _plan(options: TuneOptions) -> Plan:
+    reward = look(options)
     train, heldout, notes = load_data(options)
+    check_columns(reward, train)
+    check_columns(reward, heldout or train, "the held-out data set")
     engine_args(options)
-    worker = make_worker(options)
+    worker = make_worker(options, reward)
     worker.use(train, heldout)
     # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
     options = dataclasses.replace(options, dtype=worker.setup.dtype_name)  # type: ignore[arg-type]

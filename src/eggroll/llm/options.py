@@ -47,7 +47,7 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
     model: str = setting(positional="MODEL")
     """Hub id, local directory, .gguf file, or smollm2-135m."""
     reward: str | None = setting(None, flags=("-r",), runs_code=_is_program)
-    """perplexity, a .py file, "lambda text: ...", package.module:function, or a task."""
+    """perplexity, a .py file, "lambda text: ...", package.module:function, or a task; needed without --task."""
     task: str | None = None
     """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts and settings."""
     shots: int = 0

@@ -76,8 +76,9 @@ class WorkerFactory:
         found = look_up(self.model, dtype=self.dtype, device=self.device, trust_remote_code=trust)
         # Other workers may live on this machine, so what counts then is the memory that is free.
         check_memory(found.outline, self.config, found.dtype, found.device, free=self.train is not None)
+        reward = as_reward(self.reward, None)  # before the weights, which may take minutes
         loaded = load(self.model, dtype=found.dtype, device=found.device, trust_remote_code=trust)
-        worker = worker_of(loaded.model, self.config, self.reward, loaded.tokenizer)
+        worker = worker_of(loaded.model, self.config, reward, loaded.tokenizer)
         notes = tuple(dict.fromkeys((*found.notes, *loaded.notes)))
         worker.setup = replace(worker.setup, name=loaded.name, notes=notes, base=self.model, trust_remote_code=trust)
         return worker

@@ -19,6 +19,7 @@ from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.generation.defaults import GenerationDefaults
 from eggroll.llm.models.loading import load_surroundings
 from eggroll.llm.models.outline import look_up
+from eggroll.llm.rewards.columns import check_columns
 from eggroll.llm.rewards.load import as_reward
 from eggroll.loop import Evaluation, Heldout
 
@@ -74,6 +75,7 @@ class PoolWorker(ModelWorker):
 
         Raises:
             DataError: the data is tokenized, empty or of the wrong form.
+            RewardError: it lacks a column that the reward asks for.
             EggrollError: no cluster at the address, no place for a worker, or what its construction raised.
         """
         if self.pool is not None and self._data[0] is data and self._data[1] is eval_data:
@@ -81,6 +83,8 @@ class PoolWorker(ModelWorker):
         state = self._state if self.pool is None else self.pool.state_tensors()
         self.close()
         train, heldout = self._examples(data), None if eval_data is None else self._examples(eval_data)
+        check_columns(self.setup.reward, train)
+        check_columns(self.setup.reward, heldout or train, "the held-out data set")
         factory = dataclasses.replace(self.factory, train=train, heldout=heldout)
         size = self.setup.config.population_size
         self.pool = RayPool(factory, workers=self.workers, population_size=size, **self.placement)

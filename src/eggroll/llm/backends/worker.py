@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from eggroll.llm.data.batches import Batch, BatchSource
 from eggroll.llm.models.export import save_pretrained
 from eggroll.llm.models.loading import load
 from eggroll.llm.rewards import Reward
+from eggroll.llm.rewards.columns import check_columns
 from eggroll.loop import Evaluation, Heldout, Worker
 
 
@@ -133,10 +134,15 @@ class LanguageWorker(ModelWorker):
         Raises:
             DataError: the data is empty or of the wrong form.
             ConfigError: it is tokenized, and the backend takes prompts.
+            RewardError: it lacks a column that the reward asks for.
         """
         config, purpose = self.setup.config, self.setup.reward.reads
         self.source = BatchSource(data, config, purpose)
         self._heldout = [] if eval_data is None else BatchSource(eval_data, config, purpose).everything()
+        if self.source.stream is None:
+            check_columns(self.setup.reward, self.source.examples)
+        if eval_data is not None and isinstance(self._heldout, Sequence):
+            check_columns(self.setup.reward, self._heldout, "the held-out data set")
         self.evaluator.choose_mode(self.source.at(0))
 
     def expectation(self) -> str:

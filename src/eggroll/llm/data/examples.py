@@ -84,6 +84,16 @@ def load_examples(
     return found
 
 
+def check_source(source: str) -> None:
+    """Refuse the path of a file or folder that is not there; nothing is read.
+
+    Raises:
+        DataError: as :func:`load_examples`.
+    """
+    if _looks_like_path(source) and not Path(source).expanduser().exists():
+        raise DataError(_missing_file(Path(source).expanduser()))
+
+
 def prompts_of(examples: Sequence[Example]) -> list[str | list[Message]]:
     """The prompts of all examples.
 
@@ -283,8 +293,8 @@ def _missing_file(path: Path) -> str:
         return f"data set {path} does not exist, nor does the folder {parent}"
     names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    usable = [name for name in names if name.removesuffix(".gz").endswith(SUFFIXES)][:6]
-    shown = near or usable
+    usable = [name for name in names if name.removesuffix(".gz").endswith(SUFFIXES)]
+    shown = list(dict.fromkeys([*near, *usable]))[:6]
     return f"data set {path} does not exist. " + (
         f"In {parent} there is: {', '.join(shown)}"
         if shown

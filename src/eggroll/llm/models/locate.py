@@ -86,6 +86,16 @@ def locate(source: str) -> Located:
     return Located(source, source)
 
 
+def check_place(source: str) -> None:
+    """Refuse a directory or file that is not there or holds no model; nothing is read or fetched.
+
+    Raises:
+        ModelError: as :func:`locate`.
+    """
+    if source.lower() not in ALIASES or Path(source).expanduser().exists():
+        locate(source)
+
+
 def _files_near(path: Path) -> str:
     if not path.parent.is_dir():
         return f", nor does {path.parent}"

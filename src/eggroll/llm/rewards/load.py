@@ -77,6 +77,9 @@ def as_reward(value: Any, tokenizer: Any) -> Reward:
         RewardError: it is none of these.
     """
     if isinstance(value, Reward):
+        for part, _ in value.parts:  # one that was loaded before the model's tokenizer
+            if getattr(part, "tokenizer", part) is None:
+                setattr(part, "tokenizer", tokenizer)  # noqa: B010  (a reward may have any attributes)
         return value
     if isinstance(value, str | Path):
         return load_reward(str(value), tokenizer)
