@@ -244,13 +244,15 @@ class TestPromises:
 
 
 class TestWhatIsSaid:
-    def test_protections_in_force(self):
+    def test_protections_in_force(self, monkeypatch):
         strong = Isolation(True, True, "/usr/bin/bwrap", "/sys/fs/cgroup/x").describe()
         assert strong == (
             "sandbox (bubblewrap): no network, no sockets on disk, no other processes, no files but the system's and "
             "Python's (read-only), as nobody, total memory by cgroup"
         )
         assert "total memory watched" in Isolation(True, True).describe()
+        monkeypatch.setattr(sandbox_layers, "can_watch", lambda: False)
+        assert Isolation(True, True).describe().endswith("memory limited for each process only")
         weak = Isolation(False, True).describe()
         assert weak.startswith("sandbox (limits only): Python-level network block only, no child processes or threads")
         assert "code can read and delete what that user can, and see all processes" in weak

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from eggroll.llm.rewards.sandbox_watch import can_watch
+
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 """Folders at the top that bubblewrap shows; often links into ``/usr``, which it shows, too."""
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/nix/store", "/gnu/store")
@@ -35,10 +37,12 @@ class Isolation:
         user = "as nobody" if self.drop_user else "as root" if os.geteuid() == 0 else "as the same user"
         if self.namespaces:
             by = "bubblewrap" if self.bubblewrap else "namespaces"
-            memory = "by cgroup" if self.group else "watched"
+            total = "total memory by cgroup" if self.group else "total memory watched"
+            if not self.group and not can_watch():
+                total = "memory limited for each process only"
             return (
                 f"sandbox ({by}): no network, no sockets on disk, no other processes, no files but the system's and "
-                f"Python's (read-only), {user}, total memory {memory}"
+                f"Python's (read-only), {user}, {total}"
             )
         alone = "no child processes or threads" if self.single else "child processes only blocked in Python"
         advice = "; install bubblewrap for more" if sys.platform == "linux" else ""

@@ -39,6 +39,11 @@ class Watch:
         return bool(self.exceeded)
 
 
+def can_watch() -> bool:
+    """Whether this kernel lists the children of processes; most do."""
+    return Path("/proc/thread-self/children").exists()
+
+
 def descendants(pid: int) -> list[int]:
     """A process and all that came from it; in a process namespace, none can leave."""
     found = [pid]
