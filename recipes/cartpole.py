@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eggroll._optional import require
+from eggroll.core.check import whole
 from eggroll.distributed import TorchWorker
 from eggroll.lifecycle import Sitting
 from eggroll.recipes.common import Options, Recipe, program, trained
@@ -40,6 +41,10 @@ class CartPoleOptions(Options):
     lr: float = 0.1
     episodes: int = 1
     """Episodes of each member in a generation."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        return [*super().problems(), *whole(self, episodes=1)]
 
 
 def network() -> nn.Sequential:

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from eggroll._optional import require
+from eggroll.core.check import numbers, whole
 from eggroll.core.settings import setting
 from eggroll.errors import ConfigError
 from eggroll.recipes.common import console, program
@@ -56,6 +57,12 @@ class HyperscaleOptions:
     """cpu or cuda."""
     output: str | None = setting(None, flags=("-o",))
     """Run directory (default: runs/hyperscale-TIME)."""
+
+    def __post_init__(self) -> None:
+        given = {} if self.memory_gib is None else {"memory_gib": (0.0, False)}
+        problems = [*whole(self, rank=1), *numbers(self, seconds=(0.0, False), **given)]
+        if problems:
+            raise ConfigError.from_problems(type(self).__name__, problems)
 
 
 OPTIONS = HyperscaleOptions

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eggroll.core.check import whole
 from eggroll.core.fitness import Sampling, Shaping
 from eggroll.core.schedules import ScheduleName
 from eggroll.core.settings import setting
@@ -47,6 +48,10 @@ class MnistOptions(Options):
     """Folder with MNIST's IDX files, gzipped or not (default: $EGGROLL_DATA_DIR, the hub, scikit-learn's digits)."""
     backprop: bool = setting(False, resume=True)
     """Train the same network with backpropagation and Adam as well, and report it beside."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        return [*super().problems(), *whole(self, batch=1)]
 
 
 def network() -> nn.Sequential:

@@ -23,6 +23,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from eggroll.core.check import whole
+from eggroll.errors import ConfigError
 from eggroll.recipes.common import console, program
 from eggroll.torch import Population
 from eggroll.torch import functional as f
@@ -48,6 +50,11 @@ class ProfileOptions:
     """Generations that are measured."""
     device: str = "cpu"
     """cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        problems = whole(self, population=2, batch=1, width=1, rank=1, turns=1)
+        if problems:
+            raise ConfigError.from_problems(type(self).__name__, problems)
 
 
 OPTIONS = ProfileOptions

@@ -15,7 +15,8 @@ def score(text):
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A file with the vocabulary of the World models."""
-    return saved_pth(tmp_path_factory.mktemp("rwkv"), tiny_rwkv7(vocab_size=65536, width=32, head_dim=16, layers=2), "bytes.pth")
+    model = tiny_rwkv7(vocab_size=65536, width=32, head_dim=16, layers=2)
+    return saved_pth(tmp_path_factory.mktemp("rwkv"), model, "bytes.pth")
 
 
 def test_tune_resume_and_replay(eggroll, path):

@@ -66,7 +66,9 @@ class EvalOptions(ModelOptions, GenerationOptions):
             raise ConfigError.from_problems("eggroll eval", problems)
         return EggrollConfig(
             max_tokens=task.max_tokens if self.max_tokens is None else self.max_tokens,
-            max_length=self.max_length or task.settings.get("max_length") or EggrollConfig.max_length,
+            max_length=task.settings.get("max_length", EggrollConfig.max_length)
+            if self.max_length is None
+            else self.max_length,
             temperature=self.temperature,
             chat=self.chat,
             system=task.system if self.system is None else self.system,

@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from eggroll.core.check import whole
 from eggroll.core.settings import setting
 from eggroll.llm.config import ModelOptions
 from eggroll.llm.options import TuneSettings
@@ -29,6 +30,10 @@ class InfoOptions(ModelOptions, TuneSettings):
     """Hub id, local directory, .gguf file, or smollm2-135m."""
     prompt_tokens: int = 64
     """Length of a prompt in tokens."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        return [*super().problems(), *whole(self, prompt_tokens=1)]
 
 
 OPTIONS = InfoOptions

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -49,6 +49,20 @@ USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its option
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     forgive(sys.stdout, sys.stderr)
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            if sys.stdout is not None:  # it was closed
+                sys.stdout.flush()
+    except OSError as error:
+        _discard_output()
+        if not isinstance(error, BrokenPipeError):  # then whoever read the output, such as `head`, has gone
+            print(f"error: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -78,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = options_of(command, given[1:], prog=f"eggroll {given[0]}")
         status: int = command.run(options)
         return status
+    except BrokenPipeError:
+        raise
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module not in BROUGHT:
@@ -86,9 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = missing(f"'eggroll {given[0]}' needs {module}, which is not installed", extra)
         Terminal(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(wanted))}")
         return 1
-    except EggrollError as error:
+    except (EggrollError, OSError, MemoryError, RuntimeError) as error:
+        text = explained(error)
+        if text is None:
+            raise
         console = Terminal(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"[bold red]error:[/] {_escaped(str(error))}")
+        console.print(f"[bold red]error:[/] {_escaped(text)}")
         place = raised_at(error)
         for note in dict.fromkeys((*([] if place is None else [place]), *getattr(error, "__notes__", ()))):
             console.print(_escaped(note))
@@ -98,6 +117,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         warnings.formatwarning = format_warning
+
+
+def explained(error: BaseException) -> str | None:
+    """What a user is told of an error; ``None`` for a fault of the program, of which the traceback is worth something.
+
+    Files and memory are the user's. Libraries say about memory what they like: NumPy and Python raise ``MemoryError``,
+    PyTorch a ``RuntimeError``, JAX an error of XLA's.
+    """
+    if isinstance(error, EggrollError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f": {os.fsdecode(error.filename)!r}"
+        return f"{error.strerror}{place}. Check the names that the command was given, and that they can be read"
+    told = next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return (
+            f"there is not enough memory{f' ({told[:200]})' if told else ''}. Use smaller numbers, such as the "
+            "population's size, the rank, the batch size or the longest text"
+        )
+    return None
+
+
+NO_MEMORY = ("allocate memory", "out of memory", "RESOURCE_EXHAUSTED", "Storage size calculation overflowed")
+"""How errors of PyTorch and XLA say it."""
+
+
+def _discard_output() -> None:
+    """What is still buffered would raise once more when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def load(name: str) -> ModuleType:
@@ -111,7 +162,7 @@ def options_of(command: ModuleType, arguments: Sequence[str], *, prog: str) -> A
     return parse(command.OPTIONS, arguments, prog=prog, description=command.run.__doc__ or "", default=default)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _hinting(command: str, arguments: Sequence[str]) -> Iterator[None]:
     """Say below the parser's complaint what it cannot know: which tasks there are, and what a bare word should be."""
     try:

@@ -101,13 +101,14 @@ class ESConfig:
             *([] if own_shaping else _choices(self, fitness_shaping=ShapingName)),
             *_choices(self, sampling=Sampling, optimizer=OptimizerName, rounding=Rounding),
             *_choices(self, lr_schedule=ScheduleName, sigma_schedule=ScheduleName),
-            *whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0, seed=0),
+            *whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0),
+            *whole(self, most=None, seed=0),
             *numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
             *numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False)),
             *_decay_rates(momentum=(self.momentum,), betas=self.betas),
             *_patterns(target_modules=self.target_modules, exclude=self.exclude),
         ]
-        if not whole(self, population_size=1, group_size=0, elite_k=0, seed=0):
+        if not (whole(self, population_size=1, group_size=0, elite_k=0) or whole(self, most=None, seed=0)):
             found += self._combinations()
         return found
 

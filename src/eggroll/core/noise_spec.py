@@ -27,7 +27,7 @@ class NoiseSpec:
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one sentence each."""
-        found = whole(self, seed=0, rank=1, noise_reuse=1)
+        found = [*whole(self, most=None, seed=0), *whole(self, rank=1, noise_reuse=1)]
         return found or ([f"seed (={self.seed}) must be below 2**64"] if self.seed >= 2**64 else [])
 
     @property

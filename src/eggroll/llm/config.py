@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from eggroll.core.check import is_number, whole
 from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName
 from eggroll.core.settings import setting
 from eggroll.run.options import DeviceOptions
@@ -84,14 +85,11 @@ class EggrollConfig(GenerationOptions, ForwardOptions, ESConfig):
             "checkpoint_every": 0,
             "samples_per_generation": 0,
         }
-        for name, minimum in minima.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < minimum:
-                found.append(f"{name} (={value!r}) must be a whole number of at least {minimum}")
+        found += whole(self, **minima)
         at_once = self.members_per_forward
         if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
             found.append(f"members_per_forward (={at_once}) must be at least 1, or None to choose by memory")
-        if not self.temperature >= 0.0:
+        if not (is_number(self.temperature) and self.temperature >= 0.0):
             found.append(f"temperature (={self.temperature!r}) must be 0 (greedy) or above")
         elif not found:
             found += self._sampling_problems()

@@ -179,7 +179,8 @@ class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOpt
             *whole(
                 self, population_size=2, rank=1, n_layers=1, hidden=1, generations=0, tokens=1, context=0, group_size=2
             ),
-            *whole(self, sigma_shift=0, momentum_shift=0, noise_table_size=1, noise_reuse=1, seed=0),
+            *whole(self, sigma_shift=0, momentum_shift=0, noise_table_size=1, noise_reuse=1),
+            *whole(self, most=2**64 - 1, seed=0),
             *whole(self, eval_tokens=1, eval_every=1, checkpoint_every=1, sample_every=0, sample_length=1),
             *numbers(self, alpha=(0.0, False), alpha_decay=(0.0, True), alpha_final=(0.0, False)),
             *numbers(self, lr=(0.0, False)),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from eggroll.core.check import numbers, whole
+from eggroll.core.check import MOST, numbers, whole
 from eggroll.core.config import ESConfig, OptimizerName
 from eggroll.core.settings import setting
 from eggroll.distributed.options import WorkerOptions
@@ -79,11 +79,11 @@ class RLConfig(RunOptions, WorkerOptions):
         """Everything that is wrong with these settings."""
         found: Any = whole(
             self, generations=0, hidden=1, layers=0, eval_every=1, eval_episodes=1, members_per_forward=0, devices=1,
-            seed=0,
         )  # fmt: skip
+        found += whole(self, most=2**64 - 1, seed=0)
         for name in ("episodes", "max_steps", "env_steps"):
             if getattr(self, name) is not None:
-                found += whole(self, **{name: 1})
+                found += whole(self, most=2**63 - 1 if name == "env_steps" else MOST, **{name: 1})
         if self.preset not in get_args(PresetChoice):
             found.append(f"preset (={self.preset!r}) must be one of {', '.join(get_args(PresetChoice))}")
         size = self.population_size

@@ -377,7 +377,7 @@ def _read_json(path: Path, kinds: Mapping[str, Kind]) -> dict[str, Any]:
         values = parse(read_plain(path))
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested thousands of levels deep
         raise RunError(f"{path} is not JSON ({error}); it was changed after the run wrote it: restore it") from error
     if not isinstance(values, dict):
         raise RunError(f"{path} must hold a JSON object, not {type(values).__name__}; restore it")

@@ -37,7 +37,8 @@ class EggrollConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            *whole(self, population_size=2, rank=1, seed=0),
+            *whole(self, population_size=2, rank=1),
+            *whole(self, most=None, seed=0),
             *numbers(self, sigma=(0.0, False), lr=(0.0, True), sigma_decay=(0.0, False), lr_decay=(0.0, False)),
         ]
         if self.members_per_forward is not None:
