@@ -24,7 +24,7 @@ FOLDERS = {
     "examples": "ten-minute starts, each under 80 lines",
     "benchmarks": "scripts behind every figure; results/ has what they measured, and on which hardware",
     "tests": "test_<package>/ mirrors src; statistics/, contracts/",
-    "scripts": "setup, and this tree",
+    "scripts": "setup, this tree, and the zoo behind docs/models.md",
 }
 
 

@@ -9,9 +9,9 @@ from .case import Case
 
 def all_cases(families: Sequence[str], say: Callable[[str], None]) -> dict[str, Case]:
     """The cases of some collections by their names; ``say`` is told what is left out because it is not installed."""
-    from . import timm_models, torch_modules, transformers_models
+    from . import made_modules, timm_models, torch_modules, transformers_models
 
-    makers = {"torch": torch_modules, "transformers": transformers_models, "timm": timm_models}
+    makers = {"made": made_modules, "torch": torch_modules, "transformers": transformers_models, "timm": timm_models}
     unknown = sorted(set(families) - set(makers))
     if unknown:
         raise SystemExit(f"--family {' '.join(unknown)}: there are {', '.join(makers)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,12 @@ def fill(model: nn.Module) -> nn.Module:
             module.running_mean.copy_(0.3 * torch.randn(module.running_mean.shape, generator=generator))
             module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
     return model.eval()
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model but its configuration, which takes long to copy."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return copy.deepcopy(model, configs)
 
 
 def vary(member: int, tree: Any) -> Any:

@@ -10,7 +10,6 @@ mode is run once more in float64, and that deviation counts.
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from eggroll.core.oracle import perturbation
 from eggroll.errors import EggrollError
 from eggroll.torch import Population
 
-from .case import Built, Case, Inputs, NoCaseError, cast
+from .case import Built, Case, Inputs, NoCaseError, cast, fresh
 
 Result = dict[str, Any]
 TOLERANCE = 1e-3
@@ -33,7 +32,7 @@ FIRST = {"population_size": 4, "sigma": SIGMA, "rank": 1, "seed": 7}
 SECOND = {"population_size": 3, "sigma": SIGMA, "rank": 2, "seed": 8, "antithetic": False}
 GENERATION = 3
 NEW_TOKENS = 5
-LAST_WORD = ("right", "refused", "crashed", "wrong")  # by how much they matter
+LAST_WORD = ("none", "right", "refused", "crashed", "wrong")  # by how much they matter
 
 
 class _WrongError(Exception):
@@ -52,6 +51,8 @@ def run_case(case: Case) -> Result:
     except NoCaseError as error:
         return {**result, "status": "no case", "sentence": sentence(error)}
     result.update(automatic(built, expected))
+    if result.get("effect") == 0.0:
+        return {**result, "status": "no case", "sentence": "the perturbation changes none of its outputs"}
     result["block"] = in_block(built)
     if built.generates:
         result["generation"] = generation(built)
@@ -70,14 +71,17 @@ class Expected:
         self, built: Built, settings: Mapping[str, Any], rows: int, dtype: torch.dtype = torch.float32
     ) -> None:
         self.built, self.settings, self.dtype = built, settings, dtype
-        self.model = copy.deepcopy(built.model).to(dtype)
+        self.model = fresh(built.model).to(dtype)
         self.population = range(settings["population_size"])
         self.own = [cast(built.inputs(p, rows), dtype) for p in self.population]
         self.joint = built.joint(self.own)
         self.centers = [self._plain(inputs) for inputs in self.own]
         self.joint_center = self._plain(self.joint)
+        many = sum(len(one) for one in self.centers)
+        self.by_row = len(self.joint_center) == many > len(self.centers[0])
+        """Whether the outputs are a list with something for each row, so that members' lists follow one another."""
         for one in self.centers:
-            if not one or len(one) != len(self.joint_center):
+            if not one or (len(one) != len(self.joint_center) and not self.by_row):
                 raise NoCaseError("the plain module's outputs are no tensors, or other ones for other batches")
         if not any(t.is_floating_point() and bool(t.isfinite().any()) for t in self.centers[0]):
             raise NoCaseError("the plain module's outputs are not finite")
@@ -85,7 +89,7 @@ class Expected:
 
     def _plain(self, inputs: Inputs) -> list[Tensor]:
         try:
-            return run(copy.deepcopy(self.model), inputs)
+            return run(fresh(self.model), inputs)
         except EggrollError:
             raise
         except Exception as error:
@@ -98,7 +102,7 @@ class Expected:
 
     def alone(self, population: Population, member: int) -> nn.Module:
         """A plain module with one member's weights."""
-        model = copy.deepcopy(self.model)
+        model = fresh(self.model)
         parameters = dict(model.named_parameters())
         for spec in population.specs:
             noise = perturbation(
@@ -141,6 +145,17 @@ def tensors(outputs: Any) -> list[Tensor]:
     return [x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor)]
 
 
+def effect(member: Tensor, center: Tensor) -> float:
+    """What the perturbation does to an output, relative to its largest entry; 1 for changed integers."""
+    if not member.is_floating_point():
+        return float(not torch.equal(member, center))
+    difference = (member.double() - center.double()).abs()
+    largest, scale = (
+        float(x[x.isfinite()].max()) if bool(x.isfinite().any()) else 0.0 for x in (difference, member.abs())
+    )
+    return float(f"{largest / max(scale, 1e-30):.2g}")
+
+
 def deviation(got: Tensor, expected: Tensor, center: Tensor) -> float:
     """How far an output is off, relative to the perturbation's effect on it; 0 within rounding."""
     if got.shape != expected.shape:
@@ -166,6 +181,8 @@ def attempt(action: Callable[[], Result]) -> Result:
     """What an action ends in."""
     try:
         found = action()
+    except NoCaseError as error:
+        return {"status": "none", "sentence": sentence(error)}
     except _WrongError as error:
         return {"status": "wrong", "sentence": str(error)}
     except EggrollError as error:
@@ -195,15 +212,22 @@ def automatic(built: Built, expected: Expected) -> Result:
 
 
 def _forward(built: Built, expected: Expected, mode: str) -> Result:
-    model = copy.deepcopy(expected.model)
+    model = fresh(expected.model)
     population = Population(model, mode=mode, batch_dim=built.batch_dim, **expected.settings)  # type: ignore[arg-type]
     expected.evaluate(population)
     args, kwargs = expected.joint
     got = tensors(population.forward(*args, generation=GENERATION, **kwargs))
     found: Result = {"mode": population.mode, "deviation": 0.0}
+    found["effect"] = max(effect(a, b) for a, b in zip(expected.members[0], expected.centers[0], strict=True))
     if len(got) != len(expected.joint_center):
         raise _WrongError(f"{len(got)} outputs instead of {len(expected.joint_center)}")
     for slot, mine in enumerate(got):
+        if expected.by_row:
+            theirs, center = (
+                [x for out in outputs for x in out][slot] for outputs in (expected.members, expected.centers)
+            )
+            found["deviation"] = max(found["deviation"], deviation(mine, theirs, center))
+            continue
         theirs, center = (
             expected.joined([out[slot] for out in outputs], slot) for outputs in (expected.members, expected.centers)
         )
@@ -245,7 +269,7 @@ def in_block(built: Built) -> Result:
 
 def _block(built: Built, dtype: torch.dtype) -> Result:
     expected = Expected(built, SECOND, built.rows[1], dtype)
-    model = copy.deepcopy(expected.model)
+    model = fresh(expected.model)
     population = Population(model, batch_dim=built.batch_dim, **expected.settings)
     expected.evaluate(population)
     found: Result = {"deviation": 0.0}
@@ -253,6 +277,12 @@ def _block(built: Built, dtype: torch.dtype) -> Result:
     refusal: EggrollError | None = None
     with population.perturbed(GENERATION) as active:
         got = tensors(model(*args, **kwargs))
+        if expected.by_row:
+            pairs = zip(
+                got, *([x for out in o for x in out] for o in (expected.members, expected.centers)), strict=True
+            )
+            found["deviation"] = max(deviation(*three) for three in pairs)
+            got = []
         for slot, mine in enumerate(got):
             if expected.batch_dim_of(slot) is None and mine.ndim > 0 and _all_equal(expected, slot):
                 continue
@@ -273,13 +303,13 @@ def _block(built: Built, dtype: torch.dtype) -> Result:
 def generation(built: Built) -> Result:
     """Greedy generation with left padding: in rows, or one member at a time where that is refused."""
     expected = Expected(built, FIRST, 2)
-    model = copy.deepcopy(expected.model)
+    model = fresh(expected.model)
     population = Population(model, **expected.settings)
     own = [_prompts(inputs) for inputs in expected.own]
     try:
-        centers = [_generate(copy.deepcopy(model), inputs) for inputs in own]
+        centers = [_generate(fresh(model), inputs) for inputs in own]
     except Exception as error:
-        return {"status": "right", "sentence": f"the plain model does not generate: {sentence(error)}", "mode": "none"}
+        return {"status": "none", "sentence": f"the plain model does not generate: {sentence(error)}"}
     members = [_generate(expected.alone(population, p), inputs) for p, inputs in enumerate(own)]
     moved = float(torch.stack([(a[0] != b[0]).double().mean() for a, b in zip(members, centers, strict=True)]).mean())
 

@@ -12,7 +12,12 @@ from typing import Any
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 Result = dict[str, Any]
 MODES = ("rows", "vmap", "loop")
-WORDS = {"torch": "modules of PyTorch", "transformers": "architectures of transformers", "timm": "models of timm"}
+WORDS = {
+    "made": "modules made by hand",
+    "torch": "modules of PyTorch",
+    "transformers": "architectures of transformers",
+    "timm": "models of timm",
+}
 HEAD = """\
 # Models that work
 
@@ -35,7 +40,8 @@ member in the wrong place is off by about 1. Up to {tolerance:g} counts as round
   speed at real sizes see [benchmarks.md](benchmarks.md).
 - **largest deviation**: of any output of any member, relative to the perturbation's effect.
 
-A few cases are run with `python scripts/zoo.py --only PATTERN --again`, and `--list` prints all names.
+All of it is run again with `python scripts/zoo.py --again` (about a quarter of an hour on two cores; models of timm
+where it is installed), a part with `--only PATTERN`; `--list` prints the names of all cases.
 """
 
 
@@ -59,6 +65,8 @@ def page(results: Sequence[Result]) -> str:
         parts += ["## Architectures of transformers\n", _models(families["transformers"])]
     if families["timm"]:
         parts += ["## Models of timm\n", _models(families["timm"])]
+    if families["made"]:
+        parts += ["## Modules made by hand\n", MADE_WORDS, _models(families["made"])]
     if families["torch"]:
         parts += ["## Modules of PyTorch\n", TORCH_WORDS, _modules(families["torch"])]
     parts += ["## Refusals\n", REFUSAL_WORDS, _refusals(results)]
@@ -66,6 +74,9 @@ def page(results: Sequence[Result]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+MADE_WORDS = """\
+What public code does and a population has to see through: `scripts/zoo_cases/made_modules.py`.
+"""
 TORCH_WORDS = """\
 Each module of `torch.testing._internal.common_modules.module_db` with each of its inputs that has a batch, in
 evaluation mode. Modules without parameters stand behind a perturbed scale. Cases are counted by result.
@@ -94,7 +105,7 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def summary(families: dict[str, list[Result]]) -> str:
     """One line a collection."""
     lines = []
-    for family in ("torch", "transformers", "timm"):
+    for family in WORDS:
         ran = [r for r in families[family] if r["status"] != "no case"]
         if not ran:
             continue
@@ -116,7 +127,7 @@ def summary(families: dict[str, list[Result]]) -> str:
 
 def _generation(result: Result) -> str:
     part = result.get("generation")
-    if part is None or part.get("mode") == "none":
+    if part is None or part["status"] == "none":
         return ""
     return part["mode"] if part["status"] == "right" else part["status"]
 

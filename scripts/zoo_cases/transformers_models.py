@@ -70,7 +70,7 @@ def _build(model_type: str, name: str) -> Built:
         model_class = getattr(transformers, name, None) or _class_in_module(config_class, name)
         with torch.device("meta"):
             count = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
-        if count > 2_000_000:
+        if count > 6_000_000:
             raise NoCaseError(f"its tiny configuration still has {count:,} parameters")
         model = model_class(config)
     except NoCaseError:
