@@ -191,8 +191,9 @@ def member_data(value: MemberTensor, members: int, rows: int) -> Tensor:
     whole = [size > 1 and size % rows == 0 for size in shape[:2]]
     if whole[0] or (whole[-1] and (shape[0] != own or own == 1)):
         raise UnsupportedOperationError(
-            f"an operation on parameter {value.parameter!r} did not recognize the rows: an output of the model holds all "
-            "of them for every member. This model's activations do not keep the members in their leading dimension. "
+            f"an operation on parameter {value.parameter!r} did not recognize the rows: an output of the model holds "
+            "all of them for every member. This model's activations do not keep the members in their leading "
+            "dimension. "
             'Use population.forward with mode="vmap" or mode="loop"'
         )
     return value.data_P
