@@ -12,16 +12,16 @@ import eggroll.jax as hs
 from eggroll.core.fitness import NonFiniteFitnessWarning
 from eggroll.errors import ConfigError
 
-EGGROLL, NOOP = hs.noiser.eggroll.EggRoll, hs.noiser.base_noiser.Noiser
+EGGROLL = hs.noiser.eggroll.EggRoll
 W, KEY = jnp.ones((4, 3)), jax.random.key(0)
 FROZEN, STATE = EGGROLL.init_noiser(W, 0.1, 0.1)
 SCORES = np.array([3.0, -1, 0.5, 7, 2, 2, -4, 1])
 
 
 def converted(scores, episodes=None, group_size=0, jit=False):
-    frozen, state = NOOP.init_noiser(W, 0.1, 0.1, group_size=group_size)
-    convert = jax.jit(lambda s: NOOP.convert_fitnesses(frozen, state, s, num_episodes_list=episodes))
-    return convert(scores) if jit else NOOP.convert_fitnesses(frozen, state, scores, episodes)
+    frozen, state = EGGROLL.init_noiser(W, 0.1, 0.1, group_size=group_size)
+    convert = jax.jit(lambda s: EGGROLL.convert_fitnesses(frozen, state, s, num_episodes_list=episodes))
+    return convert(scores) if jit else EGGROLL.convert_fitnesses(frozen, state, scores, episodes)
 
 
 def test_conversion():

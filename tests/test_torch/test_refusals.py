@@ -1,6 +1,7 @@
 """What has no exact population rule is refused with a text: which parameter, which operation, and what to do."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ REFUSED = {
     "cpp": (lambda: Model(without_torch_function), "reached the operation aten", True),
     "index_add": (lambda: Experts(masked=False), "rows are addressed by an index", True),
     "masked_experts": (lambda: Experts(masked=True), "failed for member 0 alone", True),
-    "stacked_experts": (StackedExperts, "set_experts_implementation", True),
+    "stacked_experts": (StackedExperts, "a row's member is no longer known", True),
     "packed": (Packed, "Pad instead of packing", True),
     "row_by_row": (lambda: Model(lambda m, x: torch.stack([m.linear(row) for row in x])), "", True),
     "pieces": (lambda: Model(lambda m, x: torch.cat([m.linear(part) for part in x.split(2)])), "", True),
@@ -283,3 +284,14 @@ def test_code_that_looks_at_its_parameters(agree, filled):
     model = filled(Curious())
     model.requires_grad_(False)
     agree(model, ((torch.randn(2, 8),), {}))
+
+
+def test_texts_name_nothing_of_the_small_first_call(filled):
+    """The numbers of members and rows of that call are not the user's, and neither is advice for other models."""
+    batched = Model(lambda m, x: torch.einsum("ij,jk->ik", m.w, x.sum(0, keepdim=True).t() * m.linear.bias), w=(8, 8))
+    for model in (batched, StackedExperts()):
+        population = Population(filled(model), population_size=4)
+        with pytest.raises(UnsupportedOperationError) as error, population.perturbed(0):
+            model(torch.randn(12, 8))
+        assert not re.search(r"\b(5|7|11|13|17|19|23)\b", str(error.value))
+        assert "set_experts_implementation" not in str(error.value)

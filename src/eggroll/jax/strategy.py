@@ -218,10 +218,7 @@ class Strategy:
             noise = jax.tree.map(lambda value: value[0], drawn)
 
             def member(sign: Any, x: Any) -> Any:
-                score = self.apply(state.params, x, MemberNoise(noise, sigma * sign))
-                if jnp.shape(score) != ():
-                    raise ConfigError(f"the fitness function gave shape {jnp.shape(score)}; it must give one number")
-                return score.astype(jnp.float32)
+                return _one_number(self.apply(state.params, x, MemberNoise(noise, sigma * sign)))
 
             return jax.vmap(member, in_axes=(0, 0 if self.x_per_member else None))(
                 signs, own if self.x_per_member else x
@@ -252,6 +249,29 @@ class Strategy:
         masters = {name: new[name] for name in state.masters}
         rounded = {name: new[name].astype(value.dtype) for name, value in arrays.items()}
         return State(_replaced(state.params, rounded), opt_state, state.generation + 1, masters)
+
+
+def _one_number(score: Any) -> Float32[Array, ""]:
+    """A fitness function's result as a float32 scalar.
+
+    Raises:
+        ConfigError: it is something else than one real number.
+    """
+    what = None
+    if isinstance(score, (tuple, list, dict)):
+        what = f"a {type(score).__name__} of {len(score)}"
+    elif not isinstance(score, (jax.Array, np.ndarray, np.generic, int, float)):
+        what = f"{type(score).__name__}"
+    elif jnp.shape(score) != ():
+        what = f"shape {jnp.shape(score)}"
+    elif jnp.iscomplexobj(score):
+        what = f"the dtype {jnp.asarray(score).dtype}"
+    if what is not None:
+        raise ConfigError(
+            f"the fitness function gave {what}; it must give one number. Return the score alone: a function that "
+            "returns (score, aux) is lambda params, x: function(params, x)[0] here"
+        )
+    return jnp.asarray(score).astype(jnp.float32)
 
 
 def _arrays(params: PyTree) -> dict[str, Array]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 import eggroll.torch.ops  # noqa: F401  (installs the rules of values)
 from eggroll.core.address import member_of
@@ -13,7 +14,7 @@ from eggroll.core.select import KINDS, ParameterSpec, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.layout.rows import constants_of
 from eggroll.torch.noise import CACHE_BYTES, Noise
-from eggroll.torch.parameters import Site, parameter_sites, parameter_specs
+from eggroll.torch.parameters import Site, parameter_sites, parameter_specs, refuse_unready
 from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
 
 
@@ -52,6 +53,8 @@ class Members:
             )
         if batch_dim not in (0, 1):
             raise ConfigError(f"batch_dim (={batch_dim!r}) must be 0, or 1 for time-major inputs")
+        lazy = [(name, x) for name, x in model.named_parameters() if isinstance(x, UninitializedParameter)]
+        refuse_unready(lazy)  # nothing can be said of what has no shape
         self.model = model
         self.population_size, self.sigma, self.antithetic = population_size, sigma, antithetic
         self.batch_dim = batch_dim
@@ -69,6 +72,7 @@ class Members:
                 "whose parameters cannot be replaced. Use the module that it was made from, or leave them alone "
                 f"(exclude={fixed[:3]})"
             )
+        refuse_unready((spec.name, self.parameter(spec.name)) for spec in self.specs)
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
 

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from eggroll.core.select import Kind, ParameterSpec
+from eggroll.errors import UnsupportedOperationError
+
+FORMS = {
+    "UninitializedParameter": "has no shape yet (a lazy module): call the model once, then make its Population",
+    "DTensor": "is split over devices (FSDP2, tensor parallelism): make the Population of the whole model in every "
+    "process, and give each a part of the members",
+    "FlatParameter": "holds the parameters of an FSDP module: make the Population of the whole model in every process, "
+    "and give each a part of the members",
+    "meta": "is on the meta device and has no numbers: load the weights first (from_pretrained without device_map, "
+    "to_empty and load_state_dict)",
+}
+
+
+def refuse_unready(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters that are no whole arrays of numbers in this process.
+
+    Raises:
+        UnsupportedOperationError: the first of them, and what to do.
+    """
+    for name, parameter in named:
+        kinds = [base.__name__ for base in type(parameter).__mro__] + [type(parameter.data).__name__]
+        form = next((kind for kind in kinds if kind in FORMS), "meta" if parameter.is_meta else None)
+        if form is not None:
+            raise UnsupportedOperationError(
+                f"parameter {name!r} {FORMS[form]}, or leave it alone (exclude=[{name!r}])"
+                if form != "UninitializedParameter"
+                else f"parameter {name!r} {FORMS[form]}"
+            )
+
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from eggroll.jax.models._leaves import EMB_PARAM, MM_PARAM, PARAM
 from eggroll.jax.noiser import _draws
+from eggroll.jax.noiser._gaussian import GaussianNoiser
 from eggroll.jax.noiser._update import DENSE, LOW_RANK, es_update
-from eggroll.jax.noiser.base_noiser import Noiser, Params
+from eggroll.jax.noiser.base_noiser import Params
 
 
 def get_lora_update_params(
@@ -52,7 +53,7 @@ def get_nonlora_update_params(
     return _draws.scaled(noise, base_sigma * _draws.sign_of(iterinfo[1]))
 
 
-class EggRoll(Noiser):
+class EggRoll(GaussianNoiser):
     """Low-rank noise for matrices and embeddings, dense Gaussian noise for the rest."""
 
     @classmethod

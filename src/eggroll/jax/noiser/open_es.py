@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from eggroll.jax.models._leaves import EMB_PARAM, MM_PARAM, PARAM
+from eggroll.jax.noiser._gaussian import GaussianNoiser
 from eggroll.jax.noiser._update import DENSE, es_update
-from eggroll.jax.noiser.base_noiser import Noiser, Params
+from eggroll.jax.noiser.base_noiser import Params
 from eggroll.jax.noiser.eggroll import get_nonlora_update_params
 
 
-class OpenES(Noiser):
+class OpenES(GaussianNoiser):
     """Dense Gaussian noise for matrices, embeddings and all else."""
 
     @classmethod

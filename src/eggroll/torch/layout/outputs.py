@@ -89,7 +89,7 @@ class Places:
         """A joint call's outputs as :meth:`join` would give them: values written out, ``(P, *shape)`` without rows.
 
         Raises:
-            UnsupportedOperationError: a value still holds all rows for every member: they were not recognised.
+            UnsupportedOperationError: a value still holds all rows for every member: they were not recognized.
             ValueError: outputs of another form.
         """
         leaves, structure = self._flat(tree, rows)
@@ -106,7 +106,7 @@ def written_out(tree: Any, members: int, rows: int) -> Any:
     """Values among outputs as plain tensors ``(P, *shape)``.
 
     Raises:
-        UnsupportedOperationError: a value still holds all rows for every member: they were not recognised.
+        UnsupportedOperationError: a value still holds all rows for every member: they were not recognized.
     """
     leaves, structure = tree_flatten(tree)
     return tree_unflatten([_plain(x, members, rows) for x in leaves], structure)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,12 +59,22 @@ def learn_and_check(
     share = None
     kept = Kept(population.model)
     own_rows = (context.rows or 0) // members
+    known, tried = dict(population.layouts), list[int]()
     try:
-        for own in (1, 2)[:own_rows]:  # a layer that takes no batch of one may take two
-            with contextlib.suppress(_CannotRun), own_random_numbers(population):
-                probe = _Probe.of(population, context, module, inputs, own)
-                share = None if probe is None else probe.share_of_effect()
+        while len(tried) < TRIES:
+            share, has_run, before = None, False, len(tried)
+            population.layouts.clear()
+            population.layouts.update(known)
+            for own in (1, 2)[:own_rows]:  # a layer that takes no batch of one may take two
+                with contextlib.suppress(_CannotRun), own_random_numbers(population):
+                    probe = _Probe.of(population, context, module, inputs, own, tried[:before])
+                    tried += [probe.count] if probe is not None else []
+                    share = None if probe is None else probe.share_of_effect()
+                    has_run = True
+                    break
+            if (has_run and share is None) or len(tried) == before:
                 break
+            # A size that the model makes of others (a pooled length) may have been the number of rows by chance.
     finally:
         kept.restore(lambda _: True)
         place(population.sites, placed)
@@ -96,6 +106,10 @@ def sigma_for_checks(population: Members) -> float:
     return SIGMA_SHARE * max(statistics.median(norms), 1e-6)
 
 
+TRIES = 3
+"""Small calls, of different numbers of rows, after which a model is refused."""
+
+
 class _CannotRun(Exception):
     """The module does not take these inputs."""
 
@@ -114,11 +128,17 @@ class _Probe:
 
     @classmethod
     def of(
-        cls, population: Members, context: MemberContext, module: nn.Module, inputs: Inputs, own: int
+        cls,
+        population: Members,
+        context: MemberContext,
+        module: nn.Module,
+        inputs: Inputs,
+        own: int,
+        avoid: Collection[int] = (),
     ) -> _Probe | None:
         """A probe whose number of rows divides few other sizes; ``None`` if inputs hold state that a call changes."""
         sizes = {size for parameter in population.model.parameters() for size in parameter.shape}
-        fewer = fewer_rows(inputs, context.rows or 0, population.batch_dim, sizes, own)
+        fewer = fewer_rows(inputs, context.rows or 0, population.batch_dim, sizes, own, avoid)
         if fewer is None:
             return None
         sigma = max(sigma_for_checks(population), population.sigma)

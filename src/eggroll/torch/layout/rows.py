@@ -81,9 +81,11 @@ def rows_from_input(
 
 
 def fewer_rows(
-    inputs: Inputs, rows: int, batch_dim: int, sizes: Collection[int], own: int
+    inputs: Inputs, rows: int, batch_dim: int, sizes: Collection[int], own: int, avoid: Collection[int] = ()
 ) -> tuple[int, Inputs] | None:
     """The inputs of another number of members, one that divides few of ``sizes``; ``None`` if they hold state.
+
+    ``avoid`` are numbers that were tried before.
 
     Returns:
         The number of members, and inputs with ``own`` rows for each of them.
@@ -99,7 +101,8 @@ def fewer_rows(
         for dim, size in enumerate(x.shape)
         if dim != batch
     }
-    count = min(LEARNING_ROWS, key=lambda count: sum(size % count == 0 for size in {*sizes, *dims}))
+    counts = [count for count in LEARNING_ROWS if count not in avoid]
+    count = min(counts, key=lambda count: sum(size % count == 0 for size in {*sizes, *dims}))
 
     def take(x: Any, dim: int | None) -> Any:
         if dim is None:
@@ -188,8 +191,9 @@ def member_data(value: MemberTensor, members: int, rows: int) -> Tensor:
     whole = [size > 1 and size % rows == 0 for size in shape[:2]]
     if whole[0] or (whole[-1] and (shape[0] != own or own == 1)):
         raise UnsupportedOperationError(
-            f"the output is a tensor of shape {tuple(value.shape)} for every one of {members} members, so an operation "
-            f"on parameter {value.parameter!r} did not recognise its {rows} rows: this model's activations do not keep "
-            'the members in their leading dimension. Use mode="vmap" or mode="loop"'
+            f"an operation on parameter {value.parameter!r} did not recognize the rows: an output of the model holds "
+            "all of them for every member. This model's activations do not keep the members in their leading "
+            "dimension. "
+            'Use population.forward with mode="vmap" or mode="loop"'
         )
     return value.data_P

@@ -237,8 +237,7 @@ def getitem(value: Any, index: Any) -> Any:
     if not is_list or not context.is_rows(index.shape[0]):
         raise UnsupportedOperationError(
             f"parameter {value.parameter!r} holds experts and is indexed by {index!r}: with tokens regrouped by "
-            "expert, a row's member is no longer known. Use the batched implementation of the experts "
-            '(model.set_experts_implementation("batched_mm")). ' + WAYS_OUT.format(name=value.parameter)
+            "expert, a row's member is no longer known. " + WAYS_OUT.format(name=value.parameter)
         )
     per_member = index.shape[0] // value.a.shape[0]
     member = torch.arange(index.shape[0], device=index.device) // per_member
