@@ -9,6 +9,7 @@ from typing import Any
 
 from eggroll.errors import DataError
 from eggroll.llm.data.characters import check_characters
+from eggroll.llm.generation.limits import time_limit
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -17,6 +18,10 @@ OWN_ARGUMENTS = frozenset(
     {"conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
 )
 """Arguments of ``apply_chat_template`` that a row cannot set."""
+
+TEMPLATE_S, TEMPLATE_S_EACH = 30.0, 0.1
+"""Seconds that a chat template may take, and those for each prompt on top. It is code that comes with a model."""
+TOO_LONG = "the chat template does not come to an end: it has loops within loops, so correct it or use another model"
 
 UNREAD_TOOLS = "the model does not see the column 'tools' (rewards do)"
 
@@ -45,15 +50,17 @@ def format_prompts(
         columns: the further columns of each prompt, for those that the template reads, see :func:`template_arguments`.
 
     Raises:
-        DataError: a conversation (or ``chat=True``) without a chat template, or one that the template refuses.
+        DataError: a conversation (or ``chat=True``) without a chat template, or one that the template refuses or takes
+            too long for.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     as_chat = has_template if chat is None else chat
     rows = columns if columns is not None else [{}] * len(prompts)
-    texts = [
-        _format(tokenizer, prompt, as_chat, has_template, system, row)
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
+    with time_limit(TEMPLATE_S + TEMPLATE_S_EACH * len(prompts), TOO_LONG):
+        texts = [
+            _format(tokenizer, prompt, as_chat, has_template, system, row)
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
     for text in texts:  # from a system message, or a template: the data have been looked at when they were read
         check_characters(text, "a prompt with its system message")
     return texts

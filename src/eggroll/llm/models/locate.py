@@ -46,7 +46,7 @@ class Located:
         try:
             with nullcontext() if Path(self.path).exists() else offline_if_unreachable(), quiet_progress():
                 yield
-        except MissingExtraError:
+        except (MissingExtraError, ModelError):
             raise
         except Exception as error:
             raise ModelError(_not_loaded(self.source, self.path, error)) from error
