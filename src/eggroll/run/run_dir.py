@@ -4,6 +4,7 @@
     updates.jsonl       one record per finished update     metrics.jsonl      one line per generation
     samples.jsonl       prompts, completions, rewards      checkpoints/       see eggroll.run.checkpoint
     tensorboard/        TensorBoard's events               report.html        see eggroll.run.report
+    .lock               see eggroll.run.lock
 
 ``generation`` in ``updates.jsonl`` counts from 0, as in the address of its noise; in ``metrics.jsonl``,
 ``samples.jsonl`` and checkpoints it is the number of finished updates: record 0 makes generation 1, and generation 0 is

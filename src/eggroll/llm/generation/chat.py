@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from eggroll.errors import DataError
 from eggroll.llm.data.characters import check_characters
+from eggroll.llm.generation.limits import time_limit
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -17,6 +19,10 @@ OWN_ARGUMENTS = frozenset(
     {"conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
 )
 """Arguments of ``apply_chat_template`` that a row cannot set."""
+
+TEMPLATE_S, TEMPLATE_S_EACH = 30.0, 0.1
+"""Seconds that a chat template may take, and those for each prompt on top. It is code that comes with a model."""
+TOO_LONG = "the chat template does not come to an end: it has loops within loops, so correct it or use another model"
 
 UNREAD_TOOLS = "the model does not see the column 'tools' (rewards do)"
 
@@ -45,17 +51,24 @@ def format_prompts(
         columns: the further columns of each prompt, for those that the template reads, see :func:`template_arguments`.
 
     Raises:
-        DataError: a conversation (or ``chat=True``) without a chat template, or one that the template refuses.
+        DataError: a conversation (or ``chat=True``) without a chat template, or one that the template refuses or takes
+            too long for.
     """
     check_system(system)
     rows = columns if columns is not None else [{}] * len(prompts)
     texts = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        shown = as_read(tokenizer, prompt, row, chat=chat, system=system)
-        if not isinstance(shown, str):
-            shown = _without_start(tokenizer, apply_template(tokenizer, shown, row, system=system))
-        texts.append(shown)
+    with templates_in_time(len(prompts)):
+        for prompt, row in zip(prompts, rows, strict=True):
+            shown = as_read(tokenizer, prompt, row, chat=chat, system=system)
+            if not isinstance(shown, str):
+                shown = _without_start(tokenizer, apply_template(tokenizer, shown, row, system=system))
+            texts.append(shown)
     return texts
+
+
+def templates_in_time(count: int) -> AbstractContextManager[None]:
+    """Ends the block if the chat templates of ``count`` prompts take longer than any that comes to an end."""
+    return time_limit(TEMPLATE_S + TEMPLATE_S_EACH * count, TOO_LONG)
 
 
 def as_read(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eggroll.llm.generation.chat import Prompt, apply_template, as_read, check_system
+from eggroll.llm.generation.chat import Prompt, apply_template, as_read, check_system, templates_in_time
 
 __all__ = ["Encoded", "encode_prompts"]
 
@@ -77,12 +77,16 @@ def encode_prompts(
     read = [as_read(tokenizer, one, row, chat=chat, system=system) for one, row in zip(prompts, rows, strict=True)]
     texts = iter(_texts(tokenizer, [one for one in read if isinstance(one, str)], ends, encoder))
     start = getattr(tokenizer, "bos_token_id", None)
+    with templates_in_time(len(prompts)):
+        chats = [
+            None if isinstance(one, str) else list(apply_template(tokenizer, one, row, system=system, tokenize=True))
+            for one, row in zip(read, rows, strict=True)
+        ]
     ids, cut = [], False
-    for one, row in zip(read, rows, strict=True):
-        if isinstance(one, str):
+    for body in chats:
+        if body is None:
             before, body, after = next(texts)
         else:
-            body = list(apply_template(tokenizer, one, row, system=system, tokenize=True))
             before, body = (body[:1], body[1:]) if body[:1] == [start] else ([], body)
             after = []
         room = max_length - len(before) - len(after)

@@ -15,6 +15,13 @@ from eggroll.llm.models.hub import dense_gguf
 from eggroll.llm.models.locate import Located, locate
 from eggroll.torch.devices import find_device
 
+LAYERS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers"),
+    *("decoder_layers", "num_encoder_layers"),
+)
+"""What configurations call their number of layers."""
+MOST_LAYERS = 4000
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -138,6 +145,7 @@ def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surrou
     transformers = _transformers()
     with located.reading():
         config = transformers.AutoConfig.from_pretrained(located.path, trust_remote_code=trust_remote_code)
+        check_layers(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(located.path, trust_remote_code=trust_remote_code)
         try:
             generation = transformers.GenerationConfig.from_pretrained(located.path)
@@ -203,6 +211,7 @@ def _read_config(located: Located, dtype: torch.dtype | None, device: torch.devi
     else:
         _rwkv7()
         config = transformers.AutoConfig.from_pretrained(located.path, **arguments)
+    check_layers(config)
     notes: tuple[str, ...] = ()
     if dtype is None:
         dtype, reason = choose_dtype(device, *typical_shape(config))
@@ -231,6 +240,23 @@ def _rwkv7() -> Any:
 
     files.register()
     return files
+
+
+def check_layers(config: Any) -> None:
+    """Refuse a configuration with so many layers that building the model would not come to an end.
+
+    Raises:
+        ModelError: it, or a part of it, has more than :data:`MOST_LAYERS`.
+    """
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    for part in parts:
+        for name in LAYERS:
+            value = getattr(part, name, None)
+            if isinstance(value, int) and value > MOST_LAYERS:
+                raise ModelError(
+                    f"the model's config.json says {name}={value:.6g}, and no model has more than {MOST_LAYERS} "
+                    "layers; correct the file, or fetch the model again"
+                )
 
 
 def _transformers() -> Any:
