@@ -95,7 +95,14 @@ def test_command_lines_are_understood(line):
 
 
 @pytest.mark.parametrize(
-    "name", sorted({name for line in COMMAND_LINES if (name := option_given(shlex.split(line, comments=True), "--env")) is not None})
+    "name",
+    sorted(
+        {
+            name
+            for line in COMMAND_LINES
+            if (name := option_given(shlex.split(line, comments=True), "--env")) is not None
+        }
+    ),
 )
 def test_environments_of_the_guide_come_with_the_extra(name):
     """One that needs another package, such as Box2D, would be the first thing that fails."""

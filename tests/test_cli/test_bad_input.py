@@ -76,7 +76,7 @@ FRACTIONS = ("-1", "nan", "inf", "1e400", "x")
 BAD = {
     "none": ["nothing", "''", "'[bold]'", "--nothing", LONG, "'a\nb'", "recipe", "recipe nothing",
         "recipe all --seed x"],
-    "tune": [
+    "tune paths": [
         *lines("tune {} -p 2 -g 1 -o new " + REWARD, [*PATHS, "hollow", "binary.gguf"]),
         *lines(TUNE + " -r score.py --prompts {}", [
             *(path for path in PATHS if path != "file.txt"), "empty.txt", "blank.txt", "latin.txt", "bad.jsonl",
@@ -87,12 +87,17 @@ BAD = {
         ]),
         *lines(TUNE + " -r perplexity -d {}", ["gone", "empty", LONG, "latin.txt", "binary.csv", "deep.json"]),
         *lines(TUNE + " -r score.py --prompts prompts.txt --eval-prompts {}", ["gone", "empty", LONG, "bad.jsonl"]),
+        *lines(f"tune tiny -p 2 -g 1 {REWARD} --report-to none -o {{}}", WRITTEN[1:]),
+    ],
+    "tune rewards": [
         *lines(TUNE + " --prompts prompts.txt -r {}", [
-            "''", "gone.py", "empty", "empty.py", "binary.py", "latin.py", "syntax.py", "raises.py", "exits.py",
+            "''", "' '", "gone.py", "empty", "empty.py", "binary.py", "latin.py", "syntax.py", "raises.py", "exits.py",
             "nothing.py", "imports.py", "two.py", "deep.py", "nul.py", "lambda", "'lambda text: ('", "nomodule:score",
             "json:nothing", "json:__doc__", "':'", "'a:b:c'", "perplexit", "reasoning-gym:nothing", LONG, f"{LONG}.py",
             "loop.py", "/dev/null", "'a\nb'",
         ]),
+    ],
+    "tune settings": [
         *numbers(f"{TUNE} {REWARD}", "-p", "--rank", "-g", "--max-tokens", "--max-length", "--batch-size",
             "--samples-per-prompt",
                  "--elite-k", "--group-size", "--noise-reuse", "--eval-every", "--checkpoint-every", "--seed"),
@@ -106,8 +111,6 @@ BAD = {
             "--report-to foo", "--fitness-shaping nomodule:f", "--chat maybe", "--nothing", "extra words",
             "--workers -1",
         ]),
-        *lines(f"tune tiny -p 2 -g 1 {REWARD} --report-to none -o {{}}",
-            WRITTEN[1:]),
     ],
     "eval": [
         "eval", "eval tiny", "eval tiny --task", "eval tiny tiny tiny --task zeros", "eval tiny --task nothing",
@@ -127,7 +130,7 @@ BAD = {
             "--sigma-shift",
                  "--noise-table-size", "--noise-reuse", "--seed", "--eval-every", "--eval-tokens", "--tokens",
                  "--context",
-                 "--momentum-shift", "--sample-length", "--threads", "--members-per-forward"),
+                 "--momentum-shift", "--sample-length", "--threads"),
         *numbers(f"{PRETRAIN} --data text.txt", "--alpha", "--lr", "--minutes", "--temperature", wrong=FRACTIONS),
         f"{PRETRAIN} --data text.txt --device gpu", f"{PRETRAIN} --data text.txt --precision int4",
     ],
@@ -222,6 +225,15 @@ def fault_of(line, capfd):
 def words_of(line):
     """The words as a shell gives them; a byte that is no text has no other way into a command line."""
     return [os.fsdecode(b"\xff") if word == "$\\udcff" else word for word in shlex.split(line)]
+
+
+def test_what_is_quoted_is_shown_as_it_is(folder, monkeypatch, capfd):
+    """rich has emoji for words between colons, such as those of a reward."""
+    monkeypatch.chdir(folder)
+    assert main(shlex.split(f"{TUNE} --prompts prompts.txt -r a:b:c")) == 1
+    assert "error: the module of the reward 'a:b:c' cannot be imported" in capfd.readouterr().err
+    assert main(["report", "run:x:[bold]"]) == 1
+    assert "error: run:x:[bold] does not exist" in capfd.readouterr().err
 
 
 def eggroll(*words, **streams):

@@ -83,7 +83,7 @@ def run(options: EvalOptions) -> int:
     from eggroll.llm.measure.evaluate import compare, draw_problems
     from eggroll.llm.tasks import get_task
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     with console.status(f"making the problems of {escape(options.task)} ..."):
         task = get_task(options.task, shots=options.shots)
         config = options.config(task)
@@ -171,7 +171,7 @@ def _show(
     if comparison is not None:
         change = f"{_percent(comparison.accuracy, sign='+')}  {comparison.gained} gained, {comparison.lost} lost"
         table.add_row("difference, paired", change, _number(comparison.mean, sign="+"), "", style="bold")
-    Console(highlight=False).print(table)
+    Console(highlight=False, emoji=False).print(table)
     for line in _verdict(len(results[0].scores), len(task.test or task.heldout), comparison):
         console.print(line)
 

@@ -59,7 +59,7 @@ def run(options: InfoOptions) -> int:
         members = options.members_per_forward or estimate.members_that_fit(workload, rows_budget(found.device))
         memories[name] = estimate.memory(workload, members)
     dtype = str(found.dtype).removeprefix("torch.")
-    out = Console(highlight=False).print
+    out = Console(highlight=False, emoji=False).print
     out(f"[bold]{escape(found.name)}[/]  {found.outline.name}, {_number(found.outline.size)} parameters, {dtype}")
     for note in found.notes:
         out(f"[dim]{escape(note)}[/]")

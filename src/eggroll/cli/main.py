@@ -85,7 +85,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         text = explained(error)
         if text is None:
             raise
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
         console.print(f"[bold red]error:[/] {_escaped(text)}")
         place = raised_at(error)
         for note in dict.fromkeys((*([] if place is None else [place]), *getattr(error, "__notes__", ()))):

@@ -66,7 +66,7 @@ def _sample(options: PretrainCommand, run: str) -> int:
     )  # fmt: skip
     # A young model writes any bytes; those that would steer the terminal are shown as a replacement character.
     shown = (char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     console.print(options.prompt + "".join(shown), markup=False)
     return 0
 

@@ -82,7 +82,7 @@ def run_all(arguments: Sequence[str]) -> int:
         if "output" in chosen:  # each has its own
             chosen["output"] = str(Path(str(options.output)) / name)
         planned.append((name, module, kind(**chosen)))
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     for name, module, chosen_options in planned:
         console.rule(f"[bold]eggroll recipe {name}")
         status = run(module, chosen_options)

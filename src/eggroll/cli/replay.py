@@ -42,7 +42,7 @@ def run(options: ReplayOptions) -> int:
     from eggroll.lifecycle import replay as rebuild
     from eggroll.run.run_dir import RunDir
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
 
     def shown(records: Iterable[UpdateRecord]) -> Iterable[UpdateRecord]:
         return track(list(records), description="replaying", console=console, disable=not console.is_terminal)

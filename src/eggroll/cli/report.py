@@ -34,5 +34,5 @@ def run(options: ReportOptions) -> int:
     except RunError:  # of a program of the user's own
         load_line = None
     written = write_report(directory, load_line=load_line)
-    Console(soft_wrap=True, highlight=False).print(f"report   {escape(str(written))}")
+    Console(soft_wrap=True, highlight=False, emoji=False).print(f"report   {escape(str(written))}")
     return 0

@@ -43,7 +43,7 @@ def run(options: RLOptions) -> int:
     if options.algo == "ppo":
         from eggroll.rl.baselines import ppo
 
-        ppo(options, Console(soft_wrap=True, highlight=False).print)
+        ppo(options, Console(soft_wrap=True, highlight=False, emoji=False).print)
         return 0
     from eggroll.rl.kind import KIND
 
@@ -81,7 +81,7 @@ def _drawing(console: Console, trained: Trained) -> None:
 def _list() -> None:
     from eggroll.rl.envs import registry
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     table = Table(box=None, pad_edge=False)
     for title in ("environment", "library", "installed, or how to"):
         table.add_column(title)

@@ -93,7 +93,7 @@ def _show(console: Console, trained: Trained) -> None:
         table.add_column("after", ratio=3)
         for row in rows[:3]:
             table.add_row(_cell(row.prompt, None), _cell(*_text(row.before)), _cell(*_text(row.after)))
-        Console(highlight=False).print(table)
+        Console(highlight=False, emoji=False).print(table)
     console.print(f"\nmodel    {escape(str(run.path / MODEL))}")
     console.print(f"load it  [bold]{escape(str(KIND.load_line(run)))}[/]")
 

@@ -49,7 +49,7 @@ def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
     from eggroll.lifecycle import train
     from eggroll.lifecycle.training import resume_command
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     with Watch(console) as watch:
         trained = train(kind, options, opened=watch.opened, notify=watch.say)
     if trained.result:

@@ -52,7 +52,7 @@ class Display:
     ) -> None:
         self.total = total
         self.title = title
-        self.console = console or Console()
+        self.console = console or Console(emoji=False)
         forgive(self.console.file)
         self._clock = clock
         self._done = start
