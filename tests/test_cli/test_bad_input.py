@@ -138,7 +138,7 @@ BAD = {
         *lines(RL + " --env {}", [
             *PATHS, "nothing-v0", "gymnasium/nothing-v0", "gymnasium/", "gymnasium/nomodule:Foo-v0",
                 "gymnasium/json:Foo-v0",
-            "brax/nothing", "navix-nothing", "jumanji/nothing", "'brax/ant?'", "'brax/ant?x=y'", "'?'", "/", "a/b/c",
+            "'?'", "/", "a/b/c",
             "gymnasium/CartPole-v99", "CartPole-v99", "':'", "json:Foo",
         ]),
         *numbers(RL, "-p", "--rank", "-g", "--env-steps", "--episodes", "--max-steps", "--hidden", "--layers",
@@ -269,7 +269,15 @@ def test_a_closed_output_and_a_status(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_faults_of_the_program_keep_their_traceback():
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    """And are not mistaken for trouble with the output."""
+
+    def late(arguments):
+        raise TimeoutError("a worker is late")
+
+    monkeypatch.setattr("eggroll.cli.main._main", late)
+    with pytest.raises(TimeoutError):
+        main(["report"])
     assert explained(ValueError("a fault")) is None
     assert explained(RuntimeError("a fault")) is None
     assert explained(OSError("without a reason")) is None
