@@ -76,7 +76,7 @@ FRACTIONS = ("-1", "nan", "inf", "1e400", "x")
 BAD = {
     "none": ["nothing", "''", "'[bold]'", "--nothing", LONG, "'a\nb'", "recipe", "recipe nothing",
         "recipe all --seed x"],
-    "tune": [
+    "tune paths": [
         *lines("tune {} -p 2 -g 1 -o new " + REWARD, [*PATHS, "hollow", "binary.gguf"]),
         *lines(TUNE + " -r score.py --prompts {}", [
             *(path for path in PATHS if path != "file.txt"), "empty.txt", "blank.txt", "latin.txt", "bad.jsonl",
@@ -87,12 +87,17 @@ BAD = {
         ]),
         *lines(TUNE + " -r perplexity -d {}", ["gone", "empty", LONG, "latin.txt", "binary.csv", "deep.json"]),
         *lines(TUNE + " -r score.py --prompts prompts.txt --eval-prompts {}", ["gone", "empty", LONG, "bad.jsonl"]),
+        *lines(f"tune tiny -p 2 -g 1 {REWARD} --report-to none -o {{}}", WRITTEN[1:]),
+    ],
+    "tune rewards": [
         *lines(TUNE + " --prompts prompts.txt -r {}", [
-            "''", "gone.py", "empty", "empty.py", "binary.py", "latin.py", "syntax.py", "raises.py", "exits.py",
+            "''", "' '", "gone.py", "empty", "empty.py", "binary.py", "latin.py", "syntax.py", "raises.py", "exits.py",
             "nothing.py", "imports.py", "two.py", "deep.py", "nul.py", "lambda", "'lambda text: ('", "nomodule:score",
             "json:nothing", "json:__doc__", "':'", "'a:b:c'", "perplexit", "reasoning-gym:nothing", LONG, f"{LONG}.py",
             "loop.py", "/dev/null", "'a\nb'",
         ]),
+    ],
+    "tune settings": [
         *numbers(f"{TUNE} {REWARD}", "-p", "--rank", "-g", "--max-tokens", "--max-length", "--batch-size",
             "--samples-per-prompt",
                  "--elite-k", "--group-size", "--noise-reuse", "--eval-every", "--checkpoint-every", "--seed"),
@@ -106,8 +111,6 @@ BAD = {
             "--report-to foo", "--fitness-shaping nomodule:f", "--chat maybe", "--nothing", "extra words",
             "--workers -1",
         ]),
-        *lines(f"tune tiny -p 2 -g 1 {REWARD} --report-to none -o {{}}",
-            WRITTEN[1:]),
     ],
     "eval": [
         "eval", "eval tiny", "eval tiny --task", "eval tiny tiny tiny --task zeros", "eval tiny --task nothing",
@@ -127,7 +130,7 @@ BAD = {
             "--sigma-shift",
                  "--noise-table-size", "--noise-reuse", "--seed", "--eval-every", "--eval-tokens", "--tokens",
                  "--context",
-                 "--momentum-shift", "--sample-length", "--threads", "--members-per-forward"),
+                 "--momentum-shift", "--sample-length", "--threads"),
         *numbers(f"{PRETRAIN} --data text.txt", "--alpha", "--lr", "--minutes", "--temperature", wrong=FRACTIONS),
         f"{PRETRAIN} --data text.txt --device gpu", f"{PRETRAIN} --data text.txt --precision int4",
     ],
@@ -135,7 +138,7 @@ BAD = {
         *lines(RL + " --env {}", [
             *PATHS, "nothing-v0", "gymnasium/nothing-v0", "gymnasium/", "gymnasium/nomodule:Foo-v0",
                 "gymnasium/json:Foo-v0",
-            "brax/nothing", "navix-nothing", "jumanji/nothing", "'brax/ant?'", "'brax/ant?x=y'", "'?'", "/", "a/b/c",
+            "'?'", "/", "a/b/c",
             "gymnasium/CartPole-v99", "CartPole-v99", "':'", "json:Foo",
         ]),
         *numbers(RL, "-p", "--rank", "-g", "--env-steps", "--episodes", "--max-steps", "--hidden", "--layers",
@@ -224,6 +227,15 @@ def words_of(line):
     return [os.fsdecode(b"\xff") if word == "$\\udcff" else word for word in shlex.split(line)]
 
 
+def test_what_is_quoted_is_shown_as_it_is(folder, monkeypatch, capfd):
+    """rich has emoji for words between colons, such as those of a reward."""
+    monkeypatch.chdir(folder)
+    assert main(shlex.split(f"{TUNE} --prompts prompts.txt -r a:b:c")) == 1
+    assert "error: the module of the reward 'a:b:c' cannot be imported" in capfd.readouterr().err
+    assert main(["report", "run:x:[bold]"]) == 1
+    assert "error: run:x:[bold] does not exist" in capfd.readouterr().err
+
+
 def eggroll(*words, **streams):
     """The command in a process of its own, as a shell starts it."""
     return subprocess.run(
@@ -257,7 +269,15 @@ def test_a_closed_output_and_a_status(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_faults_of_the_program_keep_their_traceback():
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    """And are not mistaken for trouble with the output."""
+
+    def late(arguments):
+        raise TimeoutError("a worker is late")
+
+    monkeypatch.setattr("eggroll.cli.main._main", late)
+    with pytest.raises(TimeoutError):
+        main(["report"])
     assert explained(ValueError("a fault")) is None
     assert explained(RuntimeError("a fault")) is None
     assert explained(OSError("without a reason")) is None

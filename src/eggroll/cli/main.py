@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -50,16 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     forgive(sys.stdout, sys.stderr)
     try:
-        try:
-            return _main(arguments)
-        finally:
-            if sys.stdout is not None:  # it was closed
-                sys.stdout.flush()
+        status = _main(arguments)
     except OSError as error:
-        _discard_output()
-        if not isinstance(error, BrokenPipeError):  # then whoever read the output, such as `head`, has gone
-            print(f"error: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError) and (error.errno != errno.ENOSPC or error.filename is not None):
+            raise
+        _unwritten(error)
         return 1
+    except SystemExit:  # how the parser leaves
+        if not _flushed():
+            return 1
+        raise
+    return status if _flushed() else 1
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -143,8 +145,22 @@ NO_MEMORY = ("allocate memory", "out of memory", "RESOURCE_EXHAUSTED", "Storage 
 """How errors of PyTorch and XLA say it."""
 
 
-def _discard_output() -> None:
-    """What is still buffered would raise once more when Python ends."""
+def _flushed() -> bool:
+    """Write what is still buffered; whether that worked."""
+    try:
+        if sys.stdout is not None:  # it was closed
+            sys.stdout.flush()
+    except OSError as error:
+        _unwritten(error)
+        return False
+    return True
+
+
+def _unwritten(error: OSError) -> None:
+    """Say that standard output cannot be written, unless whoever read it, such as `head`, has gone."""
+    if not isinstance(error, BrokenPipeError):
+        print(f"error: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+    # What is still buffered would raise once more when Python ends.
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

@@ -62,3 +62,9 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
     """Who generates: PyTorch in this process, or a vLLM engine whose adapters are the members."""
     engine_args: str | None = setting(None, resume=True, runs_code=bool)
     """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        empty = self.reward is not None and not self.reward.strip()
+        what = "reward is empty; give perplexity, a .py file, a lambda, module:function or a task, or leave it out"
+        return [*super().problems(), *([what] if empty else [])]

@@ -211,6 +211,8 @@ class PretrainOptions(WindowOptions, IntegerUpdateOptions, RunOptions, WorkerOpt
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 found.append(f"{name} (={value}) must be at least 1; leave it out for a choice that suits this machine")
+        if self.threads is not None and self.threads > 4096:
+            found.append(f"threads (={self.threads}) is too large; leave it out for a choice that suits this machine")
         if self.backend == "c" and self.device not in ("auto", "cpu"):
             found.append(f"backend='c' runs on the CPU, not on device={self.device!r}; use backend='torch'")
         if self.precision != "int8":

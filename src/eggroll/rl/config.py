@@ -87,7 +87,9 @@ class RLConfig(RunOptions, WorkerOptions):
         if self.preset not in get_args(PresetChoice):
             found.append(f"preset (={self.preset!r}) must be one of {', '.join(get_args(PresetChoice))}")
         size = self.population_size
-        if isinstance(size, int) and size % 2:
+        few = [] if size is None else whole(self, population_size=2)
+        found += few
+        if isinstance(size, int) and size % 2 and not few:
             found.append(f"population_size (={size}) must be even: members come in pairs; use {size + 1}")
         if self.lr is not None:
             found += numbers(self, lr=(0.0, True))

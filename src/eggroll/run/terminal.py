@@ -34,7 +34,10 @@ def _steers(char: str) -> bool:
 
 
 class Terminal(Console):
-    """A console that prints text :func:`printable`, in markup, tables and the live display alike."""
+    """A console that prints text :func:`printable`, in markup, tables and the live display alike; ``:name:`` is text."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"emoji": False, **settings})
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Text in markup: replaced before its width is measured."""
