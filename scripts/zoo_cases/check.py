@@ -120,6 +120,8 @@ class Expected:
 
     def batch_dim_of(self, slot: int) -> int | None:
         """The dimension of an output that grows with the batch; ``None`` if none does, the first if several do."""
+        if self.by_row:
+            return None
         one, all_of_them = self.centers[0][slot].shape, self.joint_center[slot].shape
         if len(one) != len(all_of_them):
             return None
@@ -158,6 +160,8 @@ def effect(member: Tensor, center: Tensor) -> float:
 
 def deviation(got: Tensor, expected: Tensor, center: Tensor) -> float:
     """How far an output is off, relative to the perturbation's effect on it; 0 within rounding."""
+    if type(got) not in (Tensor, nn.Parameter):
+        raise _WrongError(f"an output is a {type(got).__name__} and not a plain tensor")
     if got.shape != expected.shape:
         raise _WrongError(f"an output has the shape {tuple(got.shape)} instead of {tuple(expected.shape)}")
     if got.numel() == 0:
@@ -219,10 +223,12 @@ def _forward(built: Built, expected: Expected, mode: str) -> Result:
     got = tensors(population.forward(*args, generation=GENERATION, **kwargs))
     found: Result = {"mode": population.mode, "deviation": 0.0}
     found["effect"] = max(effect(a, b) for a, b in zip(expected.members[0], expected.centers[0], strict=True))
-    if len(got) != len(expected.joint_center):
+    # A list with something for each row comes back as all rows' outputs, or as one member's many, joined one by one.
+    by_row = expected.by_row and len(got) == len(expected.joint_center)
+    if len(got) != len(expected.centers[0]) and not by_row:
         raise _WrongError(f"{len(got)} outputs instead of {len(expected.joint_center)}")
     for slot, mine in enumerate(got):
-        if expected.by_row:
+        if by_row:
             theirs, center = (
                 [x for out in outputs for x in out][slot] for outputs in (expected.members, expected.centers)
             )
@@ -252,9 +258,13 @@ def unchanged(expected: Expected, model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and not torch.equal(value.nan_to_num(), before[name].nan_to_num()):
             raise _WrongError(f"{name} of the model itself is another one afterwards")
-    for got, center, member in zip(run(model, expected.own[0]), expected.centers[0], expected.members[0], strict=True):
-        if deviation(got, center, member) > TOLERANCE:
-            raise _WrongError("the model itself computes something else afterwards")
+    try:
+        outputs = zip(run(model, expected.own[0]), expected.centers[0], expected.members[0], strict=True)
+        largest = max(deviation(*three) for three in outputs)
+    except Exception as error:
+        raise _WrongError(f"the model itself does not run afterwards: {sentence(error)}") from error
+    if largest > TOLERANCE:
+        raise _WrongError("the model itself computes something else afterwards")
 
 
 def in_block(built: Built) -> Result:
@@ -278,6 +288,8 @@ def _block(built: Built, dtype: torch.dtype) -> Result:
     with population.perturbed(GENERATION) as active:
         got = tensors(model(*args, **kwargs))
         if expected.by_row:
+            if len(got) != len(expected.joint_center):
+                raise _WrongError(f"{len(got)} outputs instead of {len(expected.joint_center)}")
             pairs = zip(
                 got, *([x for out in o for x in out] for o in (expected.members, expected.centers)), strict=True
             )

@@ -126,9 +126,9 @@ def _batch(model: nn.Module, plain: Inputs, *, is_unbatched: bool) -> tuple[int,
             _are_joined(mine, a, b) for mine, a, b in zip(together, *apart, strict=True)
         ):
             return dim, dims
-    if is_unbatched:
+    if is_unbatched or any(x.ndim for x in apart[0]):
         raise NoCaseError("its inputs have no batch dimension")
-    # Nothing is by rows (a mean over the batch, no batch at all): members are joined in the first dimension anyway.
+    # A mean over the batch: members are joined in the first dimension.
     dims = [0 if isinstance(x, Tensor) and x.ndim > 0 else None for x in leaves]
     joint = [a if d is None else torch.cat((a, b), d) for a, b, d in zip(leaves, other, dims, strict=True)]
     try:
