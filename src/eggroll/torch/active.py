@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
-from eggroll.torch.alone import Slot
 from eggroll.torch.compiled import uncompiled
 from eggroll.torch.hazards import refuse_hazards
 from eggroll.torch.layout.outputs import Places
@@ -18,6 +17,7 @@ from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
 from eggroll.torch.members import Members
 from eggroll.torch.ops.shared import SharedRows
+from eggroll.torch.parameters import Slot
 from eggroll.torch.perturbed import MemberContext, PerturbedWeight, Value
 from eggroll.torch.swap import place, swapped
 

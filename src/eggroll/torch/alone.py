@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from eggroll.torch.active import PerturbedModel
+from eggroll.torch.parameters import Slot
 from eggroll.torch.swap import Kept, place
-
-if TYPE_CHECKING:
-    from eggroll.torch.active import PerturbedModel
-
-Slot = tuple[nn.Module, str]
 
 
 @contextmanager

@@ -81,6 +81,10 @@ class Site:
     parameter: nn.Parameter
 
 
+Slot = tuple[nn.Module, str]
+"""A parameter's or buffer's place: a module and a name in it."""
+
+
 def parameter_sites(model: nn.Module) -> dict[str, list[Site]]:
     """Every place of every parameter, under the parameter's first name; those of TorchScript modules have none."""
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
