@@ -34,7 +34,7 @@ def _steers(char: str) -> bool:
 
 
 class Terminal(Console):
-    """A console that prints text :func:`printable`, in markup, tables and the live display alike; ``:name:`` is text."""
+    """A console that prints text :func:`printable`, in markup, tables and the live display; ``:name:`` is text."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"emoji": False, **settings})
