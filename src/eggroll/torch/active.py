@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
+from eggroll.torch.draws import Draws
 from eggroll.torch.hazards import refuse_hazards
 from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
@@ -25,12 +26,22 @@ class Active:
     Attributes:
         members: how many members there are.
         first: the first of them; the others follow it.
+        generation: whose noise it is.
+        indices: the members in the order of their rows.
     """
 
     def __init__(
-        self, population: Members, values: dict[str, Tensor], context: MemberContext, members: int, first: int = 0
+        self,
+        population: Members,
+        values: dict[str, Tensor],
+        context: MemberContext,
+        members: int,
+        first: int = 0,
+        generation: int = 0,
     ) -> None:
         self.population, self.context, self.members, self.first = population, context, members, first
+        self.generation = generation
+        self.indices: Sequence[int] = range(first, first + members)
         self.values = self.placed = values
 
     def expand(self, x: Tensor) -> Tensor:
@@ -46,7 +57,7 @@ class Active:
         return x.repeat(*([1] * dim), self.members, *([1] * (x.ndim - dim - 1)))
 
     def split(self, y: Tensor) -> Tensor:
-        """``(members * batch, ...)`` to ``(members, batch, ...)``.
+        """``(members * batch, ...)`` to ``(members, batch, ...)``: an output with one or more entries for every row.
 
         Raises:
             UnsupportedOperationError: the output does not hold the members.
@@ -56,10 +67,13 @@ class Active:
         if isinstance(y, Value):
             return member_data(y.by_member(), self.members, self.context.rows or 0)
         dim = self._batch_dim(y)
-        if y.ndim == 0 or y.shape[dim] % self.members:
+        rows = {count for count in (self.context.rows, *self.context.seen_rows) if count}
+        size = y.shape[dim] if y.ndim else 0
+        if y.ndim == 0 or size % self.members or (rows and all(size % count for count in rows)):
+            held = f"the {max(rows)} rows of " if rows and y.ndim else ""
             raise UnsupportedOperationError(
-                f"an output of shape {tuple(y.shape)} does not hold {self.members} members: the model mixes its rows. "
-                'Use mode="vmap" or mode="loop"'
+                f"an output of shape {tuple(y.shape)} does not hold {held}{self.members} members: the model mixes its "
+                'rows, or the tensor is no output of it. Use mode="vmap" or mode="loop"'
             )
         return y.unflatten(dim, (self.members, -1)).movedim(dim, 0)
 
@@ -75,7 +89,15 @@ class Active:
             return  # all rows are the one member's, whichever are left
         self.placed = {name: value.chosen(member_of_row) for name, value in self.values.items()}  # type: ignore[attr-defined]
         self.context.members = self.context.rows = len(member_of_row)
+        self.indices = [self.first + int(member) for member in member_of_row]
         place(self.population.sites, self.placed)
+
+
+def _kind(x: Any) -> Any:
+    """What tells a call from another one that may take another path: a new dimension does, a new length does not."""
+    if isinstance(x, Tensor):
+        return x.ndim, x.dtype
+    return x if isinstance(x, bool) else type(x)
 
 
 class PerturbedModel(Members):
@@ -83,7 +105,7 @@ class PerturbedModel(Members):
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         super().__init__(model, **settings)
-        self._probed: set[int] = set()
+        self._probed: set[Any] = set()
         self._active = False
 
     @contextmanager
@@ -112,7 +134,7 @@ class PerturbedModel(Members):
         count = None if len(chosen) == 1 else len(chosen)
         context = self.context(count, None if count is None or rows_per_member is None else count * rows_per_member)
         values = self.values(generation, chosen, context, sigma=self.sigma if sigma is None else sigma)
-        with self.standing_in(Active(self, values, context, len(chosen), chosen[0])) as active:
+        with self.standing_in(Active(self, values, context, len(chosen), chosen[0], generation)) as active:
             yield active
 
     @contextmanager
@@ -129,31 +151,45 @@ class PerturbedModel(Members):
         values = self.values(generation, [index], context, sigma=self.sigma if sigma is None else sigma)
         if materialize:
             values = {name: v.dense() if isinstance(v, PerturbedWeight) else v for name, v in values.items()}
-        with self.standing_in(Active(self, values, context, 1, index)):
+        with self.standing_in(Active(self, values, context, 1, index, generation)):
             yield self.model
 
     @contextmanager
     def standing_in(self, active: Active) -> Iterator[Active]:
         """Inside the block, the values of ``active`` (of :meth:`values`, or others) are in the place of parameters."""
-        with self.swapped(active.values, single=active.context.single):
-            if active.context.single:
+        with self.swapped(active.values):
+            if active.context.single and self.draws is False:
                 yield active
                 return
-            with rows_from_input(self.model, active.context, partial(self._probe, active)):
+            draws = Draws(self.noise.seed, active.generation, lambda: active.indices, active.context)
+            around = partial(self._drawing, draws)
+            with rows_from_input(self.model, active.context, partial(self._probe, active), around):
                 yield active
 
     def _probe(self, active: Active, module: nn.Module, inputs: Inputs) -> None:
         """Before a module's first call: where each parameter meets the members, and whether rows hold them at all."""
-        if id(module) not in self._probed and active.context.rows:
+        key = (id(module), tuple(map(_kind, inputs[0])), tuple((name, _kind(x)) for name, x in inputs[1].items()))
+        if key not in self._probed and active.context.rows:
             learn_and_check(self, active.context, active.members, active.placed, module, inputs)
-            self._probed.add(id(module))
+            self._probed.add(key)
 
     @contextmanager
-    def swapped(self, values: dict[str, Tensor], *, single: bool) -> Iterator[None]:
+    def _drawing(self, draws: Draws) -> Iterator[None]:
+        """A call of the model: random numbers that it draws are each member's own, if it draws any."""
+        if self.draws is False:
+            yield
+            return
+        with draws.drawing(self.device):
+            yield
+        if self.draws is None:
+            self.draws = draws.count > 0 or draws.others
+
+    @contextmanager
+    def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
         """Put values in the place of the model's parameters for the length of the block."""
         self._active = True
         try:
-            with swapped(self.model, self.sites, values, single=single):
+            with swapped(self.model, self.sites, values, self.keeper):
                 yield
         finally:
             self._active = False

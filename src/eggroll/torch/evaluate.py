@@ -18,7 +18,6 @@ from eggroll.torch.compare import largest_difference
 from eggroll.torch.layout.probe import sigma_for_checks
 from eggroll.torch.layout.rows import Inputs, count_rows, cut, join, member_dim, plain_outputs
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
-from eggroll.torch.swap import Kept
 
 # Whatever the reason that a mode cannot run a model, another one may.
 FAILURES = (UnsupportedOperationError, RuntimeError, ValueError, TypeError, IndexError, AssertionError)
@@ -104,16 +103,16 @@ def run_vmap(call: Call) -> Any:
                 own[name] = PerturbedWeight(value.base, *pieces, name=name, kind=value.kind, context=single)
             else:
                 own[name] = pieces[0]
-        with population.swapped(own, single=True):
+        with population.swapped(own):
             leaves, structures["outputs"] = tree_flatten(population.model(*member_inputs[0], **member_inputs[1]))
         others.update((slot, leaf) for slot, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    kept = Kept(population.model)
+    state = population.keeper.state()
     try:
         tensors = torch.vmap(one, in_dims=(0, dims), randomness="error")(parts, inputs)
     finally:
-        kept.restore(lambda _: True)  # tensors of the vmap mean nothing after it
+        state.restore(strict=False)  # tensors of the vmap mean nothing after it
     outputs = []
     for p in range(count):
         leaves = [tensor[p] for tensor in tensors]

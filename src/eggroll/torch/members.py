@@ -15,6 +15,7 @@ from eggroll.torch.layout.rows import constants_of
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import Site, parameter_sites, parameter_specs
 from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
+from eggroll.torch.state import Keeper
 
 
 class Members:
@@ -26,6 +27,9 @@ class Members:
         specs: the perturbed parameters.
         sites: where each parameter of the model is used.
         noise: what members are drawn from.
+        keeper: of what the model holds besides its parameters.
+        draws: whether the model draws random numbers of its own; ``None`` until it was called.
+        told_unused: whether it was said which parameters the model does not use.
         layouts: what is known about the layout of activations; see :class:`MemberContext`.
     """
 
@@ -69,8 +73,11 @@ class Members:
                 "whose parameters cannot be replaced. Use the module that it was made from, or leave them alone "
                 f"(exclude={fixed[:3]})"
             )
+        self.keeper = Keeper(model)
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
+        self.draws: bool | None = None
+        self.told_unused = False
 
     @property
     def num_pairs(self) -> int:

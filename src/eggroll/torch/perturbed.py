@@ -56,6 +56,7 @@ class MemberContext:
         inputs: addresses of the memory of the running call's inputs; ``None`` while no call is running.
         constants: addresses of the memory of the model's parameters and buffers, which are the same for all members.
         max_dense_bytes: how much one materialized parameter may take (P copies) before an error is raised instead.
+        seen_rows: R of every call of the model so far.
     """
 
     members: int | None
@@ -66,6 +67,7 @@ class MemberContext:
     inputs: frozenset[int] | None = None
     constants: frozenset[int] = frozenset()
     max_dense_bytes: int = 2**30
+    seen_rows: set[int | None] = field(default_factory=set)
 
     @property
     def single(self) -> bool:
