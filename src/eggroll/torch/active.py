@@ -16,6 +16,7 @@ from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
 from eggroll.torch.members import Members
 from eggroll.torch.ops.shared import SharedRows
+from eggroll.torch.padding import padding_as_in_plain_models
 from eggroll.torch.perturbed import MemberContext, PerturbedWeight, Value
 from eggroll.torch.swap import place, swapped
 
@@ -157,7 +158,7 @@ class PerturbedModel(Members):
     @contextmanager
     def standing_in(self, active: Active) -> Iterator[Active]:
         """Inside the block, the values of ``active`` (of :meth:`values`, or others) are in the place of parameters."""
-        with self.swapped(active.values):
+        with self.swapped(active.values), padding_as_in_plain_models(self.model):
             if active.context.single and self.draws is False:
                 yield active
                 return

@@ -30,6 +30,8 @@ class Members:
         keeper: of what the model holds besides its parameters.
         draws: whether the model draws random numbers of its own; ``None`` until it was called.
         told_unused: whether it was said which parameters the model does not use.
+        watched: whether a call was seen to use values only, and not the parameters themselves.
+        plain_loop: whether members one at a time need plain weights, because the model does not take values.
         layouts: what is known about the layout of activations; see :class:`MemberContext`.
     """
 
@@ -77,7 +79,12 @@ class Members:
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
         self.draws: bool | None = None
-        self.told_unused = False
+        self.told_unused = self.watched = self.plain_loop = False
+
+    @property
+    def names(self) -> list[str]:
+        """Of the perturbed parameters."""
+        return [spec.name for spec in self.specs]
 
     @property
     def num_pairs(self) -> int:

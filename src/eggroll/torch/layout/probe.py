@@ -214,8 +214,7 @@ class _Probe:
         chosen = {name: value.chosen(index) for name, value in values.items()}  # type: ignore[attr-defined]
         watch = Watch(context, originals_of(population), alter=alter)
         try:
-            with watch:
-                return self._call(chosen, self.inputs, context, index.tolist())
+            return self._call(chosen, self.inputs, context, index.tolist(), watch)
         finally:
             kept = replace(context, layouts=population.layouts)
             for use, layout in context.layouts.items():
@@ -228,10 +227,16 @@ class _Probe:
         population, context = self.population, MemberContext(None)
         values = population.values(0, range(member, member + 1), context, sigma=self.sigma)
         inputs = cut(self.inputs, p, self.count, self.rows, population.batch_dim)
-        with contextlib.nullcontext() if watch is None else watch:
-            return self._call(plain_values(population, values), inputs, context, [member])
+        return self._call(plain_values(population, values), inputs, context, [member], watch)
 
-    def _call(self, values: Mapping[str, Tensor], inputs: Inputs, context: MemberContext, members: list[int]) -> Any:
+    def _call(
+        self,
+        values: Mapping[str, Tensor],
+        inputs: Inputs,
+        context: MemberContext,
+        members: list[int],
+        watch: Watch | None,
+    ) -> Any:
         """The module's outputs for values, from the state that it is in before the call, on copies of inputs."""
         self.state.restore()
         place(self.population.sites, values)
@@ -243,7 +248,7 @@ class _Probe:
         context.inputs = addresses(tree_flatten((args, kwargs))[0])
         draws = Draws(self.population.noise.seed, 0, lambda: members, context)
         try:
-            with draws if self.draws else contextlib.nullcontext():
+            with draws if self.draws else contextlib.nullcontext(), watch or contextlib.nullcontext():
                 return self.module(*args, **kwargs)
         except FAILURES as error:
             raise _CannotRun from error
