@@ -1,4 +1,4 @@
-"""``nn.TransformerEncoder`` and its relatives with masks: what plain weights give in evaluation mode, with its zeros."""
+"""``nn.TransformerEncoder`` and its relatives with masks: what plain weights give in evaluation mode, zeros too."""
 
 import pytest
 import torch

@@ -290,3 +290,40 @@ def test_a_tensor_that_is_written_to_for_the_first_time_later(filled, monkeypatc
     before = model.mean.clone()
     population.forward(x, generation=0)
     assert torch.equal(model.mean, before)
+
+
+class Recorder:
+    """What a user attaches to a model: its hooks keep what they saw."""
+
+    def __init__(self):
+        self.seen, self.calls = [], 0
+
+    def hook(self, module, inputs, output):
+        self.seen.append(output)
+        self.calls += 1
+
+
+def test_hooks_do_not_remember_the_check(filled):
+    """The check calls hooks too, since they may change outputs; what they keep of it is taken back."""
+    model = filled(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    recorder, in_closure, count = Recorder(), [], 0
+
+    def counting(module, inputs):
+        nonlocal count
+        count += 1
+        in_closure.append(inputs[0].shape)
+
+    model.register_forward_hook(recorder.hook)
+    model[1].register_forward_pre_hook(counting)
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2.0)
+    population = Population(model, population_size=4, sigma=0.1)
+    with population.perturbed(0):
+        out = model(torch.randn(8, 4))
+    assert [x is out for x in recorder.seen] == [True]
+    assert (recorder.calls, count, in_closure) == (1, 1, [(8, 4)])
+
+
+def test_state_of_a_model_that_is_a_graph(filled):
+    traced = torch.fx.symbolic_trace(filled(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))))
+    population = Population(traced, population_size=4, sigma=0.1)
+    assert population.verify(torch.randn(8, 4)) < 1e-5
