@@ -117,4 +117,4 @@ def global_state(device: torch.device) -> tuple[Tensor, Any, bytes]:
     if device.type == "cuda":
         state = torch.cat([state, torch.cuda.get_rng_state(device)])
     _, keys, position, *_ = np.random.get_state()  # noqa: NPY002
-    return state, random.getstate(), keys.tobytes() + str(position).encode()
+    return state, random.getstate(), np.asarray(keys).tobytes() + str(position).encode()

@@ -46,8 +46,9 @@ def _hooks(encoder: nn.TransformerEncoder) -> list[Any]:
 
     def last_layer(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         padding = kwargs.get("src_key_padding_mask")
-        is_plain = not running or not running[-1] or padding is None or not isinstance(output, Tensor)
-        if is_plain or kwargs.get("src_mask") is not None or output.ndim != 3 or not _would_be_nested(encoder):
+        if padding is None or not running or not running[-1] or not isinstance(output, Tensor):
+            return None
+        if kwargs.get("src_mask") is not None or output.ndim != 3 or not _would_be_nested(encoder):
             return None
         return output.masked_fill(_cut_off(padding, running[-1], encoder)[..., None], 0.0)
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eggroll.errors import UnsupportedOperationError
+from eggroll.errors import EggrollError
 from eggroll.torch.perturbed import Value
 
 COPY_BYTES = 256 * 2**20
@@ -73,6 +73,7 @@ class State:
     def __init__(self, model: nn.Module, written: dict[int, Tensor], *, thorough: bool, hooks: bool) -> None:
         self._model, self._written, self._hooks = model, written, hooks
         self._seen: dict[int, Any] = {}  # holds the objects, so that no address is used twice
+        self._dicts: list[tuple[dict[Any, Any], list[Any], list[Any], frozenset[str]]] = []
         self._undo: list[Callable[[], None]] = []
         self._caches: list[Any] = []
         self._tensors: list[tuple[Tensor, Any]] = []
@@ -84,22 +85,25 @@ class State:
         """Give everything back.
 
         Raises:
-            UnsupportedOperationError: a tensor was written to of which there is no copy (with ``strict``).
+            EggrollError: a tensor was written to of which there is no copy (with ``strict``).
         """
+        for held in self._dicts:
+            _refill_dict(*held)
         for undo in self._undo:
             undo()
         self._clear_caches()
         lost = []
         for tensor, mark in self._tensors:
-            held = self._copies.get(id(tensor))
-            if held is not None:
-                if _write_back(tensor, *held):
+            copy = self._copies.get(id(tensor))
+            if copy is not None:
+                if _write_back(tensor, *copy):
                     self._written[id(tensor)] = tensor
             elif _mark(tensor) != mark:
                 self._written[id(tensor)] = tensor
                 lost.append(tensor)
         if lost and strict:
-            raise UnsupportedOperationError(
+            # No UnsupportedOperationError, after which another mode would be tried: the model is no longer the center.
+            raise EggrollError(
                 f"the model changed {', '.join(map(self._name_of, lost[:3]))} in place during an evaluation, for the "
                 "first time and without a copy to go back to: load the model anew. An evaluation must not change it"
             )
@@ -143,11 +147,13 @@ class State:
             if kind in _ATOMS or id(found) in seen:
                 continue
             seen[id(found)] = found
-            if isinstance(found, Tensor):
+            if isinstance(found, dict):
+                todo += self._dict(found)
+            elif isinstance(found, Tensor):
                 if not isinstance(found, Value):
                     self._tensors.append((found, _mark(found)))
-            elif isinstance(found, dict):
-                todo += self._dict(found)
+            elif isinstance(found, nn.Module):
+                todo += self._object(found)
             elif isinstance(found, list):
                 todo += self._sequence(found, _refill_list)
             elif isinstance(found, collections.deque):
@@ -165,12 +171,14 @@ class State:
             elif isinstance(found, _FUNCTIONS):
                 if self._hooks:
                     todo += self._function(found)
-            elif not isinstance(found, type | torch.jit.ScriptModule):
+            elif not isinstance(found, type):
                 todo += self._object(found)
 
     def _object(self, found: Any) -> Iterable[Any]:
         kind = type(found)
         is_module = isinstance(found, nn.Module)
+        if isinstance(found, torch.jit.ScriptModule):
+            return ()
         if not is_module and kind.__module__.startswith(_FOREIGN):
             return ()
         reached: list[Any] = []
@@ -182,21 +190,21 @@ class State:
                 reached += [
                     hook for name in _HOOKS for hook in (attributes.get(name) or ()) and attributes[name].values()
                 ]
-        slots = _slots(kind)
+        slots = _slots(kind)  # type: ignore[arg-type]
         if slots:
             held = {name: getattr(found, name) for name in slots if hasattr(found, name)}
             self._undo.append(functools.partial(_refill_slots, found, slots, held))
             reached += held.values()
         if is_module:
-            reached += _class_state(kind)
+            reached += _class_state(kind)  # type: ignore[arg-type]
         return reached
 
     def _dict(self, found: dict[Any, Any], skip: frozenset[str] = frozenset()) -> Iterable[Any]:
         keys, values = list(found), list(found.values())
-        self._undo.append(functools.partial(_refill_dict, found, keys, values, skip))
+        self._dicts.append((found, keys, values, skip))
         if not skip:
             return values
-        return [value for key, value in zip(keys, values, strict=True) if key not in skip]
+        return [value for key, value in zip(keys, values, strict=True) if type(value) not in _ATOMS and key not in skip]
 
     def _sequence(self, found: Any, refill: Callable[[Any, list[Any]], None]) -> Iterable[Any]:
         held = list(found)
@@ -316,7 +324,7 @@ _NOTHING = object()
 def _generator(found: Any) -> Callable[[], None]:
     """What sets a source of random numbers back to where it is."""
     if isinstance(found, torch.Generator):
-        return functools.partial(found.set_state, found.get_state())
+        return functools.partial(found.set_state, found.get_state())  # type: ignore[return-value]
     if isinstance(found, random.Random):
         return functools.partial(found.setstate, found.getstate())
     if isinstance(found, np.random.RandomState):

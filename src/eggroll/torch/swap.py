@@ -22,8 +22,8 @@ def swapped(
     Whatever else the model holds is given back as it was: caches made from a member's weights, running means, counters.
 
     Raises:
-        UnsupportedOperationError: a parameter is not the one that the population was made with, or the model changed a
-            tensor of its own that cannot be put back.
+        UnsupportedOperationError: a parameter is not the one that the population was made with.
+        EggrollError: the model changed a tensor of its own that cannot be put back.
     """
     for name in values:
         for site in sites[name]:

@@ -49,15 +49,17 @@ class Read:
 
     def altered(self) -> Any:
         """Something else that it could have been."""
-        if isinstance(self.value, bool):
-            return not self.value
         return _changed(self.value)
 
 
 def _changed(value: Any) -> Any:
     if isinstance(value, list):
         return [_changed(entry) for entry in value]
-    return type(value)(value * 1.5 + 1) if isinstance(value, int | float | complex) else value
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return value * 1.5 + 1 if isinstance(value, float | complex) else value
 
 
 class Originals:
