@@ -12,7 +12,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from eggroll.errors import ConfigError, SelectionError
@@ -22,16 +22,26 @@ Kind = Literal["matrix", "embedding", "conv", "experts", "vector", "other"]
 ``(C_out, C_in/groups, *k)``; ``experts`` ``(E, m, n)``; ``vector`` 1-D (norm scales, biases); ``other`` the rest."""
 
 KINDS: tuple[str, ...] = get_args(Kind)
+PERTURBED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 LOW_RANK_KINDS = ("matrix", "embedding", "conv", "experts")
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter as the noise sees it: name, shape and kind."""
+    """A parameter as the noise sees it: name, shape and kind.
+
+    ``dtype`` (a name such as ``uint8``; empty if it was not looked at) only says whether it can be perturbed at all.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
+    dtype: str = field(default="", compare=False, repr=False)
+
+    @property
+    def can_be_perturbed(self) -> bool:
+        """Whether real noise can be added: not to packed integers, complex numbers, or 8 bits and fewer."""
+        return self.dtype in ("", *PERTURBED_DTYPES)
 
     @property
     def low_rank(self) -> bool:
@@ -78,7 +88,7 @@ def select(
     exclude: Sequence[str] = (),
     kinds: Sequence[str] = ("matrix", "conv", "experts"),
 ) -> list[ParameterSpec]:
-    """The parameters to perturb, in the given order.
+    """The parameters to perturb, in the given order. Those of dtypes that cannot be perturbed are left alone.
 
     Args:
         parameters: all parameters of the model.
@@ -88,7 +98,8 @@ def select(
         kinds: the kinds that are taken when ``include`` is ``None``.
 
     Raises:
-        SelectionError: a pattern matches nothing (the message lists near matches), or nothing is left.
+        SelectionError: a pattern matches nothing (the message lists near matches) or only parameters that cannot be
+            perturbed, or nothing is left.
     """
     everything = list(parameters)
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -97,8 +108,15 @@ def select(
     problems = []
     for label, patterns in (("target_modules", include or ()), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(matches(spec.name, pattern) for spec in everything):
+            matched = [spec for spec in everything if matches(spec.name, pattern)]
+            if not matched:
                 problems.append(f"{label} pattern {pattern!r} matches no parameter. {_suggest(pattern, everything)}")
+            elif label == "target_modules" and not any(spec.can_be_perturbed for spec in matched):
+                problems.append(
+                    f"target_modules pattern {pattern!r} matches only parameters that cannot be perturbed: "
+                    f"{matched[0].name} is {matched[0].dtype}, allowed are {', '.join(PERTURBED_DTYPES)}. Load the "
+                    "model without quantization, or name other parameters"
+                )
     if problems:
         raise SelectionError("; ".join(problems))
     if include is None:
@@ -106,11 +124,16 @@ def select(
     else:
         chosen = [spec for spec in everything if any(matches(spec.name, pattern) for pattern in include)]
     chosen = [spec for spec in chosen if not any(matches(spec.name, pattern) for pattern in exclude)]
+    unfit, chosen = (
+        [spec for spec in chosen if not spec.can_be_perturbed],
+        [spec for spec in chosen if spec.can_be_perturbed],
+    )
     if not chosen:
         present = sorted({spec.kind for spec in everything})
         raise SelectionError(
             f"nothing is left to perturb: kinds={list(kinds)}, target_modules={include and list(include)}, "
             f"exclude={list(exclude)}; the model has {len(everything)} parameters of the kinds {present}"
+            + (f", {len(unfit)} of them of dtypes that cannot be perturbed ({unfit[0].dtype})" if unfit else "")
         )
     return chosen
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.compiled import uncompiled
+from eggroll.torch.draws import Draws
 from eggroll.torch.hazards import refuse_hazards
 from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
 from eggroll.torch.members import Members
 from eggroll.torch.ops.shared import SharedRows
-from eggroll.torch.parameters import Slot
+from eggroll.torch.padding import padding_as_in_plain_models
 from eggroll.torch.perturbed import MemberContext, PerturbedWeight, Value
 from eggroll.torch.swap import place, swapped
 
@@ -28,12 +29,22 @@ class Active:
     Attributes:
         members: how many members there are.
         first: the first of them; the others follow it.
+        generation: whose noise it is.
+        indices: the members in the order of their rows.
     """
 
     def __init__(
-        self, population: Members, values: dict[str, Tensor], context: MemberContext, members: int, first: int = 0
+        self,
+        population: Members,
+        values: dict[str, Tensor],
+        context: MemberContext,
+        members: int,
+        first: int = 0,
+        generation: int = 0,
     ) -> None:
         self.population, self.context, self.members, self.first = population, context, members, first
+        self.generation = generation
+        self.indices: Sequence[int] = range(first, first + members)
         self.values = self.placed = values
 
     def expand(self, x: Tensor) -> Tensor:
@@ -49,7 +60,7 @@ class Active:
         return x.repeat(*([1] * dim), self.members, *([1] * (x.ndim - dim - 1)))
 
     def split(self, y: Tensor) -> Tensor:
-        """``(members * batch, ...)`` to ``(members, batch, ...)``.
+        """``(members * batch, ...)`` to ``(members, batch, ...)``: an output with one or more entries for every row.
 
         Raises:
             UnsupportedOperationError: the output does not hold the members.
@@ -59,10 +70,13 @@ class Active:
         if isinstance(y, Value):
             return member_data(y.by_member(), self.members, self.context.rows or 0)
         dim = self._batch_dim(y)
-        if y.ndim == 0 or y.shape[dim] % self.members:
+        rows = {count for count in (self.context.rows, *self.context.seen_rows) if count}
+        size = y.shape[dim] if y.ndim else 0
+        if y.ndim == 0 or size % self.members or (rows and all(size % count for count in rows)):
+            held = f"the {max(rows)} rows of " if rows and y.ndim else ""
             raise UnsupportedOperationError(
-                f"an output of shape {tuple(y.shape)} does not hold {self.members} members: the model mixes its rows. "
-                'Use mode="vmap" or mode="loop"'
+                f"an output of shape {tuple(y.shape)} does not hold {held}{self.members} members: the model mixes its "
+                'rows, or the tensor is no output of it. Use mode="vmap" or mode="loop"'
             )
         return y.unflatten(dim, (self.members, -1)).movedim(dim, 0)
 
@@ -78,7 +92,15 @@ class Active:
             return  # all rows are the one member's, whichever are left
         self.placed = {name: value.chosen(member_of_row) for name, value in self.values.items()}  # type: ignore[attr-defined]
         self.context.members = self.context.rows = len(member_of_row)
+        self.indices = [self.first + int(member) for member in member_of_row]
         place(self.population.sites, self.placed)
+
+
+def _kind(x: Any) -> Any:
+    """What tells a call from another one that may take another path: a new dimension does, a new length does not."""
+    if isinstance(x, Tensor):
+        return x.ndim, x.dtype
+    return x if isinstance(x, bool) else type(x)
 
 
 class PerturbedModel(Members):
@@ -86,9 +108,8 @@ class PerturbedModel(Members):
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         super().__init__(model, **settings)
-        self._probed: set[int] = set()
+        self._probed: set[Any] = set()
         self.places: dict[Any, Places] = {}  # where outputs hold rows, by their form
-        self.written: set[Slot] | None = None  # what the model changes besides its perturbed weights; see alone
         self._active = False
 
     @contextmanager
@@ -117,7 +138,7 @@ class PerturbedModel(Members):
         count = None if len(chosen) == 1 else len(chosen)
         context = self.context(count, None if count is None or rows_per_member is None else count * rows_per_member)
         values = self.values(generation, chosen, context, sigma=self.sigma if sigma is None else sigma)
-        with self.standing_in(Active(self, values, context, len(chosen), chosen[0])) as active:
+        with self.standing_in(Active(self, values, context, len(chosen), chosen[0], generation)) as active:
             yield active
 
     @contextmanager
@@ -134,18 +155,20 @@ class PerturbedModel(Members):
         values = self.values(generation, [index], context, sigma=self.sigma if sigma is None else sigma)
         if materialize:
             values = {name: v.dense() if isinstance(v, PerturbedWeight) else v for name, v in values.items()}
-        with self.standing_in(Active(self, values, context, 1, index)):
+        with self.standing_in(Active(self, values, context, 1, index, generation)):
             yield self.model
 
     @contextmanager
     def standing_in(self, active: Active) -> Iterator[Active]:
         """Inside the block, the values of ``active`` (of :meth:`values`, or others) are in the place of parameters."""
-        with self.swapped(active.values, single=active.context.single):
-            if active.context.single:
+        with self.swapped(active.values), padding_as_in_plain_models(self.model):
+            if active.context.single and self.draws is False:
                 yield active
                 return
+            draws = Draws(self.noise.seed, active.generation, lambda: active.indices, active.context)
+            around = partial(self._drawing, draws)
             try:
-                with rows_from_input(self.model, active.context, partial(self._probe, active)):
+                with rows_from_input(self.model, active.context, partial(self._probe, active), around):
                     yield active
             except RuntimeError as error:
                 if active.context.refused is not None and "TorchScript" in str(error):
@@ -154,16 +177,28 @@ class PerturbedModel(Members):
 
     def _probe(self, active: Active, module: nn.Module, inputs: Inputs) -> None:
         """Before a module's first call: where each parameter meets the members, and whether rows hold them at all."""
-        if id(module) not in self._probed and active.context.rows:
+        key = (id(module), tuple(map(_kind, inputs[0])), tuple((name, _kind(x)) for name, x in inputs[1].items()))
+        if key not in self._probed and active.context.rows:
             learn_and_check(self, active.context, active.members, active.placed, module, inputs)
-            self._probed.add(id(module))
+            self._probed.add(key)
 
     @contextmanager
-    def swapped(self, values: dict[str, Tensor], *, single: bool) -> Iterator[None]:
+    def _drawing(self, draws: Draws) -> Iterator[None]:
+        """A call of the model: random numbers that it draws are each member's own, if it draws any."""
+        if self.draws is False:
+            yield
+            return
+        with draws.drawing(self.device):
+            yield
+        if self.draws is None:
+            self.draws = draws.count > 0 or draws.others
+
+    @contextmanager
+    def swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
         """Put values in the place of the model's parameters for the length of the block."""
         self._active = True
         try:
-            with uncompiled(), swapped(self.model, self.sites, values, single=single):
+            with uncompiled(), swapped(self.model, self.sites, values, self.keeper):
                 yield
         finally:
             self._active = False

@@ -11,7 +11,7 @@ import torch
 
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.evaluate import Call, difference, run_loop, run_rows, run_vmap, verify
-from eggroll.torch.layout.probe import own_random_numbers
+from eggroll.torch.state import StateLostError, random_numbers_kept
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +29,20 @@ def run_auto(call: Call, modes: Sequence[str] = ("rows", "vmap", "loop"), *, ann
 
     Raises:
         ConfigError: inputs without rows for every member.
-        Exception: what the model raises for a member alone, with which everything begins: a model that writes to
-            what its members would share is not given anything else.
+        UnsupportedOperationError: the model uses perturbed parameters by references of its own.
+        StateLostError: the model changed something that cannot be put back.
+        Exception: what the model raises for a member alone, with which everything begins.
     """
     assert call.rows >= 0  # inputs that the members do not divide are refused here, before anything is tried
-    with torch.no_grad(), own_random_numbers(call.population):
-        call.alone(0)
+    with torch.no_grad(), random_numbers_kept(call.population.device):
+        call.reference(0)
+    call.watch()
     reasons: dict[str, str] = {}
     for mode in modes:
-        if mode != "loop" and call.population.written:
-            reasons[mode] = f"evaluating the model changes {_names(call)}, which members would share"
-            continue
         try:
             outputs, seconds = _TRIES[mode](call)
         except Exception as error:
-            if mode == "loop":
+            if mode == "loop" or isinstance(error, StateLostError):
                 raise
             reasons[mode] = _first_sentence(error)
             continue
@@ -51,13 +50,6 @@ def run_auto(call: Call, modes: Sequence[str] = ("rows", "vmap", "loop"), *, ann
             _announce(call, mode, reasons, seconds)
         return mode, outputs
     raise AssertionError("the loop is the last mode")
-
-
-def _names(call: Call) -> str:
-    """What the model writes to, by name."""
-    names = {module: name for name, module in call.population.model.named_modules()}
-    written = sorted(f"{names[module]}.{slot}".lstrip(".") for module, slot in call.population.written or ())
-    return ", ".join(written[:3]) + (" and others" if len(written) > 3 else "")
 
 
 def _rows(call: Call) -> tuple[Any, float]:
@@ -73,11 +65,15 @@ def _vmap(call: Call) -> tuple[Any, float]:
     return outputs, seconds
 
 
-_TRIES: dict[str, Callable[[Call], tuple[Any, float]]] = {
-    "rows": _rows,
-    "vmap": _vmap,
-    "loop": lambda call: _timed(lambda: run_loop(call)),
-}
+def _loop(call: Call) -> tuple[Any, float]:
+    outputs, seconds = _timed(lambda: run_loop(call))
+    if not call.population.plain_loop and not difference(call, outputs)[1]:
+        call.population.plain_loop = True  # the model looks at what its weights are
+        return _timed(lambda: run_loop(call))
+    return outputs, seconds
+
+
+_TRIES: dict[str, Callable[[Call], tuple[Any, float]]] = {"rows": _rows, "vmap": _vmap, "loop": _loop}
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -89,7 +85,7 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
 def _announce(call: Call, mode: str, reasons: dict[str, str], seconds: float) -> None:
     """Which mode was taken, why, and what it costs: one line."""
     count = len(call.members)
-    one = seconds / count if mode == "loop" else _timed(lambda: call.alone(0))[1]
+    one = seconds / count if mode == "loop" else _timed(lambda: call.reference(0))[1]
     cost = f"{_time(seconds)} for {count} member{'s' * (count > 1)}, where one alone takes {_time(one)}"
     if mode != "loop":
         cost += f" ({count * one / max(seconds, 1e-9):.1f} times as fast as one after the other)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -14,13 +15,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.active import PerturbedModel
-from eggroll.torch.alone import alone
 from eggroll.torch.compare import largest_difference
 from eggroll.torch.layout.outputs import Places, written_out
-from eggroll.torch.layout.probe import own_random_numbers, sigma_for_checks
+from eggroll.torch.layout.probe import FAILURES, PLAIN_BYTES, originals_of, refuse_bypassed, sigma_for_checks
 from eggroll.torch.layout.rows import Inputs, count_rows, cut, member_dims
+from eggroll.torch.layout.watch import Watch
+from eggroll.torch.padding import padding_as_in_plain_models
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
-from eggroll.torch.swap import Kept
+from eggroll.torch.state import StateLostError, random_numbers_kept
 from eggroll.torch.unanimous import Unanimous
 
 # In 16 bit, rounding is amplified from layer to layer, so that no fixed tolerance tells it from a wrong layout. What
@@ -45,18 +47,60 @@ class Call:
         return count_rows(self.inputs, len(self.members), self.population.batch_dim)
 
     def own(self, p: int) -> Inputs:
-        """The inputs of the ``p``-th member alone, its own to write to."""
+        """The inputs of the ``p``-th member alone, its own to write to.
+
+        Raises:
+            UnsupportedOperationError: they hold a cache that all members have written to.
+        """
+        if len(self.members) == 1:
+            return self.inputs
+        for leaf in tree_flatten(self.inputs)[0]:
+            if hasattr(leaf, "get_seq_length") and int(leaf.get_seq_length() or 0) > 0:
+                raise UnsupportedOperationError(
+                    f"the inputs hold a {type(leaf).__name__} that all members have written to, which cannot be cut "
+                    "into theirs: begin with an empty one, or evaluate one member with population.member"
+                )
         return _copied(cut(self.inputs, p, len(self.members), self.rows, self.population.batch_dim))
 
-    def alone(self, p: int) -> Any:
-        """The outputs of the ``p``-th member alone: of the plain model with its weights."""
-        return self.of_member(p, self.own(p))
+    def alone(self, p: int, *, plain: bool = False) -> Any:
+        """The outputs of the ``p``-th member alone, with ``plain`` tensors as its weights or with values."""
+        return self.of_member(p, self.own(p), plain=plain)
 
-    def of_member(self, p: int, inputs: Inputs) -> Any:
+    def of_member(self, p: int, inputs: Inputs, *, plain: bool) -> Any:
         """The outputs of the ``p``-th member for inputs."""
         population = self.population
-        with alone(population, self.generation, self.members[p], sigma=self.sigma) as model:
+        with population.member(self.generation, self.members[p], sigma=self.sigma, materialize=plain) as model:
             return model(*inputs[0], **inputs[1])
+
+    def reference(self, p: int, inputs: Inputs | None = None) -> Any:
+        """What joint outputs are compared with: the ``p``-th member with plain weights.
+
+        Where these are large, or would round the perturbation away (16 bit), they are values, if the model takes these.
+        """
+        inputs = self.own(p) if inputs is None else inputs
+        if self.population.plain_loop or not self._takes_values():
+            return self.of_member(p, inputs, plain=True)
+        try:
+            return self.of_member(p, inputs, plain=False)
+        except UnsupportedOperationError:
+            return self.of_member(p, self.own(p), plain=True)
+
+    def _takes_values(self) -> bool:
+        perturbed = [self.population.parameter(name) for name in self.population.names]
+        size = sum(parameter.numel() * parameter.element_size() for parameter in perturbed)
+        return size > PLAIN_BYTES or _is_half(self.population)
+
+    def watch(self) -> None:
+        """Once for each population: refuse a model that uses the parameters themselves instead of the values."""
+        population = self.population
+        if population.watched:
+            return
+        seen = Watch(MemberContext(None), originals_of(population))
+        args, kwargs = _copied(self.own(0))
+        with contextlib.suppress(*FAILURES), population.member(self.generation, self.members[0]) as model, seen:
+            model(*args, **kwargs)
+        refuse_bypassed(seen.bypassed)
+        population.watched = True
 
     def places(self, outputs: Any) -> Places:
         """Where outputs like these hold rows: from the first member's, and its outputs for every row given twice.
@@ -68,10 +112,10 @@ class Call:
         key = (str(structure), own == 1, tuple(x.ndim if isinstance(x, Tensor) else None for x in leaves))
         known = self.population.places
         if key not in known:
-            with torch.no_grad(), own_random_numbers(self.population):
-                one = self.alone(0)
+            with torch.no_grad(), random_numbers_kept(self.population.device):
+                one = self.reference(0)
                 try:
-                    twice = self.of_member(0, self._twice())
+                    twice = self.reference(0, self._twice())
                     found = Places.of(one, twice, own, 2, batch_dim)
                 except Exception:  # a model that takes no other number of rows
                     found = None
@@ -99,9 +143,11 @@ def _copy_of(leaf: Any) -> Any:
 def run_rows(call: Call, *, trusting: bool = False, checked: bool = False) -> Any:
     """All members in one forward, as rows of one batch.
 
-    What holds no rows is each member's own in a ``checked`` model, and as the model gave it otherwise.
+    What holds no rows is each member's own in a ``checked`` model, and as the model gave it otherwise. The inputs stay
+    as they are where a model is known to write to them.
     """
-    population, (args, kwargs) = call.population, call.inputs
+    population = call.population
+    args, kwargs = _copied(call.inputs) if trusting or population.writes_inputs else call.inputs
     with population.perturbed(call.generation, call.members, sigma=call.sigma) as active:
         active.context.trusting = trusting
         outputs = population.model(*args, **kwargs)
@@ -114,13 +160,26 @@ def run_rows(call: Call, *, trusting: bool = False, checked: bool = False) -> An
 
 
 def run_loop(call: Call) -> Any:
-    """One member after the other, each as the plain model with its weights; exact for every model."""
-    outputs = [call.alone(p) for p in range(len(call.members))]
+    """One member after the other, as values or, where the model does not take these, with plain weights."""
+    call.watch()
+    population, members = call.population, range(len(call.members))
+    outputs: list[Any] = []
+    if not population.plain_loop:
+        try:
+            outputs = [call.alone(p) for p in members]
+        except StateLostError:
+            raise
+        except Exception:  # whatever it is: if it is the model's own, plain weights raise it, too
+            outputs = []
+    if not outputs:
+        outputs = [call.alone(p, plain=True) for p in members]
+        population.plain_loop = True
     return call.places(outputs[0]).join(outputs, call.rows // len(outputs))
 
 
 def run_vmap(call: Call) -> Any:
     """All members by ``torch.vmap``, which knows where they are in every tensor, whatever the layout."""
+    call.watch()
     population, count = call.population, len(call.members)
     sigma = population.sigma if call.sigma is None else call.sigma
     population.check(call.members)
@@ -149,18 +208,24 @@ def run_vmap(call: Call) -> Any:
                 own[name] = PerturbedWeight(value.base, *pieces, name=name, kind=value.kind, context=single)
             else:
                 own[name] = pieces[0]
-        with population.swapped(own, single=True):
+        with population.swapped(own), padding_as_in_plain_models(population.model):
             args, kwargs = tree_unflatten(member_inputs, structure)
             leaves, structures["outputs"] = tree_flatten(population.model(*args, **kwargs))
         others.update((slot, leaf) for slot, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    kept = Kept(population.model)
+    state = population.keeper.state()
     try:
-        with Unanimous():
+        with Unanimous(), random_numbers_kept(population.device):
             tensors = torch.vmap(one, in_dims=(0, held), randomness="error")(parts, inputs)
+    except RuntimeError as error:
+        if "randomness" not in str(error):
+            raise
+        raise UnsupportedOperationError(
+            'the model draws random numbers, which mode="vmap" does not give to each member: use mode="loop"'
+        ) from error
     finally:
-        kept.restore(lambda _: True)  # tensors of the vmap mean nothing after it
+        state.restore(strict=False)  # tensors of the vmap mean nothing after it
     outputs = []
     for p in range(count):
         leaves = [tensor[p] for tensor in tensors]
@@ -178,7 +243,7 @@ def difference(call: Call, out: Any) -> tuple[float, bool]:
     found = []
     with torch.no_grad():
         for p in _some(call):
-            expected = call.alone(p)
+            expected = call.reference(p)
             got = _part_of(call, out, p, expected)
             if len(tree_flatten(got)[0]) != len(tree_flatten(expected)[0]):
                 return float("inf"), False
@@ -189,7 +254,11 @@ def difference(call: Call, out: Any) -> tuple[float, bool]:
 def narrowest(model: nn.Module) -> torch.dtype:
     """The floating dtype of a model's parameters that rounds most: some keep their norms in float32."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def _is_half(population: PerturbedModel) -> bool:
+    return torch.finfo(narrowest(population.model)).bits < 32
 
 
 def _some(call: Call) -> list[int]:
@@ -211,7 +280,7 @@ def _part_of(call: Call, out: Any, p: int, expected: Any) -> Any:
 def verify(call: Call) -> float:
     """Check rows against some members alone; see :meth:`eggroll.torch.Population.verify`."""
     population = call.population
-    is_half = torch.finfo(narrowest(population.model)).bits < 32
+    is_half = _is_half(population)
     if call.sigma is None and is_half:
         call = replace(call, sigma=sigma_for_checks(population))
     with torch.no_grad():
@@ -235,7 +304,7 @@ def _share_of_effect(call: Call, out: Any) -> float:
     """How far joint outputs are from members alone, as a part of how far those are from the center (norms)."""
     shares = []
     for p in _some(call):
-        expected = call.alone(p)
+        expected = call.reference(p)
         got = _part_of(call, out, p, expected)
         args, kwargs = call.own(p)
         center = call.population.model(*args, **kwargs)

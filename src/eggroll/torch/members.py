@@ -16,6 +16,7 @@ from eggroll.torch.layout.rows import constants_of
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import Site, parameter_sites, parameter_specs, refuse_unready
 from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
+from eggroll.torch.state import Keeper
 
 
 class Members:
@@ -27,6 +28,11 @@ class Members:
         specs: the perturbed parameters.
         sites: where each parameter of the model is used.
         noise: what members are drawn from.
+        keeper: of what the model holds besides its parameters.
+        draws: whether the model draws random numbers of its own; ``None`` until it was called.
+        told_unused: whether it was said which parameters the model does not use.
+        watched: whether a call was seen to use values only, and not the parameters themselves.
+        plain_loop: whether members one at a time need plain weights, because the model does not take values.
         layouts: what is known about the layout of activations; see :class:`MemberContext`.
     """
 
@@ -73,8 +79,16 @@ class Members:
                 f"(exclude={fixed[:3]})"
             )
         refuse_unready((spec.name, self.parameter(spec.name)) for spec in self.specs)
+        self.keeper = Keeper(model)
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
+        self.draws: bool | None = None
+        self.told_unused = self.watched = self.plain_loop = self.writes_inputs = False
+
+    @property
+    def names(self) -> list[str]:
+        """Of the perturbed parameters."""
+        return [spec.name for spec in self.specs]
 
     @property
     def num_pairs(self) -> int:

@@ -45,15 +45,20 @@ _CONVOLUTIONS = (
 
 
 def parameter_specs(model: nn.Module) -> list[ParameterSpec]:
-    """Name, shape and kind of every parameter, tied ones once, under their first name."""
+    """Name, shape, kind and dtype of every parameter, tied ones once, under their first name."""
     owners: dict[str, nn.Module] = {}
     for prefix, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             owners[f"{prefix}.{name}" if prefix else name] = module
     return [
-        ParameterSpec(name, tuple(parameter.shape), _kind(name, parameter, owners.get(name)))
+        ParameterSpec(name, tuple(parameter.shape), _kind(name, parameter, owners.get(name)), _dtype(parameter))
         for name, parameter in model.named_parameters()
     ]
+
+
+def _dtype(parameter: Tensor) -> str:
+    """The dtype's name."""
+    return str(parameter.dtype).removeprefix("torch.")
 
 
 def _kind(name: str, parameter: Tensor, owner: nn.Module | None) -> Kind:

@@ -59,6 +59,7 @@ class MemberContext:
         constants: addresses of the memory of the model's parameters and buffers, which are the same for all members.
         max_dense_bytes: how much one materialized parameter may take (P copies) before an error is raised instead.
         refused: the last operation that a value passed by unseen; TorchScript swallows its error's text.
+        seen_rows: R of every call of the model so far.
     """
 
     members: int | None
@@ -70,6 +71,7 @@ class MemberContext:
     constants: frozenset[int] = frozenset()
     max_dense_bytes: int = 2**30
     refused: UnsupportedOperationError | None = None
+    seen_rows: set[int | None] = field(default_factory=set)
 
     @property
     def single(self) -> bool:

@@ -15,6 +15,7 @@ from eggroll.torch.auto import run_auto
 from eggroll.torch.evaluate import RUNS, Call, run_rows, verify
 from eggroll.torch.noise import CACHE_BYTES
 from eggroll.torch.scores import checked_scores
+from eggroll.torch.state import StateLostError
 
 Mode = Literal["auto", "rows", "vmap", "loop"]
 HINT = "Inside it, active.members counts them and active.split(y) gives (members, batch, ...)"
@@ -153,8 +154,8 @@ class Population(PerturbedModel):
             return RUNS[self.mode](call)
         try:
             return run_rows(call, checked=True) if self.mode == "rows" else RUNS[self.mode](call)
-        except Exception:  # the same model may need another way for other inputs
-            if self.mode == "loop":
+        except Exception as error:  # the same model may need another way for other inputs
+            if self.mode == "loop" or isinstance(error, StateLostError):
                 raise
             modes = ("vmap", "loop") if self.mode == "rows" else ("loop",)
             announce, self._announced = not self._announced, True

@@ -1,9 +1,11 @@
 """Before a model's first call under a population: a few rows, to learn layouts from and to check against members alone.
 
 The number of rows is one that no other dimension shares, so that sizes tell what holds the members
-(:mod:`eggroll.torch.layout.rules` remembers it). Some of the members are then evaluated alone: a model that moves or
-mixes its rows (sorts them, normalizes over the batch, concatenates in the batch dimension) is refused before it gives a
-wrong result. What moves rows only for some inputs may pass; ``Population.verify`` checks the inputs it is given.
+(:mod:`eggroll.torch.layout.rules` remembers it). Some of the members are then evaluated alone, with plain weights: a
+model that moves or mixes its rows (sorts them, normalizes over the batch, compares every row with every other), that
+goes on by numbers of its activations, or that reaches its parameters by other ways than their names, is refused before
+it gives a wrong result. What moves rows only for some inputs may pass; ``Population.verify`` checks the inputs it is
+given. The model and the global sources of random numbers are as before afterwards.
 """
 
 from __future__ import annotations
@@ -11,28 +13,46 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from eggroll.errors import UnsupportedOperationError
-from eggroll.torch.compare import relative_difference
+from eggroll.torch.compare import largest_difference, relative_difference
 from eggroll.torch.compare import tolerance as rounding
+from eggroll.torch.draws import Draws, global_state
 from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim
+from eggroll.torch.layout.rules import address, learn
+from eggroll.torch.layout.watch import Originals, Watch
 from eggroll.torch.members import Members
-from eggroll.torch.perturbed import MemberContext, MemberTensor, Value
-from eggroll.torch.swap import Kept, place
+from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.state import State, random_numbers_kept
+from eggroll.torch.swap import place
 
 # Whatever goes wrong with other inputs than the model is called with is no reason to refuse those.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 SIGMA_SHARE = 0.05
 """sigma of the check relative to the size of the weights: effects that stand out from rounding."""
+
+PLAIN_BYTES = 2**30
+"""Members are checked with plain weights if these take at most this much memory, with low-rank values otherwise."""
+
+ALTERED_READS = 8
+"""How many numbers that a model reads are tried with another value; with more, all of them count as used."""
+
+WAYS_OUT = 'Evaluate with population.forward and mode="vmap" or mode="loop"'
+
+
+class UnusedParameterWarning(UserWarning):
+    """Some perturbed parameters have no influence on the model's outputs."""
 
 
 def learn_and_check(
@@ -56,44 +76,31 @@ def learn_and_check(
     Raises:
         UnsupportedOperationError: rows do not hold the members of this model.
     """
-    share = None
-    kept = Kept(population.model)
     own_rows = (context.rows or 0) // members
     known, tried = dict(population.layouts), list[int]()
-    try:
-        while len(tried) < TRIES:
-            share, has_run, before = None, False, len(tried)
-            population.layouts.clear()
-            population.layouts.update(known)
-            for own in (1, 2)[:own_rows]:  # a layer that takes no batch of one may take two
-                with contextlib.suppress(_CannotRun), own_random_numbers(population):
-                    probe = _Probe.of(population, context, module, inputs, own, tried[:before])
-                    tried += [probe.count] if probe is not None else []
-                    share = None if probe is None else probe.share_of_effect()
+    refusal: UnsupportedOperationError | None = None
+    while len(tried) < TRIES:
+        # A size that the model makes of others (a pooled length) may have been the number of rows by chance.
+        population.layouts.clear()
+        population.layouts.update(known)
+        before, has_run = tuple(tried), False
+        for own in (1, 2)[:own_rows]:  # a layer that takes no batch of one may take two
+            probe = _Probe.of(population, context, module, inputs, own, before)
+            if probe is None:
+                break
+            tried.append(probe.count)
+            try:
+                with contextlib.suppress(_CannotRun), torch.no_grad(), random_numbers_kept(population.device):
+                    refusal = probe.refusal()
                     has_run = True
                     break
-            if (has_run and share is None) or len(tried) == before:
-                break
-            # A size that the model makes of others (a pooled length) may have been the number of rows by chance.
-    finally:
-        kept.restore(lambda _: True)
-        place(population.sites, placed)
-    if share is not None:
-        size = f"{share:.0%} of" if share < math.inf else "more than"
-        raise UnsupportedOperationError(
-            f"members evaluated together differ from the same members alone, by {size} what their perturbation does: "
-            "this model moves or mixes the rows of a batch (sorting or regrouping them, statistics over the batch, "
-            "concatenation in the batch dimension), or its activations do not hold the members in their leading "
-            'dimension. Evaluate with population.forward and mode="vmap" or mode="loop"'
-        )
-
-
-@contextlib.contextmanager
-def own_random_numbers(population: Members) -> Iterator[None]:
-    """Inside the block, nothing is taken from the stream of random numbers, and nothing is recorded for gradients."""
-    device = population.device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+            finally:
+                probe.state.restore()
+                place(population.sites, placed)
+        if refusal is None or not has_run:
+            break
+    if refusal is not None:
+        raise refusal
 
 
 def sigma_for_checks(population: Members) -> float:
@@ -104,6 +111,33 @@ def sigma_for_checks(population: Members) -> float:
         if parameter.numel()
     ]
     return SIGMA_SHARE * max(statistics.median(norms), 1e-6)
+
+
+def plain_values(population: Members, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One member's weights as plain tensors, if they are small enough: what code sees that asks for their type."""
+    parameters = [population.parameter(spec.name) for spec in population.specs]
+    if sum(p.numel() * p.element_size() for p in parameters) > PLAIN_BYTES:
+        return dict(values)
+    return {name: v.dense() if isinstance(v, PerturbedWeight) else v for name, v in values.items()}
+
+
+def refuse_bypassed(names: set[str]) -> None:
+    """Refuse a model that uses its own references to perturbed parameters.
+
+    Raises:
+        UnsupportedOperationError: there are such names.
+    """
+    if names:
+        raise UnsupportedOperationError(
+            f"the model uses {_listed(sorted(names))} by a reference of its own (kept in a list, as a view, or in one "
+            "flat tensor, as FSDP does), so that members' values cannot take its place and all members would be the "
+            "same there. Let the forward read the parameter from its module, or leave it alone (exclude=[...])"
+        )
+
+
+def originals_of(population: Members) -> Originals:
+    """What finds the perturbed parameters themselves among the tensors that a model works with."""
+    return Originals({spec.name: population.parameter(spec.name) for spec in population.specs})
 
 
 TRIES = 3
@@ -125,6 +159,9 @@ class _Probe:
     count: int
     own: int
     sigma: float
+    state: State
+    draws: bool = False
+    watch: Watch | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -142,85 +179,235 @@ class _Probe:
         if fewer is None:
             return None
         sigma = max(sigma_for_checks(population), population.sigma)
-        return cls(population, context, module, fewer[1], fewer[0], own, sigma)
+        state = population.keeper.state(thorough=True, hooks=True)
+        return cls(population, context, module, fewer[1], fewer[0], own, sigma, state)
 
     @property
     def rows(self) -> int:
         """All rows."""
         return self.count * self.own
 
+    @property
+    def held(self) -> int:
+        """How many members are tried."""
+        return min(self.count, self.population.population_size)
+
     def member(self, p: int) -> int:
         """Which member the ``p``-th place of the call is: all of them, in an order that is no palindrome."""
-        held = min(self.count, self.population.population_size)
-        return p % held or int(p == self.count - 1)
+        return p % self.held or int(p == self.count - 1)
 
-    def share_of_effect(self) -> float | None:
-        """How far rows are from members alone, relative to how far members are from each other; ``None`` if equal."""
-        population = self.population
-        held = range(min(self.count, population.population_size))
+    def refusal(self) -> UnsupportedOperationError | None:
+        """Why rows do not hold the members of this model, if they do not."""
+        try:
+            self.check()
+        except UnsupportedOperationError as error:
+            return error
+        return None
+
+    def check(self) -> None:
+        """Run all, then some alone.
+
+        Raises:
+            UnsupportedOperationError: they differ, or the model cannot be compared.
+        """
+        before = global_state(self.population.device)
+        together = self._together()
+        after = global_state(self.population.device)
+        if before[1:] != after[1:]:
+            raise UnsupportedOperationError(
+                "the model draws from Python's or NumPy's global random numbers, the same for all rows of a batch, so "
+                'that members would not have their own. Evaluate with population.forward and mode="loop"'
+            )
+        if not torch.equal(before[0], after[0]):
+            self.draws = True
+            together = self._together()
+        self.population.draws = self.draws
+        self._check_parameters()
+        places = sorted({0, 1, self.count // 2, self.count - 1})
+        shares = [share for p in places for share in self._shares(p, together)]
+        if shares:
+            share = max(shares)
+            size = f"{share:.0%} of" if share < math.inf else "more than"
+            raise UnsupportedOperationError(
+                f"members evaluated together differ from the same members alone, by {size} what their perturbation "
+                "does: this model moves or mixes the rows of a batch (sorting or regrouping them, statistics over the "
+                "batch, concatenation in the batch dimension), or its activations do not hold the members in their "
+                f"leading dimension. {WAYS_OUT}"
+            )
+        self._check_reads(places, together)
+
+    def _together(self, alter: int | None = None) -> Any:
+        """The outputs of all members as rows; ``watch`` is what was seen then."""
+        population, held = self.population, range(self.held)
         context = replace(self.context, members=len(held), rows=self.rows, layouts={}, trusting=True)
-        context.inputs = addresses(tree_flatten(self.inputs)[0])
         index = torch.tensor([self.member(p) for p in range(self.count)], device=population.device)
         values = population.values(0, held, context, sigma=self.sigma)
         context.members = self.count
-        place(population.sites, {name: value.chosen(index) for name, value in values.items()})  # type: ignore[attr-defined]
-        before = _random_state(population)
+        chosen = {name: value.chosen(index) for name, value in values.items()}  # type: ignore[attr-defined]
+        watch = Watch(context, originals_of(population), alter=alter)
         try:
-            together = self._call(*self.inputs)
+            return self._call(chosen, self.inputs, context, index.tolist(), watch)
         finally:
-            population.layouts.update(context.layouts)
-        if not torch.equal(before, _random_state(population)):
-            return None  # a model that draws random numbers cannot be compared
-        if any("forward" in module.__dict__ for module in self.module.modules()):
-            return None  # nor one whose parts were replaced from outside: they may not depend on the inputs
-        shares = [share for p in sorted({0, 1, self.count // 2, self.count - 1}) for share in self._shares(p, together)]
-        return max(shares, default=None)
+            kept = replace(context, layouts=population.layouts)
+            for use, layout in context.layouts.items():
+                learn(kept, use, layout)
+            if alter is None:
+                self.watch = watch
+
+    def _alone(self, p: int, member: int, watch: Watch | None = None) -> Any:
+        """The outputs of one member, as plain weights, for the inputs of the ``p``-th place."""
+        population, context = self.population, MemberContext(None)
+        values = population.values(0, range(member, member + 1), context, sigma=self.sigma)
+        inputs = cut(self.inputs, p, self.count, self.rows, population.batch_dim)
+        return self._call(plain_values(population, values), inputs, context, [member], watch)
+
+    def _call(
+        self,
+        values: Mapping[str, Tensor],
+        inputs: Inputs,
+        context: MemberContext,
+        members: list[int],
+        watch: Watch | None,
+    ) -> Any:
+        """The module's outputs for values, from the state that it is in before the call, on copies of inputs."""
+        self.state.restore()
+        place(self.population.sites, values)
+
+        def copied(x: Any) -> Any:
+            return x.clone() if isinstance(x, Tensor) and address(x) not in self.context.constants else x
+
+        args, kwargs = tree_map(copied, inputs)
+        context.inputs = addresses(tree_flatten((args, kwargs))[0])
+        draws = Draws(self.population.noise.seed, 0, lambda: members, context)
+        clones = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        versions = [x._version for x in clones]
+        try:
+            with draws if self.draws else contextlib.nullcontext(), watch or contextlib.nullcontext():
+                return self.module(*args, **kwargs)
+        except FAILURES as error:
+            raise _CannotRun from error
+        finally:
+            self.population.writes_inputs |= versions != [x._version for x in clones]
+
+    def _check_parameters(self) -> None:
+        """Whether the model got the members' values, and not the parameters themselves."""
+        watch, sites = self.watch, self.population.sites
+        assert watch is not None
+        refuse_bypassed(watch.bypassed)
+        if self.module is not self.population.model:
+            return
+        names = [spec.name for spec in self.population.specs]
+        unused = [name for name in names if name not in watch.used]
+        if not unused or self.population.told_unused:
+            return
+        self.population.told_unused = True
+        if watch.used:
+            # Parts that are not called (an expert that was not chosen, a pooler) have parameters without a use.
+            called = self._called({site.module for name in unused for site in sites[name]})
+            unused = [name for name in unused if any(site.module in called for site in sites[name])]
+        if unused:
+            warnings.warn(
+                f"{len(unused)} of {len(names)} perturbed parameters ({_listed(unused)}) are not used by the model's "
+                "forward, so that perturbing them changes nothing. If it works with copies of them, or with values "
+                "that it made from them earlier, make the population before such copies, and empty the model's caches "
+                "(many are emptied by model.train() and model.eval()); otherwise leave these parameters alone "
+                "(exclude=[...])",
+                UnusedParameterWarning,
+                stacklevel=2,
+            )
+
+    def _called(self, modules: set[nn.Module]) -> set[nn.Module]:
+        """Which of some modules run when the model does."""
+        called: set[nn.Module] = set()
+        handles = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in modules]
+        try:
+            self._alone(0, 0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return called
 
     def _shares(self, p: int, together: Any) -> list[float]:
         """The outputs of one member that differ from it alone by more than rounding, and by how much."""
         outputs = self._alone(p, self.member(p))
-        alone, joint_leaves = tree_flatten(outputs)[0], tree_flatten(together)[0]
-        found = []
-        if len(joint_leaves) != len(alone):
+        joint, mine = tree_flatten(together)[0], tree_flatten(outputs)[0]
+        if len(joint) != len(mine):
             places = Places.of(outputs, together, self.own, self.count, self.population.batch_dim)
             if places is None:
-                return []  # of another form for other rows: nothing to compare
+                return [math.inf]
             # The entries of a list that has one for each row are the member's own.
-            joint_leaves = tree_flatten(places.own_entries(together, p, self.count, self.rows))[0]
-        for position, (joint, mine) in enumerate(zip(joint_leaves, alone, strict=True)):
-            if not isinstance(mine, Tensor) or not mine.is_floating_point():
+            joint = tree_flatten(places.own_entries(together, p, self.count, self.rows))[0]
+        only_indices = not any(isinstance(x, Tensor) and x.is_floating_point() for x in mine)
+        found = []
+        for position, (all_rows, own) in enumerate(zip(joint, mine, strict=True)):
+            if not isinstance(own, Tensor) or own.is_sparse or own.is_nested or own.numel() == 0:
                 continue
-            if isinstance(joint, MemberTensor):
-                got = member_data(joint, self.count, self.rows)[p]
-            elif len(alone) < len(tree_flatten(together)[0]) and joint.shape == mine.shape:
-                got = joint
-            elif not isinstance(joint, Value) and member_dim(joint, self.rows, self.population.batch_dim) is not None:
-                got = cut(joint, p, self.count, self.rows, self.population.batch_dim)
-            else:
-                continue  # shared by all members, or a statistic of them all
-            precision = self._precision(mine)
-            if got.shape != mine.shape or relative_difference(got, mine) <= rounding(precision):
+            got = self._part(all_rows, own, p)
+            if got is None:
+                raise self._no_rows(all_rows, own)
+            if not own.is_floating_point():
+                found += [math.inf] if only_indices and float((got != own).float().mean()) > 0.1 else []
                 continue
-            held = min(self.count, self.population.population_size)
-            other = tree_flatten(self._alone(p, (self.member(p) + 1) % held))[0][position]
-            effect = float((other.double() - mine.double()).norm()) if other.shape == mine.shape else 0.0
-            share = float((got.double() - mine.double()).norm()) / effect if effect > 0.0 else math.inf
+            precision = self._precision(own)
+            if relative_difference(got, own) <= rounding(precision):
+                continue
+            if got is all_rows and own.numel() == 1:
+                continue  # one number for the whole batch (a loss), which nobody takes for that of a member
+            other = tree_flatten(self._alone(p, (self.member(p) + 1) % self.held))[0][position]
+            effect = float((other.double() - own.double()).norm()) if other.shape == own.shape else 0.0
+            share = float((got.double() - own.double()).norm()) / effect if effect > 0.0 else math.inf
             if share > ALLOWED_SHARE.get(precision, 0.5):
                 found.append(share)
         return found
 
-    def _alone(self, p: int, member: int) -> Any:
-        """The outputs of one member for the inputs of the ``p``-th place."""
-        population = self.population
-        values = population.values(0, range(member, member + 1), MemberContext(None), sigma=self.sigma)
-        place(population.sites, values)
-        return self._call(*cut(self.inputs, p, self.count, self.rows, population.batch_dim))
+    def _part(self, all_rows: Any, own: Tensor, p: int) -> Tensor | None:
+        """The part of an output that is the ``p``-th member's, in the shape of its own; ``None`` if there is none."""
+        if isinstance(all_rows, MemberTensor):
+            got = member_data(all_rows, self.count, self.rows)[p]
+            return got if got.shape == own.shape else None
+        if isinstance(all_rows, Value) or not isinstance(all_rows, Tensor):
+            return None
+        if all_rows.shape == own.shape:
+            return all_rows  # shared by all members, or a statistic of them all
+        if all_rows.ndim == own.ndim:
+            differing = [d for d in range(own.ndim) if all_rows.shape[d] != own.shape[d]]
+            if len(differing) == 1 and all_rows.shape[differing[0]] == self.count * own.shape[differing[0]]:
+                return all_rows.chunk(self.count, differing[0])[p]
+        if member_dim(all_rows, self.rows, self.population.batch_dim) is None:
+            return None
+        got = cut(all_rows, p, self.count, self.rows, self.population.batch_dim)
+        return got.reshape(own.shape) if got.numel() == own.numel() else None  # a batch of one, squeezed
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            return self.module(*args, **kwargs)
-        except FAILURES as error:
-            raise _CannotRun from error
+    def _no_rows(self, all_rows: Any, own: Tensor) -> UnsupportedOperationError:
+        shape = tuple(all_rows.shape) if isinstance(all_rows, Tensor) else type(all_rows).__name__
+        return UnsupportedOperationError(
+            f"an output of shape {shape} for {self.rows} rows, which is {tuple(own.shape)} for {self.own} of one "
+            "member alone, does not hold the members row by row (every row is compared with every other, or rows are "
+            f"chosen by their numbers). {WAYS_OUT}"
+        )
+
+    def _check_reads(self, places: list[int], together: Any) -> None:
+        """Whether numbers that the model read off its activations are each member's own, or of no consequence."""
+        assert self.watch is not None
+        reads = self.watch.reads
+        suspects = set()
+        for p in places if reads else ():
+            watch = Watch(MemberContext(None), Originals({}))
+            self._alone(p, self.member(p), watch)
+            for index, read in enumerate(reads):
+                if len(watch.reads) != len(reads) or not _agree(read.margin, watch.reads[index].margin):
+                    suspects.add(index)
+        for index in sorted(suspects):
+            try:
+                is_used = len(suspects) > ALTERED_READS or not _equal(self._together(alter=index), together)
+            except _CannotRun:
+                continue  # the check of an input, which raises where it does not hold
+            if is_used:
+                raise UnsupportedOperationError(
+                    f"the model reads a number off its activations (by {reads[index].function}) and goes on by it: "
+                    "evaluated together, all members would go on by the same one, which is none of theirs. Evaluate "
+                    'with population.forward and mode="loop"'
+                )
 
     def _precision(self, x: Tensor) -> torch.dtype:
         """The dtype whose rounding an output has seen: the narrowest of its own and the parameters'."""
@@ -234,8 +421,21 @@ ALLOWED_SHARE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Rounding is amplified from layer to layer; a wrong layout is off by the whole effect of a perturbation."""
 
 
-def _random_state(population: Members) -> Tensor:
-    device = population.device
-    if device.type == "cuda":
-        return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
-    return torch.get_rng_state()
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")
+
+
+def _agree(x: Any, y: Any) -> bool:
+    """Whether two reads are of the same numbers; never for truth values of many, which hide how far off they are."""
+    if x is None or y is None:
+        return False
+    x, y = np.asarray(x), np.asarray(y)
+    return x.shape == y.shape and bool(np.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    """Whether two joint outputs are the same up to rounding."""
+    plain = [tree_map(lambda v: v.by_member().data_P if isinstance(v, Value) else v, tree) for tree in (x, y)]
+    if len(tree_flatten(plain[0])[0]) != len(tree_flatten(plain[1])[0]):
+        return False
+    return largest_difference(*plain)[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,14 +42,18 @@ def count_rows(inputs: Any, members: int, batch_dim: int) -> int:
 
 @contextmanager
 def rows_from_input(
-    model: nn.Module, context: MemberContext, learn: Callable[[nn.Module, Inputs], None]
+    model: nn.Module,
+    context: MemberContext,
+    learn: Callable[[nn.Module, Inputs], None],
+    around: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[None]:
     """Read the rows and the memory of inputs off every call of the model, or of a direct part of it.
 
-    ``learn`` is told of such a call before it runs.
+    ``learn`` is told of such a call before it runs, and it runs in a context of ``around``.
     """
     fixed = context.rows is not None
     depth = 0
+    running = ExitStack()
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal depth
@@ -57,14 +61,18 @@ def rows_from_input(
         if depth == 1 and context.members is not None:
             if not fixed and next(module.parameters(), None) is not None:
                 context.rows = count_rows((args, kwargs), context.members, context.batch_dim)
+            context.seen_rows.add(context.rows)
             learn(module, (args, kwargs))
             context.inputs = addresses(tree_flatten((args, kwargs))[0])
+        if depth == 1:
+            running.enter_context(around())
 
     def after(*_: Any) -> None:
         nonlocal depth
         depth -= 1
         if depth == 0:
             context.inputs = None
+            running.close()
 
     handles = []
     outer = [model, *model.children(), *(part for child in model.children() for part in child.children())]
@@ -76,6 +84,7 @@ def rows_from_input(
             handles.append(module.register_forward_hook(after, always_call=True))
         yield
     finally:
+        running.close()
         for handle in handles:
             handle.remove()
 
