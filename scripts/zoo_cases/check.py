@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten
 from eggroll.core.oracle import perturbation
 from eggroll.errors import EggrollError
 from eggroll.torch import Population
+from eggroll.torch.perturbed import Value
 
 from .case import Built, Case, Inputs, NoCaseError, cast, fresh
 
@@ -119,7 +120,10 @@ class Expected:
         return model
 
     def batch_dim_of(self, slot: int) -> int | None:
-        """The dimension of an output that grows with the batch; ``None`` if none does, the first if several do."""
+        """The dimension of an output that grows with the batch; ``None`` if none does, the first if several do.
+
+        What does not grow belongs to no row, and comes once for each member, ``(members, *shape)``.
+        """
         if self.by_row:
             return None
         one, all_of_them = self.centers[0][slot].shape, self.joint_center[slot].shape
@@ -130,9 +134,7 @@ class Expected:
     def joined(self, outputs: Sequence[Tensor], slot: int) -> Tensor:
         """An output of all members as the population returns it."""
         dim = self.batch_dim_of(slot)
-        if outputs[0].ndim == 0:
-            return torch.stack(list(outputs))
-        return torch.cat(list(outputs), 0 if dim is None else dim)
+        return torch.stack(list(outputs)) if dim is None else torch.cat(list(outputs), dim)
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -290,6 +292,9 @@ def _block(built: Built, dtype: torch.dtype) -> Result:
         if expected.by_row:
             if len(got) != len(expected.joint_center):
                 raise _WrongError(f"{len(got)} outputs instead of {len(expected.joint_center)}")
+            # A row that the model takes out of the batch has a value for every member, of which its own counts.
+            each = len(got) // len(expected.population)
+            got = [x.by_member().data_P[i // each] if isinstance(x, Value) else x for i, x in enumerate(got)]
             pairs = zip(
                 got, *([x for out in o for x in out] for o in (expected.members, expected.centers)), strict=True
             )

@@ -70,6 +70,8 @@ def test_scripted_functions_are_refused_with_a_text_and_work_in_other_modes(fill
     population = Population(filled(Scripted()).double(), population_size=4, sigma=0.1)
     x = torch.randn(8, 8, dtype=torch.float64)
     message = r"parameter 'scale' is perturbed and reached the operation aten\.mul\.Tensor without a population rule"
+    with population.perturbed(0):
+        population.model(x)  # what watches the first call lets the values through
     with pytest.raises(UnsupportedOperationError, match=message), population.perturbed(0):
         population.model(x)
     got = population.forward(x, generation=1)

@@ -72,7 +72,9 @@ class Active:
         dim = self._batch_dim(y)
         rows = {count for count in (self.context.rows, *self.context.seen_rows) if count}
         size = y.shape[dim] if y.ndim else 0
-        if y.ndim == 0 or size % self.members or (rows and all(size % count for count in rows)):
+        # A search with beams returns fewer rows than the model computed.
+        fewer = not y.is_floating_point() and any(count % max(size, 1) == 0 for count in rows)
+        if y.ndim == 0 or size % self.members or (rows and not fewer and all(size % count for count in rows)):
             held = f"the {max(rows)} rows of " if rows and y.ndim else ""
             raise UnsupportedOperationError(
                 f"an output of shape {tuple(y.shape)} does not hold {held}{self.members} members: the model mixes its "
