@@ -62,6 +62,7 @@ CHECKS: dict[str, list[str]] = {
 LEFT_OUT = {
     "vllm": "make test-vllm has an environment of its own",
     "grpo": "what it adds is only compared with, in benchmarks/grpo",
+    "rwkv": "one package, of which a file is read",
     "dev": "make test",
 }
 HAS_NO_TORCH = ("", "jax", "rl", "kinetix")

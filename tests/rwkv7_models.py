@@ -3,8 +3,8 @@
 import torch
 
 from eggroll.llm.rwkv7.config import RWKV7Config
-from eggroll.llm.rwkv7.files import save_pth
 from eggroll.llm.rwkv7.model import RWKV7ForCausalLM
+from eggroll.llm.rwkv7.weights import save_pth
 
 
 def tiny_rwkv7(seed=0, vocab_size=300, width=64, layers=3, head_dim=32):

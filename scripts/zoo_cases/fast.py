@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# The mode in which a case is right, in a block too, and must stay so; "any" where it may be another one, or refused there.
+# The mode in which a case is right, in a block too, and must stay so; "any" where a block may refuse it.
 FAST: dict[str, str] = {
     "torch/nn.Linear/0": "rows",
     "torch/nn.Bilinear/0": "rows",

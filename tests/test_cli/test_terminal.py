@@ -80,6 +80,7 @@ def test_keys_and_values_of_a_config(eggroll):
     assert eggroll.tune("-g", "1", "-o", "run").status == 0
     path = eggroll.work / "run/config.json"
     config = json.loads(path.read_text())
+    del config["check"]  # as in older runs: a changed file is refused otherwise
     path.write_text(json.dumps({**config, "options": {**config["options"], EVIL: 1}}))
     for command in (("tune", "--resume", "run"), ("replay", "run")):
         done = eggroll(*command)

@@ -150,7 +150,7 @@ def test_a_run_leaves_every_file(eggroll):
     }
     assert all(wanted <= set(line) for line in metrics[1:])
     updates = lines(run / "updates.jsonl")
-    assert [set(line) for line in updates] == [{"generation", "sigma", "lr", "shaped_fitness"}] * 4
+    assert [set(line) for line in updates] == [{"generation", "sigma", "lr", "shaped_fitness", "check"}] * 4
     assert all(len(line["shaped_fitness"]) == 4 for line in updates)
     samples = lines(run / "samples.jsonl")
     assert {row["split"] for row in samples} == {"train", "heldout"}
@@ -174,7 +174,7 @@ def test_what_a_person_reads(eggroll):
     out = done.out.splitlines()
     assert out[0] == "tiny  32.29 k parameters, 15.36 k evolved in 14 tensors, float32 on cpu"
     assert out[1] == "reward score, 6 prompts, 2 a generation"
-    assert out[2] == "population 4 (antithetic), rank 1, sigma 0.05, lr 0.02, adam, seed 42"
+    assert out[2] == "population 4 (antithetic), rank 1, sigma 0.05, lr 0.02, sgd, seed 42"
     assert "run directory: run" in out
     assert "tiny on score.py: generation 0 of 2" in out
     assert sum(line.startswith("generation 2/2 | fitness mean -") for line in out) == 1

@@ -127,7 +127,7 @@ def test_paths_that_hold_no_model(tmp_path, saved):
     for name in ("a.gguf", "b.gguf"):
         (empty / name).write_text("x")
     assert f"say which one: {empty / 'a.gguf'}" in message_of(lambda: models.load(str(empty)))
-    assert "is a file that does not end with .gguf" in message_of(lambda: models.load(str(empty / "notes.txt")))
+    assert "is a file, but neither .gguf nor .pth" in message_of(lambda: models.load(str(empty / "notes.txt")))
     missing = tmp_path / "modle.gguf"
     assert message_of(lambda: models.load(str(missing))).startswith(f"model file {missing} does not exist")
 

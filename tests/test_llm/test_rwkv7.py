@@ -9,7 +9,6 @@ from rwkv7_models import saved_pth, tiny_rwkv7
 
 from eggroll.llm.generation.generate import generate
 from eggroll.llm.rwkv7 import wkv
-from eggroll.llm.rwkv7.files import save_directory
 from eggroll.torch import Population
 
 SETTINGS = {"population_size": 6, "sigma": 0.02, "rank": 2}
@@ -67,7 +66,7 @@ def test_logits_are_those_of_the_hugging_face_implementation(tmp_path):
     from safetensors.torch import load_file
 
     model, ids = tiny_rwkv7(head_dim=64), _ids(2, 19)
-    save_directory(model, tmp_path)
+    model.save_pretrained(tmp_path)
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("architectures", "transformers_version")}
     other = RWKV7ForCausalLM(RWKV7Config(**settings)).eval()
     other.load_state_dict(load_file(tmp_path / "model.safetensors"))

@@ -11,9 +11,9 @@ from eggroll.errors import MissingExtraError, ModelError
 from eggroll.llm.backends.build import load_surroundings
 from eggroll.llm.models.outline import look_up
 from eggroll.llm.rwkv7 import tokenizer as tokenizers
-from eggroll.llm.rwkv7.files import read_pth, save_pth
 from eggroll.llm.rwkv7.layouts import from_layout, to_layout
 from eggroll.llm.rwkv7.tokenizer import RWKV7Tokenizer
+from eggroll.llm.rwkv7.weights import read_pth, save_pth
 
 SCRIPTS = {
     "Latin": "The quick brown fox, naïve café",

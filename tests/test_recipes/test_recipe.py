@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -257,10 +258,11 @@ def test_the_data_of_a_run_stay_the_same(tmp_path):
     """None is how an option is that was not given."""
     options = mnist.MnistOptions(output=str(tmp_path / "run"), device="cpu")
     plan = mnist.KIND.plan(options)
-    run = open_run(mnist.KIND, plan)
+    with ExitStack() as held:
+        run = open_run(mnist.KIND, plan, held)
     now = dataclasses.replace(options, resume=str(run.path), data="elsewhere")
     with pytest.raises(RunError, match='--data: not given in the run, "elsewhere" now'):
-        open_run(mnist.KIND, dataclasses.replace(plan, options=now))
+        open_run(mnist.KIND, dataclasses.replace(plan, options=now), ExitStack())
 
 
 @pytest.mark.slow

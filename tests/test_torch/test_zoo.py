@@ -21,6 +21,8 @@ from zoo_cases import check, made_modules, shrink, table, torch_modules, transfo
 from zoo_cases.case import Built, Case, NoCaseError  # noqa: E402
 from zoo_cases.fast import FAST  # noqa: E402
 
+sys.path.remove(str(ROOT / "scripts"))  # its tree.py would be taken for a package of that name
+
 
 @pytest.fixture(scope="module")
 def cases():

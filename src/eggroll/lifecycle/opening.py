@@ -129,8 +129,9 @@ def open_run(kind: RunKind, plan: Plan, held: ExitStack) -> RunDir:
     _check_options(kind, run, options)
     _check_copies(run, plan.config, algorithm)
     _check_logs(kind, run, plan.config)
+    # Before the first generation nothing depends on them: a reward that failed there has been mended.
     accepted = _changes(run, fingerprints)
-    if accepted and not options.accept_changes:
+    if accepted and finished and not options.accept_changes:
         raise RunError(
             f"what the run in {run.path} reads has changed since it began:\n"
             + "\n".join(f"  - {change}" for change in accepted)

@@ -15,7 +15,7 @@ NOTES = (".md", ".png", ".jpg", ".gif")
 
 
 def model_fingerprint(source: str) -> str | None:
-    """The digest of a directory's (or a GGUF file's) contents, frozen weights included; of a hub id its revision.
+    """The digest of a directory's (or a file's) contents, frozen weights included; of a hub id its revision.
 
     Reading takes about a second for 2 GB.
 
@@ -32,6 +32,8 @@ def model_fingerprint(source: str) -> str | None:
     path = Path(located.path)
     if located.gguf is not None:
         return _digest([path / located.gguf])
+    if located.pth:
+        return _digest([path])
     if path.is_dir():
         entries = [*path.iterdir(), *path.glob("additional_chat_templates/*")]
         return _digest(entry for entry in entries if _counts(entry))

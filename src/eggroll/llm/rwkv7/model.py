@@ -11,6 +11,7 @@ Rows are independent of each other: a population is its members' rows in one bat
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eggroll.llm.rwkv7.cache import LayerState, RWKV7Cache
 from eggroll.llm.rwkv7.config import RWKV7Config
+from eggroll.llm.rwkv7.layouts import to_layout
+from eggroll.llm.rwkv7.weights import PTH_FILE, fill, read_directory, save_pth
 from eggroll.llm.rwkv7.wkv import wkv7
 
 LOG_DECAY = -math.exp(-0.5)
@@ -310,14 +313,15 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, location: Any, *_: Any, dtype: Any = None, **arguments: Any) -> RWKV7ForCausalLM:
-        """Load a Hugging Face directory or hub id in any of the layouts in use; see :mod:`eggroll.llm.rwkv7.files`."""
-        from eggroll.llm.rwkv7.files import load_directory
-
+        """Load a Hugging Face directory or hub id in any of the layouts in use."""
         config = arguments.get("config") or RWKV7Config.from_pretrained(location)
-        return load_directory(str(location), config, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        with torch.device("meta"):
+            model = cls(config)
+        fill(model, read_directory(str(location)), dtype if isinstance(dtype, torch.dtype) else torch.float32, location)
+        return model.eval()
 
     def save_pretrained(self, save_directory: Any, **arguments: Any) -> None:
         """Write a Hugging Face directory with ``flash-linear-attention``'s names, and the original ``.pth`` beside."""
-        from eggroll.llm.rwkv7.files import save_directory as save
-
-        save(self, save_directory, **arguments)
+        tensors = to_layout(self.state_dict(), "fla", self.config)
+        super().save_pretrained(save_directory, state_dict=tensors, **arguments)
+        save_pth(self, Path(save_directory, PTH_FILE))
