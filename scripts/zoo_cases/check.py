@@ -78,6 +78,8 @@ class Expected:
         self.joint = built.joint(self.own)
         self.centers = [self._plain(inputs) for inputs in self.own]
         self.joint_center = self._plain(self.joint)
+        if not all(map(_same, self.centers[0], self._plain(self.own[0]))):
+            raise NoCaseError("the plain module draws random numbers")
         many = sum(len(one) for one in self.centers)
         self.by_row = len(self.joint_center) == many > len(self.centers[0])
         """Whether the outputs are a list with something for each row, so that members' lists follow one another."""
@@ -135,6 +137,10 @@ class Expected:
         """An output of all members as the population returns it."""
         dim = self.batch_dim_of(slot)
         return torch.stack(list(outputs)) if dim is None else torch.cat(list(outputs), dim)
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:

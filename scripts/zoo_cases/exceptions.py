@@ -134,6 +134,7 @@ CONFIGS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "table-transformer": _last_stage,
     "textnet": lambda: {"hidden_sizes": [16, 16, 32, 32, 32], "stem_out_channels": 16, "stem_hidden_size": 16},
+    "yolos": lambda: {"image_size": [32, 32], "patch_size": 16, "num_detection_tokens": 4},
     "swin": lambda: {"num_heads": [1, 2], "depths": [1, 1], "embed_dim": 16, "patch_size": 2, "image_size": 32},
     "donut-swin": lambda: {"num_heads": [1, 2], "depths": [1, 1], "embed_dim": 16, "patch_size": 2},
     "detr": _last_stage,

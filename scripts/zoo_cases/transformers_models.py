@@ -126,7 +126,7 @@ def _candidates(model: nn.Module, config: Any) -> Iterator[Any]:
     text = partial(_text, names=names, config=config, fixed=fixed)
     image = partial(_image, config=config, fixed=fixed)
     makers = {"input_ids": [text], "pixel_values": [image], "pixel_values_videos": [partial(_video, config=config)]}
-    if main in makers:
+    if isinstance(main, str) and main in makers:  # some name several
         yield from makers[main]
     if {"input_values", "input_features", "inputs"} & names:
         yield from _audio(names, config, fixed)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from eggroll.errors import UnsupportedOperationError
 from eggroll.torch import Population
 
 
@@ -145,3 +146,32 @@ def test_a_mask_as_long_as_there_are_rows_is_no_state(filled, weights_of):
     for p in range(4):
         expected = alone(population, weights_of, p, x[2 * p : 2 * p + 2], mask)
         torch.testing.assert_close(got[2 * p : 2 * p + 2], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_members_with_outputs_of_their_own_sizes_are_refused_in_a_sentence(filled):
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return y[:, : 1 + int(y.argmax()) % 4]
+
+    population = Population(filled(Chosen()), population_size=4, sigma=2.0)
+    with pytest.raises(UnsupportedOperationError, match="the members' outputs have shapes of their own"):
+        population.forward(torch.randn(8, 6), generation=0)
+
+
+def test_parameters_without_entries_are_left_alone(filled):
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.registers = nn.Linear(6, 4), nn.Parameter(torch.zeros(1, 0, 6))
+
+        def forward(self, x):
+            return self.linear(torch.cat([self.registers.expand(len(x), 0, 6), x[:, None]], dim=1))
+
+    population = Population(filled(Empty()), population_size=4)
+    assert [spec.name for spec in population.specs] == ["linear.weight", "linear.bias"]
+    assert population.forward(torch.randn(8, 6), generation=0).shape == (8, 1, 4)

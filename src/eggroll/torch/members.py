@@ -65,12 +65,13 @@ class Members:
         self.population_size, self.sigma, self.antithetic = population_size, sigma, antithetic
         self.batch_dim = batch_dim
         self.sites: dict[str, list[Site]] = parameter_sites(model)
-        self.specs: list[ParameterSpec] = select(
+        chosen = select(
             parameter_specs(model),
             include=[target_modules] if isinstance(target_modules, str) else target_modules,
             exclude=[exclude] if isinstance(exclude, str) else exclude,
             kinds=kinds,
         )
+        self.specs: list[ParameterSpec] = [spec for spec in chosen if spec.size]  # some models have empty ones
         fixed = [spec.name for spec in self.specs if not self.sites[spec.name]]
         if fixed:
             raise UnsupportedOperationError(

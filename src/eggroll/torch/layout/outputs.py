@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.layout.rows import member_data
 from eggroll.torch.perturbed import MemberTensor, PerturbedWeight
 
@@ -79,6 +80,7 @@ class Places:
         """The outputs of all members, of ``rows`` rows each, as joint ones.
 
         Raises:
+            UnsupportedOperationError: they have other sizes beside their rows.
             ValueError: outputs of another form.
         """
         flat, structures = zip(*(self._flat(output, rows) for output in outputs), strict=True)
@@ -142,6 +144,12 @@ def _together(parts: Sequence[Any], at: Place) -> Any:
         return [entry for part in parts for entry in part]
     if not isinstance(parts[0], Tensor):
         return parts[0]
+    if len({tuple(size for dim, size in enumerate(part.shape) if dim != at) for part in parts}) > 1:
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts[:3])
+        raise UnsupportedOperationError(
+            f"the members' outputs have shapes of their own ({shapes}, ...), which do not fit into one tensor: "
+            "evaluate each with population.member"
+        )
     return torch.stack(list(parts)) if at is None else torch.cat(list(parts), dim=at)
 
 
