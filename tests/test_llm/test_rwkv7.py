@@ -196,3 +196,25 @@ def test_bfloat16_keeps_the_state_in_float32():
     half = model.bfloat16()(ids, use_cache=True)
     assert half.past_key_values.layers[0].wkv.dtype == torch.float32
     assert (half.logits.float() - exact).abs().max() < 0.1
+
+
+def test_the_unmodified_hugging_face_model_is_right_in_some_mode():
+    """Its linear layers regroup rows in fixed blocks, so that rows cannot be followed: another mode is taken."""
+    from rwkv7_hf.configuration_rwkv7 import RWKV7Config
+    from rwkv7_hf.modeling_rwkv7 import RWKV7ForCausalLM
+
+    torch.manual_seed(0)
+    config = RWKV7Config(vocab_size=40, hidden_size=64, num_hidden_layers=2, head_dim=32, num_heads=2,
+                         decay_low_rank_dim=8, a_low_rank_dim=8, v_low_rank_dim=8, gate_low_rank_dim=8)  # fmt: skip
+    model = RWKV7ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    population, ids = Population(model, population_size=4, sigma=0.05), torch.randint(1, 40, (4, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        together = population.forward(ids, generation=1, use_cache=False).logits
+        for member in range(4):
+            with population.member(1, member, materialize=True) as twin:
+                alone = twin(ids[member : member + 1], use_cache=False).logits
+            torch.testing.assert_close(together[member : member + 1], alone, atol=1e-5, rtol=1e-5)
+    assert population.mode in ("rows", "vmap", "loop")
