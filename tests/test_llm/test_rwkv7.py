@@ -1,7 +1,9 @@
 """RWKV-7 against the original package, another implementation, itself token by token, and as a population."""
 
-import importlib
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,28 +35,28 @@ def _recurrence(length, dtype=torch.float32, seed=0):
     return r, -0.6065 * torch.sigmoid(4 * w), k, v, -kk, kk * torch.sigmoid(a), torch.randn(2, 3, 16, 16, dtype=dtype)
 
 
-@pytest.fixture
-def original(tmp_path, monkeypatch):
-    """The original package's model of a file: called with all tokens or one."""
-    for name, value in {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}.items():
-        monkeypatch.setenv(name, value)
-    package = importlib.reload(importlib.import_module("rwkv.model"))
-
-    def load(model):
-        return package.RWKV(model=str(saved_pth(tmp_path, model)).removesuffix(".pth"), strategy="cpu fp32")
-
-    return load
+SEEDS = (0, 1, 2)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The original package's logits of the tiny models: seed to logits at once, and token by token."""
+    folder = tmp_path_factory.mktemp("original")
+    for seed in SEEDS:
+        saved_pth(folder, tiny_rwkv7(seed), f"{seed}.pth")
+        torch.save(_ids(37, seed=seed), folder / f"{seed}.ids")
+    program = Path(__file__).parents[1] / "rwkv7_reference.py"
+    done = subprocess.run([sys.executable, program, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {seed: torch.load(folder / f"{seed}.logits", weights_only=True) for seed in SEEDS}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_logits_are_the_original_packages(original, seed):
-    model = tiny_rwkv7(seed)
-    reference, ids = original(model), _ids(1, 37, seed=seed)
-    expected, _ = reference.forward(ids[0].tolist(), None, full_output=True)
-    torch.testing.assert_close(model(ids).logits[0], expected, atol=1e-4, rtol=0)
-    state, cache = None, None
-    for token in ids[0]:
-        expected, state = reference.forward([int(token)], state)
+    model, ids = tiny_rwkv7(seed), _ids(37, seed=seed)[None]
+    torch.testing.assert_close(model(ids).logits[0], original[seed]["at once"], atol=1e-4, rtol=0)
+    cache = None
+    for token, expected in zip(ids[0], original[seed]["steps"], strict=True):
         out = model(token.view(1, 1), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         torch.testing.assert_close(out.logits[0, -1], expected, atol=1e-4, rtol=0)

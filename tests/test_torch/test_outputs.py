@@ -175,3 +175,26 @@ def test_parameters_without_entries_are_left_alone(filled):
     population = Population(filled(Empty()), population_size=4)
     assert [spec.name for spec in population.specs] == ["linear.weight", "linear.bias"]
     assert population.forward(torch.randn(8, 6), generation=0).shape == (8, 1, 4)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_a_mean_over_the_batch_is_each_members_own(precision, filled, weights_of, monkeypatch):
+    """Also where rounding is allowed that hides how little the members differ."""
+    model = filled(nn.Linear(6, 4))
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = model
+
+        def forward(self, x):
+            return (self.linear(x) - 5.0).abs().mean()
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    population = Population(Loss(), population_size=4, sigma=0.001)
+    x = torch.randn(8, 6)
+    got = population.forward(x, generation=0)
+    assert population.mode in ("vmap", "loop")
+    for p in range(4):
+        expected = torch.func.functional_call(population.model, weights_of(population, p, 0), x[2 * p : 2 * p + 2])
+        torch.testing.assert_close(got[p], expected, rtol=1e-6, atol=1e-6)

@@ -156,6 +156,11 @@ def run_rows(call: Call, *, trusting: bool = False, checked: bool = False) -> An
     count = len(call.members)
     if not checked:
         return written_out(outputs, count, call.rows)
+    if population.mixes_numbers:
+        raise UnsupportedOperationError(
+            "the model gives one number for all rows of a batch (a mean over it, such as a loss), which is not each "
+            'member\'s own. Use mode="vmap" or mode="loop"'
+        )
     return call.places(outputs).spread(outputs, count, call.rows)
 
 

@@ -84,7 +84,7 @@ class Members:
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
         self.draws: bool | None = None
-        self.told_unused = self.watched = self.plain_loop = self.writes_inputs = False
+        self.told_unused = self.watched = self.plain_loop = self.writes_inputs = self.mixes_numbers = False
 
     @property
     def names(self) -> list[str]:

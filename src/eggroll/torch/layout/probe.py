@@ -352,7 +352,9 @@ class _Probe:
             if relative_difference(got, own) <= rounding(precision):
                 continue
             if got is all_rows and own.numel() == 1:
-                continue  # one number for the whole batch (a loss), which nobody takes for that of a member
+                # One number for the whole batch (a loss): in a block nobody takes it for that of a member.
+                self.population.mixes_numbers = True
+                continue
             other = tree_flatten(self._alone(p, (self.member(p) + 1) % self.held))[0][position]
             effect = float((other.double() - own.double()).norm()) if other.shape == own.shape else 0.0
             share = float((got.double() - own.double()).norm()) / effect if effect > 0.0 else math.inf
