@@ -124,7 +124,7 @@ class Run:
         return 0
 
     def wait_for(self, count: int, timeout: float = 300.0) -> float:
-        """Wait until so many generations are finished; seconds."""
+        """Wait until ``count`` generations are finished; returns the seconds that it took."""
 
         def reached() -> bool:
             finished = self.finished()

@@ -40,7 +40,7 @@ member in the wrong place is off by about 1. Up to {tolerance:g} counts as round
   speed at real sizes see [benchmarks.md](benchmarks.md).
 - **largest deviation**: of any output of any member, relative to the perturbation's effect.
 
-All of it is run again with `python scripts/zoo.py --again` (about a quarter of an hour on two cores; models of timm
+All of it is run again with `python scripts/zoo.py --again` (about five minutes on two cores; models of timm
 where it is installed), a part with `--only PATTERN`; `--list` prints the names of all cases.
 """
 

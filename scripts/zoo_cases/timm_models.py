@@ -12,6 +12,7 @@ from .case import Built, Case, Inputs, NoCaseError, fill
 
 SIZE = 64
 VIT = {"img_size": SIZE, "embed_dim": 48, "depth": 2, "num_heads": 3}
+SWIN = {"img_size": SIZE, "depths": (2, 2), "embed_dim": 24, "num_heads": (1, 2), "window_size": 4}
 STAGES = {"depths": (1, 1, 1, 1)}
 # Arguments of timm.create_model. A builder's own sizes where there are none.
 NAMES: dict[str, dict[str, Any]] = {
@@ -61,21 +62,9 @@ NAMES: dict[str, dict[str, Any]] = {
     "skresnet18": {"layers": (1, 1, 1, 1)},
     "starnet_s050": {},
     "swiftformer_xs": {},
-    "swin_tiny_patch4_window7_224": {
-        "img_size": SIZE,
-        "depths": (2, 2),
-        "embed_dim": 24,
-        "num_heads": (1, 2),
-        "window_size": 4,
-    },
-    "swinv2_tiny_window8_256": {
-        "img_size": SIZE,
-        "depths": (2, 2),
-        "embed_dim": 24,
-        "num_heads": (1, 2),
-        "window_size": 4,
-    },
-    "swinv2_cr_tiny_224": {"img_size": SIZE, "depths": (2, 2), "embed_dim": 24, "num_heads": (1, 2), "window_size": 4},
+    "swin_tiny_patch4_window7_224": SWIN,
+    "swinv2_tiny_window8_256": SWIN,
+    "swinv2_cr_tiny_224": SWIN,
     "test_byobnet": {},
     "test_coatnet": {},
     "test_convnext": {},

@@ -117,7 +117,7 @@ class TestScoredCodeCannotCrashTheReward:
 
     def test_very_deep_folders_are_removed(self, alone, monkeypatch):
         code = "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\nprint('deep')"
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # so many folders take long on a disk
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a thousand nested folders are slow on a disk
         with tempfile.TemporaryDirectory(dir=memory) as folder:
             os.chmod(folder, 0o777)
             monkeypatch.setattr(tempfile, "tempdir", folder)

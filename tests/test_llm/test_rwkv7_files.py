@@ -9,6 +9,7 @@ from rwkv7_models import saved_pth, tiny_rwkv7
 import eggroll.llm
 from eggroll.errors import MissingExtraError, ModelError
 from eggroll.llm.backends.build import load_surroundings
+from eggroll.llm.models.export import load_line, save_pretrained
 from eggroll.llm.models.outline import look_up
 from eggroll.llm.rwkv7 import tokenizer as tokenizers
 from eggroll.llm.rwkv7.layouts import from_layout, to_layout
@@ -173,8 +174,29 @@ def test_other_broken_files(tmp_path):
         eggroll.llm.load(str(tmp_path / "less.pth"))
     with pytest.raises(ModelError, match=r"gone\.pth does not exist\. Near matches"):
         eggroll.llm.load(str(tmp_path / "gone.pth"))
-    with pytest.raises(ModelError, match="is a RWKV file; this backend takes a directory or a hub id"):
-        load_surroundings(str(saved_pth(tmp_path)))
+
+
+def test_other_backends_are_refused(tmp_path):
+    tiny_rwkv7().save_pretrained(tmp_path / "directory")
+    for source in (saved_pth(tmp_path), tmp_path / "directory"):
+        with pytest.raises(ModelError, match="is an RWKV-7 model, which this backend does not serve"):
+            load_surroundings(str(source))
+
+
+def test_the_printed_line_loads_a_saved_model(tmp_path, monkeypatch):
+    """In a process that has imported nothing of eggroll, transformers does not know the model."""
+    model = tiny_rwkv7()
+    save_pretrained(model, RWKV7Tokenizer(), tmp_path / "saved", metadata={})
+    line = load_line(tmp_path / "saved")
+    assert line == f'eggroll.llm.load("{tmp_path}/saved").model'
+    loaded = eval(line, {"eggroll": eggroll})
+    found = loaded.state_dict()  # in the dtype that is the faster one here
+    assert all(torch.equal(found[name], x.to(found[name].dtype)) for name, x in model.state_dict().items())
+    card = (tmp_path / "saved" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert type(names["tokenizer"]) is RWKV7Tokenizer
 
 
 def test_a_missing_vocabulary_names_the_extra(monkeypatch):

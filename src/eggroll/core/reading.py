@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from eggroll.core.check import is_number
+
 MAX_DEPTH = 100
 """Lists and objects within each other; what eggroll writes needs fewer than ten."""
 LONGEST_WHOLE = 19
@@ -32,10 +34,6 @@ class Kind:
         return Kind(f"{self.words} or null", lambda value: value is None or self.holds(value))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _are_numbers(value: Any) -> bool:
     if not isinstance(value, list) or not all(type(item) in (int, float) for item in value):
         return False
@@ -49,7 +47,7 @@ def _is_list_of(kind: type[Any]) -> Callable[[Any], bool]:
 
 TEXT = Kind("text", lambda value: isinstance(value, str))
 WHOLE = Kind("a whole number from 0", lambda value: type(value) is int and value >= 0)
-NUMBER = Kind("a finite number", _is_number)
+NUMBER = Kind("a finite number", is_number)
 NUMBERS = Kind("a list of numbers that float32 holds", _are_numbers)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 TEXTS = Kind("a list of texts", _is_list_of(str))
@@ -78,7 +76,7 @@ def check_fields(
     """``values`` as an object whose entries are of these kinds; it may have others.
 
     Raises:
-        ValueError: it is no object, or an entry is missing or of another kind; the message names it.
+        ValueError: the value is not an object, or an entry is missing or has the wrong type; the message names it.
     """
     if not isinstance(values, dict):
         raise ValueError(f"it is {shown(values)}, not an object")

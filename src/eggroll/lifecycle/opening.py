@@ -208,7 +208,7 @@ def _check_logs(kind: RunKind, run: RunDir, config: ESConfig) -> None:
 
 
 def check_sizes(run: RunDir, records: Sequence[UpdateRecord], members: int) -> None:
-    """Refuse records that are not of a run with so many members.
+    """Refuse records whose number of scores is not that of the run's members.
 
     Raises:
         RunError: one has another number of weights than there are members, or pairs.

@@ -174,7 +174,7 @@ def run_loop(call: Call) -> Any:
             outputs = [call.alone(p) for p in members]
         except StateLostError:
             raise
-        except Exception:  # whatever it is: if it is the model's own, plain weights raise it, too
+        except Exception:  # an error of the model itself comes up again with plain weights
             outputs = []
     if not outputs:
         outputs = [call.alone(p, plain=True) for p in members]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -129,9 +129,10 @@ class Value(Tensor):
             value.context.refused = error
         raise error
 
-    def by_member(self) -> MemberTensor:
-        """The same values with the member axis spelled out."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # weights and what is made of them have it; inputs that all members share are plain rows
+
+        def by_member(self) -> MemberTensor:
+            """The same values with the member axis spelled out."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         members = self.context.members or "one"

@@ -116,9 +116,15 @@ def auto_class(model: Any) -> str:
     return "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "AutoModelForCausalLM"
 
 
+OWN_MODELS = frozenset({"rwkv7"})
+"""Model types of which transformers has no class; :func:`eggroll.llm.load` has."""
+
+
 def load_line(directory: str | Path) -> str:
     """The line of Python that loads a saved model: with the class that was noted when it was saved, if one was."""
     folder = Path(directory)
+    if _read_json(folder / "config.json").get("model_type") in OWN_MODELS:
+        return f'eggroll.llm.load("{directory}").model'
     auto = _read_json(folder / METADATA_FILE).get("auto_class")
     if not isinstance(auto, str) or not auto.isidentifier():  # saved by an older version, or by something else
         encoder_decoder = _read_json(folder / "config.json").get("is_encoder_decoder") is True
@@ -173,17 +179,25 @@ def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
             }
         ),
         "## Load it",
-        "```python\n"
-        f"from transformers import {details['auto_class']}, AutoTokenizer\n\n"
-        f"model = {_load_line(details['auto_class'], target.name)}\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{target.name}")\n'
-        "```",
+        f"```python\n{_load_lines(model, target.name, details['auto_class'])}\n```",
     ]
     config = details.get("config")
     if isinstance(config, Mapping):
         lines += ["## How it was trained", *_table(config)]
     lines.append(f"All details are in `{METADATA_FILE}`.")
     return "\n".join(head) + "\n\n" + "\n\n".join(lines) + "\n"
+
+
+def _load_lines(model: Any, name: str, auto: str) -> str:
+    """The lines of Python that load a saved model and its tokenizer."""
+    if getattr(model.config, "model_type", None) in OWN_MODELS:
+        load = f'import eggroll.llm\n\nloaded = eggroll.llm.load("{name}")\n'
+        return load + "model, tokenizer = loaded.model, loaded.tokenizer"
+    return (
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f"model = {_load_line(auto, name)}\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+    )
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:

@@ -74,7 +74,7 @@ def load(
         about = _read_config(located, kind, place, trust_remote_code)
         weights |= {"config": about.config} if about.changed else {}
         if located.pth:
-            model: Any = _rwkv7().load_pth(located.path, about.dtype)
+            model: Any = _rwkv7().load_pth(located.path, about.config, about.dtype)
         else:
             model = about.auto.from_pretrained(located.path, dtype=about.dtype, **about.arguments, **weights)
         if about.config.model_type == "rwkv7":
@@ -136,16 +136,20 @@ def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surrou
         ModelError: there is no such model, or it is a GGUF file, which other engines read in ways of their own.
     """
     located = locate(source)
-    if located.gguf is not None or located.pth:
+    if located.pth:
+        raise ModelError(f"{source} is an RWKV-7 model, which this backend does not serve; use backend='torch'")
+    if located.gguf is not None:
         raise ModelError(
-            f"{source} is a {'GGUF' if located.gguf else 'RWKV'} file; this backend takes a directory or a hub id. "
-            f"Convert it once: eggroll.llm.load({source!r}) and .model.save_pretrained(directory), or use "
-            "backend='torch'"
+            f"{source} is a GGUF file; this backend takes a directory or a hub id. Convert it once: "
+            f"eggroll.llm.load({source!r}) and .model.save_pretrained(directory), or use backend='torch'"
         )
     transformers = _transformers()
     with located.reading():
+        _rwkv7()
         config = transformers.AutoConfig.from_pretrained(located.path, trust_remote_code=trust_remote_code)
         check_layers(config)
+        if config.model_type == "rwkv7":
+            raise ModelError(f"{source} is an RWKV-7 model, which this backend does not serve; use backend='torch'")
         tokenizer = transformers.AutoTokenizer.from_pretrained(located.path, trust_remote_code=trust_remote_code)
         try:
             generation = transformers.GenerationConfig.from_pretrained(located.path)
@@ -243,7 +247,7 @@ def _rwkv7() -> Any:
 
 
 def check_layers(config: Any) -> None:
-    """Refuse a configuration with so many layers that building the model would not come to an end.
+    """Refuse a configuration with more layers than any model has: building it would take forever.
 
     Raises:
         ModelError: it, or a part of it, has more than :data:`MOST_LAYERS`.

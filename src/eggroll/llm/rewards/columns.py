@@ -24,7 +24,7 @@ def check_columns(reward: Reward, examples: Sequence[Example], what: str = "the 
         what: the data set's name, for the message.
 
     Raises:
-        RewardError: a column is missing; the message says what there is.
+        RewardError: a column is missing; the message lists the columns there are.
     """
     columns = dict.fromkeys(name for example in examples for name in example.columns)
     for part, _ in reward.parts:

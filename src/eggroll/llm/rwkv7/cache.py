@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -49,6 +48,7 @@ class RWKV7Cache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times."""
-        for layer in self.layers[:1]:
-            rows = torch.arange(len(layer.wkv), device=layer.wkv.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
+        for layer in self.layers:
+            layer.wkv = layer.wkv.repeat_interleave(repeats, 0)
+            layer.att_shift = layer.att_shift.repeat_interleave(repeats, 0)
+            layer.ffn_shift = layer.ffn_shift.repeat_interleave(repeats, 0)

@@ -35,10 +35,10 @@ def config_of_pth(path: str | Path) -> RWKV7Config:
     return config_of(tensors, str(path))
 
 
-def load_pth(path: str | Path, dtype: torch.dtype) -> RWKV7ForCausalLM:
-    """The model of an original file."""
+def load_pth(path: str | Path, config: RWKV7Config, dtype: torch.dtype) -> RWKV7ForCausalLM:
+    """The model of an original file, given its configuration (:func:`config_of_pth`)."""
     with torch.device("meta"):
-        model = RWKV7ForCausalLM(config_of_pth(path))
+        model = RWKV7ForCausalLM(config)
     fill(model, read_pth(path), dtype, str(path))
     return model.eval()
 

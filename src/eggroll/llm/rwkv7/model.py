@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 
 class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
-    """RWKV-7 with its head. Text is read at once or token by token; both give the same."""
+    """RWKV-7 with its head. Reading a text at once or token by token gives the same."""
 
     config_class = RWKV7Config
     base_model_prefix = ""
@@ -292,7 +292,7 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: ``(R, T, C)`` in the place of tokens.
             labels: ``(R, T)`` tokens; -100 is left out of the loss.
             use_cache: whether the new state is returned.
-            logits_to_keep: the last so many places, or the indices of places; 0 means all.
+            logits_to_keep: how many of the last positions get logits, or the indices of positions; 0 means all.
         """
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
         mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :].bool()
