@@ -37,14 +37,16 @@ def is_on(name: str) -> bool:
     return value(name) not in ("", "0")
 
 
-WAITING = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
-"""How threads of OpenMP (PyTorch's, and those of our C kernels, which are the same) wait: asleep. The defaults spin,
-which takes the cores from any other program, and from the very thread that is waited for."""
+WAITING = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "1000"}
+"""How threads of OpenMP (PyTorch's, and those of our C kernels, which are the same) wait: asleep after a few
+microseconds. The defaults spin for milliseconds, which takes the cores from any other program. Threads that sleep at
+once make a run without neighbors slower, as decoding has a short product every few microseconds
+(``benchmarks/bench_waiting.py``)."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def wait_passively() -> None:
-    """Let threads sleep while they wait. Works before PyTorch is loaded; what the user has set stays."""
+    """Let threads sleep soon while they wait. Works before PyTorch is loaded; what the user has set stays."""
     if not any(name in os.environ for name in WAITING):
         os.environ.update(WAITING)
 
