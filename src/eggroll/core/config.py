@@ -22,6 +22,7 @@ from eggroll.errors import ConfigError
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
 Rounding = Literal["auto", "master", "stochastic", "nearest"]
+QuantizedUpdate = Literal["error_feedback", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,11 @@ class ESConfig:
     rounding: Rounding = "auto"
     """How updates reach 16-bit weights: fp32 ``master`` copies, ``stochastic`` rounding, or plain ``nearest``
     (loses most small steps). ``auto`` is ``master`` for 16-bit weights; 32-bit weights need none of it."""
+    quantized_update: QuantizedUpdate = setting("error_feedback", hidden=True)
+    """How updates move the integer codes of quantized weights: ``error_feedback`` keeps what is smaller than one
+    quantum for later generations, ``nearest`` rounds each update alone (loses most small steps)."""
+    residual_decay: float = setting(1.0, hidden=True)
+    """What ``error_feedback`` keeps of its residual from one generation to the next; 1 keeps all of it."""
     seed: int = 42
     """Seed of everything random."""
 
@@ -100,12 +106,14 @@ class ESConfig:
         found = [
             *([] if own_shaping else _choices(self, fitness_shaping=ShapingName)),
             *_choices(self, sampling=Sampling, optimizer=OptimizerName, rounding=Rounding),
+            *_choices(self, quantized_update=QuantizedUpdate),
             *_choices(self, lr_schedule=ScheduleName, sigma_schedule=ScheduleName),
             *whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0),
             *whole(self, most=None, seed=0),
             *numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
             *numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False)),
             *_decay_rates(momentum=(self.momentum,), betas=self.betas),
+            *_shares(residual_decay=self.residual_decay),
             *_patterns(target_modules=self.target_modules, exclude=self.exclude),
         ]
         if not (whole(self, population_size=1, group_size=0, elite_k=0) or whole(self, most=None, seed=0)):
@@ -212,6 +220,14 @@ def _decay_rates(**fields: Any) -> list[str]:
             value = rates[0] if expected[name] == 1 else rates
             found.append(f"{name} (={value!r}) must be {what} of at least 0 and below 1")
     return found
+
+
+def _shares(**fields: Any) -> list[str]:
+    return [
+        f"{name} (={value!r}) must be a number of at least 0 and at most 1"
+        for name, value in fields.items()
+        if not (is_number(value) and 0 <= value <= 1)
+    ]
 
 
 def _patterns(**fields: Any) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eggroll.core.check import is_number, whole
-from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName
+from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName, QuantizedUpdate
 from eggroll.core.settings import setting
 from eggroll.run.options import DeviceOptions
 
@@ -53,6 +53,8 @@ class EggrollConfig(GenerationOptions, ForwardOptions, ESConfig):
     optimizer: OptimizerName = "adam"
     """How the estimate becomes a step. Adam's step does not depend on the scale of scores or the population's size, so
     the default ``lr`` is a size per entry; it keeps two float32 numbers per evolved entry, ``sgd`` keeps none."""
+    quantized_update: QuantizedUpdate = setting("error_feedback")
+    residual_decay: float = setting(1.0)
     samples_per_prompt: int = 1
     """Completions of each prompt that a member is scored on; more than one needs a temperature above 0."""
     pass_at: int = 0

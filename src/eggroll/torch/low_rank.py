@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from eggroll._environment import FUSED_LINEAR, is_on
 from eggroll.torch.kernels import low_rank_c
+from eggroll.torch.quantized.tensor import QuantizedTensor
 
 BLOCK_BYTES = 2**22
 """Inputs and outputs of a block of members, which are still in cache when the term is added to the base product."""
@@ -43,8 +44,9 @@ def linear(x_Rn: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, bias_m
     ``bias`` is ``(m,)``, or ``(P, m)``: one for each member.
     """
     x_Rn = x_Rn.contiguous()  # strided rows would be multiplied one by one, each with a copy of the weight in bfloat16
-    if low_rank_c.can_add(x_Rn, a_Pmr, b_Pnr, bias_m, weight_mn):
-        if x_Rn.numel() * x_Rn.element_size() > BLOCK_BYTES // 2:
+    quantized = isinstance(weight_mn, QuantizedTensor)  # its product is its library's, whole, whatever its size
+    if low_rank_c.can_add(x_Rn, a_Pmr, b_Pnr, bias_m, *(() if quantized else (weight_mn,))):
+        if x_Rn.nbytes > BLOCK_BYTES // 2 and not quantized:
             return _linear_in_blocks(x_Rn, weight_mn, a_Pmr, b_Pnr, bias_m)
         out = F.linear(x_Rn, weight_mn)
         low_rank_c.add_unchecked_(out, x_Rn, a_Pmr, b_Pnr, bias_m)
@@ -161,6 +163,13 @@ def linear_shared(x_n: Tensor, weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor, 
 def matmul_single(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``x @ (weight + a b^T)`` of one member: ``weight (*, n, m)``, ``a (*, n, r)``, ``b (*, m, r)``."""
     return x @ weight + (x @ a) @ b.transpose(-1, -2)
+
+
+def linear_single(x: Tensor, weight_mn: Tensor, a_mr: Tensor, b_nr: Tensor) -> Tensor:
+    """``x (weight + a b^T)^T`` of one member, its weight quantized or not."""
+    if isinstance(weight_mn, QuantizedTensor):
+        return F.linear(x, weight_mn) + (x @ b_nr) @ a_mr.transpose(-1, -2)
+    return matmul_single(x, weight_mn.transpose(-1, -2), b_nr, a_mr)
 
 
 def embedding(ids_R: Tensor, weight_Vd: Tensor, a_PVr: Tensor, b_Pdr: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from eggroll.core.select import Kind
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.low_rank import Product
+from eggroll.torch.quantized.tensor import plain
 
 Layout = Literal["rows", "time_major", "shared", "mixed", "rows_or_constant"]
 """Where the population is in an activation: the leading dimension, the second one, nowhere; ``mixed``: it varies;
@@ -207,7 +208,7 @@ class PerturbedWeight(Value):
         noise = (self.a.to(wide) @ self.b.to(wide).transpose(-1, -2)).reshape(
             *(() if context.single else self.a.shape[:1]), *self.base.shape
         )
-        return (self.base.to(wide) + noise).to(self.base.dtype)
+        return (plain(self.base).to(wide) + noise).to(self.base.dtype)
 
 
 def call_materialized(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

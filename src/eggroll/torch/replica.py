@@ -18,6 +18,8 @@ from eggroll.torch.active import Active
 from eggroll.torch.gradient import es_gradient
 from eggroll.torch.noise import Noise
 from eggroll.torch.population import Mode, Population
+from eggroll.torch.quantized.tensor import stored
+from eggroll.torch.quantized.update import GridRule
 from eggroll.torch.scores import checked_scores
 from eggroll.torch.updater import OptimizerFactory, Updater, optimizer_factory
 
@@ -53,7 +55,12 @@ class Center:
         self.noise, self.config = noise, config
         self.generation = 0
         self.updater = Updater(
-            parameters, factory or optimizer_factory(config), rounding=config.rounding, seed=config.seed
+            parameters,
+            factory or optimizer_factory(config),
+            rounding=config.rounding,
+            seed=config.seed,
+            grid_rule=GridRule(config.quantized_update, config.residual_decay),
+            weight_decay=config.weight_decay != 0 or factory is not None,
         )
 
     def apply(self, record: UpdateRecord) -> float:
@@ -96,7 +103,7 @@ class Center:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Evolved parameters, masters and optimizer state, flat: what a checkpoint holds."""
-        tensors = {f"parameter/{name}": parameter.detach() for name, parameter in self.updater.parameters.items()}
+        tensors = {f"parameter/{name}": stored(parameter) for name, parameter in self.updater.parameters.items()}
         return tensors | self.updater.state_tensors()
 
     @torch.no_grad()
@@ -108,19 +115,23 @@ class Center:
         """
         problems = []
         for name, parameter in self.updater.parameters.items():
-            stored = tensors.get(f"parameter/{name}")
-            if stored is None:
+            saved, held = tensors.get(f"parameter/{name}"), stored(parameter)
+            if saved is None:
                 problems.append(f"{name} is missing")
-            elif stored.shape != parameter.shape:
-                problems.append(f"{name} is {tuple(stored.shape)}, the model has {tuple(parameter.shape)}")
+            elif saved.shape != held.shape or saved.is_floating_point() != held.is_floating_point():
+                problems.append(f"{name} is {_form(saved)}, the model has {_form(held)}")
         if problems:
             raise CheckpointError(
                 f"the checkpoint does not fit this model: {'; '.join(problems[:3])}"
                 f"{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}"
             )
         for name, parameter in self.updater.parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
+            stored(parameter).copy_(tensors[f"parameter/{name}"])
         self.updater.load_state_tensors(tensors)
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} codes"
 
 
 class Replica(Center):

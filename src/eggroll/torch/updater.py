@@ -6,6 +6,7 @@ are smaller. So 16-bit parameters have float32 masters, or are rounded up or dow
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from eggroll.core.address import parameter_key
 from eggroll.core.config import ESConfig, Rounding
 from eggroll.core.threefry import fold_in
 from eggroll.errors import CheckpointError, ConfigError
+from eggroll.torch.quantized.tensor import grid_of
+from eggroll.torch.quantized.update import GridRule, GridUpdater, delta_of
 from eggroll.torch.threefry import random_bits
 
 ROUNDING_STREAM = 0xE66
@@ -45,10 +48,19 @@ class Updater:
         factory: makes an optimizer (set to maximize) for a list of tensors; each parameter gets its own.
         rounding: how steps reach 16-bit parameters (see :class:`eggroll.core.config.ESConfig`).
         seed: seed of stochastic rounding.
+        grid_rule: how steps move the codes of quantized parameters.
+        weight_decay: whether a step depends on the weights themselves.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], factory: OptimizerFactory, *, rounding: Rounding, seed: int
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        factory: OptimizerFactory,
+        *,
+        rounding: Rounding,
+        seed: int,
+        grid_rule: GridRule | None = None,
+        weight_decay: bool = False,
     ) -> None:
         self.parameters = dict(parameters)
         self.seed = seed
@@ -58,7 +70,13 @@ class Updater:
         self._targets: dict[str, Tensor] = {}
         # With stochastic rounding a parameter's float32 form lives for one step only, its optimizer state for all.
         self._kept_states: dict[str, dict[str, Any]] = {}
+        self._grids: dict[str, GridUpdater] = {}
+        self._weight_decay = weight_decay
         for name, parameter in self.parameters.items():
+            grid = grid_of(parameter)
+            if grid is not None:
+                self._grids[name] = GridUpdater(grid, grid_rule or GridRule())
+                continue
             target = parameter.detach()
             if self.rounding == "stochastic" and parameter.dtype == torch.float16:
                 raise ConfigError(
@@ -74,6 +92,8 @@ class Updater:
     @torch.no_grad()
     def step(self, name: str, gradient: Tensor, *, lr: float, generation: int) -> float:
         """One optimizer step of one parameter. ``gradient`` is float32. Returns the squared norm of the change."""
+        if name in self._grids:
+            return self._step_on_grid(name, gradient, lr=lr)
         parameter, target = self.parameters[name], self._targets[name]
         self._follow(name, parameter, target)
         if name not in self._optimizers:
@@ -102,15 +122,24 @@ class Updater:
         optimizer.step()
         target.grad = None
 
-    def _step_stochastic(self, name: str, gradient: Tensor, *, lr: float, generation: int) -> float:
-        parameter = self.parameters[name]
-        wide = parameter.detach().float()
+    def _step_on_grid(self, name: str, gradient: Tensor, *, lr: float) -> float:
+        updater = self._grids[name]
+        change = functools.partial(self._step_passing, name, gradient=gradient, lr=lr)
+        return updater.step(delta_of(change, updater.grid, needs_weights=self._weight_decay))
+
+    def _step_passing(self, name: str, wide: Tensor, *, gradient: Tensor, lr: float) -> None:
+        """One step of the optimizer on a tensor that lives for this step only, unlike the optimizer's state."""
         optimizer = self._factory([wide])
         if name in self._kept_states:
             optimizer.state[wide] = self._kept_states[name]
-        before = wide.clone()
         self._step(optimizer, wide, gradient, lr)
         self._kept_states[name] = optimizer.state[wide]
+
+    def _step_stochastic(self, name: str, gradient: Tensor, *, lr: float, generation: int) -> float:
+        parameter = self.parameters[name]
+        wide = parameter.detach().float()
+        before = wide.clone()
+        self._step_passing(name, wide, gradient=gradient, lr=lr)
         key = fold_in(fold_in(parameter_key(self.seed, name), ROUNDING_STREAM), generation)
         bits = random_bits(torch.tensor([key], dtype=torch.int64), wide.numel(), device=wide.device)
         parameter.copy_(round_stochastically(wide, bits.view(wide.shape)))
@@ -119,6 +148,8 @@ class Updater:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything besides the parameters that the next step depends on, flat, for a checkpoint."""
         tensors = {f"master/{name}": master for name, master in self.masters.items()}
+        for name, updater in self._grids.items():
+            tensors |= {f"grid/{name}/{key}": value for key, value in updater.state().items()}
         for name, state in self._states().items():
             for key, value in state.items():
                 tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
@@ -138,6 +169,9 @@ class Updater:
             )
         for name, master in self.masters.items():
             master.copy_(tensors[f"master/{name}"])
+        for name, updater in self._grids.items():
+            prefix = f"grid/{name}/"
+            updater.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for optimizer in self._optimizers.values():
             optimizer.state.clear()  # a state that was saved before the first step has no entries of its own
         self._kept_states.clear()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eggroll.torch.kernels import compile_c
 from eggroll.torch.kernels.native import is_unobserved, thread_entry
+from eggroll.torch.quantized.tensor import QuantizedTensor
 
 SOURCE = Path(__file__).with_name("low_rank.c")
 # Sums in any order, so that they can be vectors. Not -ffast-math: it would also drop infinities and NaN, and change how
@@ -111,11 +112,15 @@ class Term:
 
 
 def prepare(weight_mn: Tensor, a_Pmr: Tensor, b_Pnr: Tensor) -> Term | None:
-    """The term of a weight, if the library can be used with it and its factors lie rank-major in memory."""
+    """The term of a weight, if the library can be used with it and its factors lie rank-major in memory.
+
+    The weight itself is only looked at: it may be a quantized one.
+    """
     if weight_mn.ndim != 2 or a_Pmr.ndim != 3 or b_Pnr.ndim != 3 or weight_mn.dtype not in _NAMES:
         return None
-    parts = (weight_mn, a_Pmr, b_Pnr)
-    if not all(part.is_cpu and type(part) in _PLAIN_TYPES and part.dtype == weight_mn.dtype for part in parts):
+    if not weight_mn.is_cpu or type(weight_mn) not in (*_PLAIN_TYPES, QuantizedTensor):
+        return None
+    if not all(part.is_cpu and type(part) in _PLAIN_TYPES and part.dtype == weight_mn.dtype for part in (a_Pmr, b_Pnr)):
         return None
     (members, m, rank), n = a_Pmr.shape, b_Pnr.shape[1]
     if weight_mn.shape != (m, n) or b_Pnr.shape != (members, n, rank):

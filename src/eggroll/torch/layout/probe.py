@@ -33,6 +33,7 @@ from eggroll.torch.layout.rules import address, learn
 from eggroll.torch.layout.watch import Originals, Watch
 from eggroll.torch.members import Members
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.quantized.tensor import plain
 from eggroll.torch.state import State, random_numbers_kept
 from eggroll.torch.swap import place
 
@@ -106,7 +107,7 @@ def learn_and_check(
 def sigma_for_checks(population: Members) -> float:
     """A sigma whose effect stands out from rounding: a part of the perturbed weights' size."""
     norms = [
-        float(parameter.detach().square().mean(dtype=torch.promote_types(parameter.dtype, torch.float32)).sqrt())
+        float(plain(parameter).detach().square().mean(dtype=torch.promote_types(parameter.dtype, torch.float32)).sqrt())
         for parameter in (population.parameter(spec.name) for spec in population.specs)
         if parameter.numel()
     ]

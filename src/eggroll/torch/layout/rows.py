@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.perturbed import MemberContext, MemberTensor, Value
+from eggroll.torch.quantized.tensor import stored
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -139,7 +140,7 @@ def addresses(tensors: Collection[Any]) -> frozenset[int]:
     found = set()
     for tensor in tensors:
         if isinstance(tensor, Tensor) and not isinstance(tensor, Value) and tensor.layout == torch.strided:
-            found.add(tensor.untyped_storage().data_ptr())
+            found.add(stored(tensor).untyped_storage().data_ptr())
     return frozenset(found - {0})
 
 

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from eggroll.torch.layout.rules import address, is_constant
 from eggroll.torch.ops.registry import METADATA, name_of
 from eggroll.torch.perturbed import MemberContext, Value
+from eggroll.torch.quantized.tensor import stored
 
 READS = frozenset(
     getattr(owner, name)
@@ -72,13 +73,15 @@ class Originals:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
         for name, parameter in parameters.items():
-            start = parameter.data_ptr()
-            stop = start + parameter.numel() * parameter.element_size()
-            if memory := address(parameter):
+            held = stored(parameter)
+            start = held.data_ptr()
+            stop = start + held.nbytes
+            if memory := address(held):
                 self._spans.setdefault(memory, []).append((start, stop, name))
 
     def name_of(self, tensor: Tensor) -> str | None:
         """The parameter's name, if it is one."""
+        tensor = stored(tensor)
         spans = self._spans.get(address(tensor)) if tensor.layout == torch.strided else None
         if not spans or not tensor.numel():
             return None

@@ -29,7 +29,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     plain_bias = None if isinstance(bias, Value) else bias
     if isinstance(weight, PerturbedWeight):
         if weight.context.single:
-            out = low_rank.matmul_single(x, weight.base.transpose(-1, -2), weight.b, weight.a)
+            out = low_rank.linear_single(x, weight.base, weight.a, weight.b)
             out = out if plain_bias is None else out + plain_bias
         else:
             return _linear_of_population(x, weight, bias)

@@ -1,0 +1,1 @@
+"""Quantized models trained in their own format: integer codes are perturbed around, and moved."""

@@ -1,0 +1,101 @@
+"""What every quantized format has in common: integer codes on a grid, and a product with them.
+
+A weight ``(m, n)`` is ``W[i, j] = offset + quantum * code`` with a quantum (and an offset) for each group of columns of
+each row. Training moves codes; quanta and offsets stay. So a format is four things: its product, its codes, its quanta,
+and how a code is moved.
+
+Shapes: m outputs, n inputs, G groups of ``n / G`` columns.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TILE_BYTES = 2**23
+"""Of the rows that a format without a kernel of its own unpacks at a time, so that they are in cache when used."""
+
+
+class Grid(abc.ABC):
+    """One quantized weight, in the memory of the library that made it.
+
+    Attributes:
+        format: its name, as messages and tables say it.
+        low: the smallest code.
+        high: the largest.
+        shape: ``(m, n)``.
+        dtype: of the products' results, and of the floating-point tensors around it.
+        uniform: whether all codes are equally far apart.
+    """
+
+    format: ClassVar[str]
+    low: int
+    high: int
+    shape: torch.Size
+    dtype: torch.dtype
+    uniform: ClassVar[bool] = True
+
+    @property
+    @abc.abstractmethod
+    def stored(self) -> Tensor:
+        """The tensor that holds the codes as the library packs them; :meth:`move` changes it in place."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.stored.device
+
+    @abc.abstractmethod
+    def codes(self) -> Tensor:
+        """``(m, n)`` int8 or uint8, a copy."""
+
+    @abc.abstractmethod
+    def quanta(self) -> Tensor:
+        """``(m, G)`` float32: how much a weight changes if its code goes up by one; 0 where nothing can change it."""
+
+    @abc.abstractmethod
+    def set_codes(self, codes: Tensor) -> None:
+        """Write ``(m, n)`` codes, all within the range."""
+
+    @abc.abstractmethod
+    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:
+        """The weight's numbers ``(m, n)``, or some of its rows, in floating point."""
+
+    @abc.abstractmethod
+    def original(self) -> Any:
+        """What the library's own module holds, as it is now: for saving."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x W^T`` for ``x (..., n)``, of the dtype of ``x``; unpacked, where it must be, some rows at a time."""
+        m, n = self.shape
+        step = max(1, TILE_BYTES // (n * x.element_size()))
+        if step >= m:
+            return F.linear(x, self.dequantized(x.dtype))
+        x_Rn = x.reshape(-1, n)
+        out = x.new_empty((x_Rn.shape[0], m))
+        for start in range(0, m, step):
+            part = slice(start, min(start + step, m))
+            torch.mm(x_Rn, self.dequantized(x.dtype, part).t(), out=out[:, part])
+        return out.view(*x.shape[:-1], m)
+
+    def gathered(self, ids: Tensor) -> Tensor:
+        """Rows by number, as an embedding takes them: ``(..., n)``, of the weight's dtype."""
+        return self.dequantized(self.dtype, ids.reshape(-1)).view(*ids.shape, self.shape[1])
+
+    def move(self, delta: Tensor) -> None:
+        """Add ``delta (m, n)``, whole numbers, to the codes; the caller sees to it that they stay in range."""
+        self.set_codes((self.codes().to(torch.int16) + delta.to(torch.int16)).to(self.codes().dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of codes, quanta and offsets."""
+        return self.stored.nbytes
+
+
+def by_group(values: Tensor, n: int) -> Tensor:
+    """``(m, G)`` numbers of groups, one for each of ``n`` columns: ``(m, n)``."""
+    return values if values.shape[1] == n else values.repeat_interleave(n // values.shape[1], dim=1)
