@@ -122,7 +122,9 @@ def _answers(
 
     with console.status(f"loading {escape(model)} ..."):
         trust = options.trust_remote_code
-        loaded = loading.load(model, dtype=dtype, device=options.device, trust_remote_code=trust)
+        loaded = loading.load(
+            model, dtype=dtype, device=options.device, trust_remote_code=trust, quantize=options.quantize
+        )
     for note in GenerationDefaults.of(loaded.model.generation_config, config.temperature).notes():
         console.print(f"[dim]{escape(model)}: {escape(note)}[/]")
     with _Bar(model, len(problems), console) as bar:

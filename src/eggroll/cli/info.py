@@ -46,7 +46,11 @@ def run(options: InfoOptions) -> int:
     from eggroll.llm.models.outline import look_up
 
     found = look_up(
-        options.model, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        quantize=options.quantize,
     )
     estimate = Estimate.of(found.outline, options, found.dtype)
     prompts = options.prompts_per_generation
@@ -112,7 +116,11 @@ def _memory(estimate: Estimate, memories: dict[str, Memory]) -> Table:
     title = f"memory, {config.population_size} members, rank {config.rank}, {config.optimizer}"
     table = _table(title, "", *memories)
     table.add_row("members evaluated together", *(f"{memory.members}" for memory in memories.values()))
-    names = {"weights": "weights", "masters": "float32 masters", "optimizer": "optimizer state", "noise": "kept noise"}
+    names = {
+        "weights": "weights", "codes": "codes of quantized weights", "scales": "their scales",
+        "residual": "residual of their updates", "masters": "float32 masters", "optimizer": "optimizer state",
+        "noise": "kept noise",
+    }  # fmt: skip
     for key, value in estimate.fixed().items():
         table.add_row(names[key], *(gigabytes(value) if value else "-" for _ in memories))
     moments = list(dict.fromkeys(moment.name for memory in memories.values() for moment in memory.moments))

@@ -31,6 +31,7 @@ def setting(
     hidden: bool = False,
     runs_code: Callable[[Any], bool] | None = None,
     always_ask: bool = False,
+    absent: Any = None,
 ) -> Any:
     """A dataclass field with what a command line and a resumed run need to know about it.
 
@@ -44,10 +45,11 @@ def setting(
         runs_code: tells of a value whether it runs code that is not eggroll's. A value that does is not taken from a
             run's directory (:mod:`eggroll.lifecycle.trust`).
         always_ask: such a value has to be given again to every command, also to a replay, which needs it.
+        absent: what runs had that were stored before there was this setting, if that is not the default.
     """
     metadata = {
         "flags": tuple(flags), "resume": resume, "positional": positional, "hidden": hidden, "runs_code": runs_code,
-        "always_ask": always_ask,
+        "always_ask": always_ask, "absent": absent,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -108,7 +110,9 @@ def from_json_values(kind: type[Any], stored: Mapping[str, Any], *, ignored: Seq
     unknown = sorted(name for name in stored if name not in names and name not in ignored)
     if unknown:
         raise RunError(f"{source} has settings that this version does not know: {', '.join(unknown)}")
-    values = {names[name]: value for name, value in stored.items() if name in names}
+    older = ((field.name, about(kind, field.name).get("absent")) for field in dataclasses.fields(kind))
+    values = {name: value for name, value in older if value is not None}
+    values |= {names[name]: value for name, value in stored.items() if name in names}
     wrong = _wrong_types(kind, values)
     if wrong:
         raise ConfigError.from_problems(f"{source} cannot be read as settings", wrong)

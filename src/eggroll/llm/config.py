@@ -10,6 +10,7 @@ from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName, Quantiz
 from eggroll.core.settings import setting
 from eggroll.run.options import DeviceOptions
 
+Quantize = Literal["auto", "none", "int8", "int4", "gguf"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -19,6 +20,9 @@ class ModelOptions(DeviceOptions):
 
     dtype: Dtype = "auto"
     """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine."""
+    quantize: Quantize = setting("auto", absent="none")
+    """auto keeps quantized weights (GGUF, a quantized checkpoint) in their format; none expands a GGUF file; int8 and
+    int4 quantize plain weights; gguf takes the GGUF file of smollm2-135m."""
     trust_remote_code: bool = setting(False, runs_code=bool, always_ask=True)
     """Run code that comes with the model."""
 

@@ -145,6 +145,7 @@ def make_worker(options: TuneOptions, reward: Reward | None = None) -> ModelWork
         device=options.device,
         engine_args=engine_args(options),
         trust_remote_code=options.trust_remote_code,
+        quantize=options.quantize,
         **placement,
     )
     return trainer.worker
@@ -253,7 +254,7 @@ def count(parameters: int) -> str:
 def _base(options: TuneOptions, run: RunDir) -> ModelWorker:
     return WorkerFactory(
         model=options.model, config=narrowed(options, EggrollConfig), reward=lambda text: 0.0, dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=options.trust_remote_code, quantize=options.quantize,
     )()  # fmt: skip
 
 

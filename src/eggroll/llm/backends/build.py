@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 
 from eggroll.distributed.partition import default_range_size
+from eggroll.errors import ConfigError
 from eggroll.llm.backends.scoring import eos_ids
 from eggroll.llm.backends.torch import TorchEvaluator, replica_for
 from eggroll.llm.backends.vllm import VllmEvaluator
 from eggroll.llm.backends.vllm_engine import VllmEngine, check_vllm
 from eggroll.llm.backends.vllm_parallel import worker_engine_args
 from eggroll.llm.backends.worker import LanguageWorker, Setup
-from eggroll.llm.config import EggrollConfig
+from eggroll.llm.config import EggrollConfig, Quantize
 from eggroll.llm.data.examples import Example
 from eggroll.llm.estimate.machine import check_memory
 from eggroll.llm.generation.defaults import GenerationDefaults
@@ -42,6 +43,7 @@ class WorkerFactory:
         device: of the weights in PyTorch.
         engine_args: further arguments of ``vllm.LLM``.
         trust_remote_code: run code that comes with the model.
+        quantize: the format of the weights, as for :func:`eggroll.llm.load`.
         train: the examples to train on, for a worker among others; ``None`` leaves the data to ``use``.
         heldout: held-out examples.
     """
@@ -54,6 +56,7 @@ class WorkerFactory:
     device: str | torch.device = "auto"
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    quantize: Quantize = "auto"
     train: Sequence[Example] | None = None
     heldout: Sequence[Example] | None = None
 
@@ -72,19 +75,26 @@ class WorkerFactory:
         return worker
 
     def _torch(self) -> LanguageWorker:
-        trust = self.trust_remote_code
-        found = look_up(self.model, dtype=self.dtype, device=self.device, trust_remote_code=trust)
+        trust, form = self.trust_remote_code, self.quantize
+        found = look_up(self.model, dtype=self.dtype, device=self.device, trust_remote_code=trust, quantize=form)
         # Other workers may live on this machine, so what counts then is the memory that is free.
         check_memory(found.outline, self.config, found.dtype, found.device, free=self.train is not None)
         reward = as_reward(self.reward, None)  # before the weights, which may take minutes
-        loaded = load(self.model, dtype=found.dtype, device=found.device, trust_remote_code=trust)
+        loaded = load(self.model, dtype=found.dtype, device=found.device, trust_remote_code=trust, quantize=form)
         worker = worker_of(loaded.model, self.config, reward, loaded.tokenizer)
         notes = tuple(dict.fromkeys((*found.notes, *loaded.notes)))
-        worker.setup = replace(worker.setup, name=loaded.name, notes=notes, base=self.model, trust_remote_code=trust)
+        worker.setup = replace(
+            worker.setup, name=loaded.name, notes=notes, base=self.model, trust_remote_code=trust, quantize=form
+        )
         return worker
 
     def _vllm(self) -> LanguageWorker:
         config, trust, arguments = self.config, self.trust_remote_code, dict(self.engine_args)
+        if self.quantize not in ("auto", "none"):
+            raise ConfigError(
+                f"quantize (={self.quantize!r}) needs backend='torch': updates move the codes of quantized weights, "
+                "which vLLM repacks for its kernels and does not give out"
+            )
         if self.train is not None:
             arguments = {"max_loras": default_range_size(config.population_size), **worker_engine_args(arguments)}
         if trust:

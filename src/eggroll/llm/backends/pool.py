@@ -50,7 +50,7 @@ class PoolWorker(ModelWorker):
         self.workers = workers
         model, config, trust = factory.model, factory.config, factory.trust_remote_code
         place = "cpu" if factory.device == "auto" else factory.device  # of this process, which may have no GPU
-        found = look_up(model, dtype=factory.dtype, device=place, trust_remote_code=trust)
+        found = look_up(model, dtype=factory.dtype, device=place, trust_remote_code=trust, quantize=factory.quantize)
         around = load_surroundings(model, trust_remote_code=trust)
         tokenizer = around.tokenizer
         reward = as_reward(factory.reward, tokenizer)

@@ -12,13 +12,14 @@ import torch
 from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
 from eggroll.llm.backends.scoring import Evaluator
-from eggroll.llm.config import EggrollConfig
+from eggroll.llm.config import EggrollConfig, Quantize
 from eggroll.llm.data.batches import Batch, BatchSource
 from eggroll.llm.models.export import save_pretrained
 from eggroll.llm.models.loading import load
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.columns import check_columns
 from eggroll.loop import Evaluation, Heldout, Worker
+from eggroll.torch.quantized.tensor import stored
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Setup:
         base: the model that the run begins with (directory, hub id or alias); ``None`` for a module of the user's.
         trust_remote_code: run code that comes with the model.
         generation: what becomes of the model's generation config, in a line, if there is something to say.
+        quantize: the format of its weights.
     """
 
     config: EggrollConfig
@@ -52,6 +54,7 @@ class Setup:
     base: str | None = None
     trust_remote_code: bool = False
     generation: tuple[str, ...] = ()
+    quantize: Quantize = "auto"
 
     @property
     def dtype_name(self) -> str:
@@ -61,7 +64,8 @@ class Setup:
     def load_base(self) -> Any:
         """The model that the run begins with, in PyTorch on the CPU."""
         assert self.base is not None
-        return load(self.base, dtype=self.dtype, device="cpu", trust_remote_code=self.trust_remote_code).model
+        trust = self.trust_remote_code
+        return load(self.base, dtype=self.dtype, device="cpu", trust_remote_code=trust, quantize=self.quantize).model
 
     @torch.no_grad()
     def with_state(self, state: Mapping[str, Any]) -> Any:
@@ -69,7 +73,7 @@ class Setup:
         model = self.load_base()
         parameters = dict(model.named_parameters())
         for spec in self.specs:
-            parameters[spec.name].copy_(state[f"parameter/{spec.name}"])
+            stored(parameters[spec.name]).copy_(state[f"parameter/{spec.name}"])
         return model
 
 

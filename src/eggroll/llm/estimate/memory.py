@@ -126,14 +126,31 @@ class Estimate:
     def fixed(self) -> dict[str, int]:
         """Bytes that a run holds all the time."""
         half, rounding = self.element < 4, self.config.rounding
-        masters = 4 * self.evolved if half and rounding in ("auto", "master") else 0
+        moved = sum(spec.size for spec in self.specs if self._is_quantized(spec))
+        masters = 4 * (self.evolved - moved) if half and rounding in ("auto", "master") else 0
         state = self.element if half and rounding == "nearest" else 4
         entries = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}[self.config.optimizer]
         return {
-            "weights": self.element * self.outline.size,
+            "weights": self.element * sum(s.size for s in self.outline.specs if not self._is_quantized(s)),
+            **self._quantized_bytes(moved),
             "masters": masters,
-            "optimizer": entries * state * self.evolved,
+            "optimizer": entries * (state * (self.evolved - moved) + 4 * moved),
             "noise": self.pairs * self.draw_bytes if self.noise_is_kept else 0,
+        }
+
+    def _is_quantized(self, spec: ParameterSpec) -> bool:
+        return spec.name in self.outline.bits
+
+    def _quantized_bytes(self, moved: int) -> dict[str, int]:
+        """What quantized weights take; nothing is said of it where there are none."""
+        bits = self.outline.bits
+        if not bits:
+            return {}
+        held = [(spec.size, *bits[spec.name]) for spec in self.outline.specs if spec.name in bits]
+        return {
+            "codes": round(sum(size * code for size, code, _ in held) / 8),
+            "scales": round(sum(size * shared for size, _, shared in held) / 8),
+            "residual": 2 * moved if self.config.quantized_update == "error_feedback" else 0,
         }
 
     def memory(self, workload: Workload, members: int | None = None) -> Memory:
@@ -269,6 +286,8 @@ class Estimate:
     def _step_temporaries(self, spec: ParameterSpec) -> int:
         """What a step makes besides the gradient: a copy from before, the negated gradient, the rule's own."""
         adam = self.config.optimizer in ("adam", "adamw")
+        if self._is_quantized(spec):  # the step, quanta, codes, moves; each in 4 or 2 bytes
+            return (36 if adam else 28) * spec.size
         if self.element < 4 and self.config.rounding == "stochastic":
             return 36 * spec.size
         if self.element < 4 and self.config.rounding == "nearest":

@@ -14,9 +14,13 @@ from typing import Any
 
 from eggroll._optional import DISTRIBUTION, require
 from eggroll.errors import ModelError
-from eggroll.llm.models.hub import quiet_progress
+from eggroll.llm.models.gguf_file import save_gguf
+from eggroll.llm.models.hub import drop_quantization, quiet_progress
+from eggroll.torch.quantized.adopt import released
 
 METADATA_FILE = "eggroll.json"
+GGUF_FILE = "model.gguf"
+"""The name of a model that is saved as GGUF, as it came."""
 AUTO_CLASSES = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
@@ -54,9 +58,13 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         with quiet_progress():
-            model.save_pretrained(staging)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
+            if getattr(model, "gguf_source", None) is None:
+                with released(model):
+                    model.save_pretrained(staging)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(staging)
+            else:  # one file with everything in it
+                save_gguf(model, staging / GGUF_FILE)
         details = {"eggroll_version": _version(), "auto_class": auto_class(model), **metadata}
         (staging / METADATA_FILE).write_text(json.dumps(details, indent=2, default=str) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(_card(model, target, details), encoding="utf-8")
@@ -70,28 +78,6 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
     return target
-
-
-def drop_quantization(model: Any) -> None:
-    """Forget that a model was read from quantized weights.
-
-    A GGUF file is turned into ordinary weights while it is read, but the model keeps the quantizer, and then neither
-    saves nor loads again.
-    """
-    config: Any = getattr(model, "config", None)
-    quantization = getattr(config, "quantization_config", None)
-    method = (
-        quantization.get("quant_method")
-        if isinstance(quantization, dict)
-        else getattr(quantization, "quant_method", "")
-    )
-    if "gguf" not in str(getattr(method, "value", method)).lower():
-        return
-    del config.quantization_config
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    model.is_quantized = False
 
 
 def auto_class(model: Any) -> str:
@@ -129,11 +115,11 @@ def load_line(directory: str | Path) -> str:
     if not isinstance(auto, str) or not auto.isidentifier():  # saved by an older version, or by something else
         encoder_decoder = _read_json(folder / "config.json").get("is_encoder_decoder") is True
         auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
-    return _load_line(auto, directory)
+    return _load_line(auto, directory, (folder / GGUF_FILE).exists())
 
 
-def _load_line(auto: str, directory: str | Path) -> str:
-    return f'{auto}.from_pretrained("{directory}")'
+def _load_line(auto: str, directory: str | Path, gguf: bool = False) -> str:
+    return f'{auto}.from_pretrained("{directory}"' + (f', gguf_file="{GGUF_FILE}")' if gguf else ")")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -193,10 +179,11 @@ def _load_lines(model: Any, name: str, auto: str) -> str:
     if getattr(model.config, "model_type", None) in OWN_MODELS:
         load = f'import eggroll.llm\n\nloaded = eggroll.llm.load("{name}")\n'
         return load + "model, tokenizer = loaded.model, loaded.tokenizer"
+    gguf = getattr(model, "gguf_source", None) is not None
     return (
         f"from transformers import {auto}, AutoTokenizer\n\n"
-        f"model = {_load_line(auto, name)}\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+        f"model = {_load_line(auto, name, gguf)}\n"
+        f"tokenizer = {_load_line('AutoTokenizer', name, gguf)}"
     )
 
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from eggroll._optional import require
 from eggroll.errors import ModelError
+from eggroll.llm.models.locate import Located
 from eggroll.torch.quantized.gguf import TYPES, GgufGrid
+from eggroll.torch.quantized.grid import Bits
 from eggroll.torch.quantized.tensor import as_parameter, grid_of
 
 PLAIN = ("F32", "F16", "BF16")
@@ -43,7 +45,7 @@ class GgufSource:
     expanded: dict[str, int] = field(default_factory=dict)
 
 
-def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype) -> Any:
+def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     """A model with its weights in the file's blocks.
 
     Args:
@@ -51,6 +53,7 @@ def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype) -> Any:
         config: the model's configuration, read from it.
         auto: the class of transformers that makes the model.
         dtype: of everything that is not quantized, and of the products' results.
+        device: where the weights go.
 
     Returns:
         The model; ``model.gguf_source`` says where everything came from.
@@ -74,7 +77,8 @@ def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype) -> Any:
         if name is None:
             continue  # tables that belong to the file (rotary frequencies)
         source.tensors[name] = tensor.name
-        _place(model, name, *_read(tensor, name, processor, dtype, source))
+        contents, kind = _read(tensor, name, processor, dtype, source)
+        _place(model, name, contents.to(device), kind)
     model.tie_weights()
     empty = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if empty:
@@ -84,6 +88,22 @@ def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype) -> Any:
         )
     model.gguf_source = source
     return model
+
+
+def gguf_bits(model: Any, located: Located) -> dict[str, Bits]:
+    """Bits per weight (code, scales) of the parameters that :func:`load_gguf` would keep in the file's format, by name.
+
+    Args:
+        model: the model without its weights.
+        located: where the file is.
+    """
+    gguf: Any = require("gguf", extra="llm")
+    from transformers import modeling_gguf_pytorch_utils as names
+
+    reader = gguf.GGUFReader(str(Path(located.path) / str(located.gguf)))
+    places = names.get_gguf_hf_weights_map(model, names.TensorProcessor())
+    kinds = {places.get(tensor.name): tensor.tensor_type.name for tensor in reader.tensors}
+    return {name: TYPES[kind].bits for name, kind in kinds.items() if name and kind in TYPES}
 
 
 def save_gguf(model: Any, target: str | Path) -> Path:
@@ -125,7 +145,7 @@ def _read(tensor: Any, name: str, processor: Any, dtype: torch.dtype, source: Gg
         source.orders[name] = torch.from_numpy(order)
     elif order is None:
         source.tensors.pop(name)  # its numbers are not those of the file, so it cannot be written back
-    return torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype), None
+    return torch.from_numpy(np.array(numbers)).to(dtype), None
 
 
 def _row_order(tensor: Any, processor: Any) -> np.ndarray[Any, Any] | None:

@@ -47,6 +47,28 @@ def dense_gguf() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
+def drop_quantization(model: Any) -> None:
+    """Forget that a model was read from quantized weights.
+
+    A GGUF file is turned into ordinary weights while it is read, but the model keeps the quantizer, and then neither
+    saves nor loads again.
+    """
+    config: Any = getattr(model, "config", None)
+    quantization = getattr(config, "quantization_config", None)
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", "")
+    )
+    if "gguf" not in str(getattr(method, "value", method)).lower():
+        return
+    del config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
+
+
 @contextmanager
 def quiet_progress() -> Iterator[None]:
     """Hides the progress bars of transformers and the hub; whoever loads a model has a display of its own."""

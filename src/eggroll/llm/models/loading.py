@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from eggroll._optional import require
 from eggroll.errors import ModelError
+from eggroll.llm.config import Quantize
 from eggroll.llm.models.dtype import choose_dtype, parse_dtype, typical_shape
-from eggroll.llm.models.export import drop_quantization
-from eggroll.llm.models.hub import dense_gguf
+from eggroll.llm.models.gguf_file import load_gguf
+from eggroll.llm.models.hub import dense_gguf, drop_quantization
 from eggroll.llm.models.locate import Located, locate
+from eggroll.llm.models.quantize import (
+    bits_by_parameter,
+    check_quantize,
+    form_of,
+    notes_of,
+    take_over,
+    torchao_arguments,
+)
 from eggroll.torch.devices import find_device
 
 LAYERS = (
@@ -52,6 +62,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    quantize: Quantize = "auto",
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -61,31 +72,40 @@ def load(
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the faster one of the first two on this machine.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes CUDA if it is there.
         trust_remote_code: run code that comes with the model.
+        quantize: ``auto`` keeps quantized weights (a GGUF file's, a quantized checkpoint's) in their format, which is
+            then trained in; ``none`` expands a GGUF file; ``int8`` and ``int4`` quantize a plain model's linear layers
+            with torchao; ``gguf`` takes the GGUF file of ``smollm2-135m``.
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded; the message says what was tried.
-        ConfigError: dtype or device are unknown.
+        ConfigError: dtype, device or quantize are unknown.
     """
+    check_quantize(quantize)
     place = find_device(device)
     kind = parse_dtype(dtype)
-    located = locate(source)
-    weights: dict[str, Any] = {} if located.gguf is None else dict(dense_gguf())
+    located = locate(source, gguf=quantize == "gguf")
     with located.reading():
         about = _read_config(located, kind, place, trust_remote_code)
+        form = form_of(located, about.config, quantize)
+        weights: dict[str, Any] = {} if located.gguf is None else dict(dense_gguf())
         weights |= {"config": about.config} if about.changed else {}
+        weights |= torchao_arguments(form)
         if located.pth:
             model: Any = _rwkv7().load_pth(located.path, about.config, about.dtype)
+        elif form == "gguf":
+            assert located.gguf is not None
+            model = load_gguf(Path(located.path) / located.gguf, about.config, about.auto, about.dtype, place)
         else:
             model = about.auto.from_pretrained(located.path, dtype=about.dtype, **about.arguments, **weights)
         if about.config.model_type == "rwkv7":
             tokenizer: Any = _rwkv7().load_tokenizer(None if located.pth else located.path)
         else:
             tokenizer = _transformers().AutoTokenizer.from_pretrained(located.path, **about.arguments)
-    drop_quantization(model)
-    model.requires_grad_(False)
+        drop_quantization(model)
+        model = model.requires_grad_(False).to(place).eval()
+        take_over(model, form, source)
     prepare_tokenizer(tokenizer, model)
-    model = model.to(place).eval()
-    return LoadedModel(model, tokenizer, source, located.name, about.dtype, place, about.notes)
+    return LoadedModel(model, tokenizer, source, located.name, about.dtype, place, (*about.notes, *notes_of(model)))
 
 
 def load_skeleton(
@@ -94,21 +114,25 @@ def load_skeleton(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    quantize: Quantize = "auto",
 ) -> LoadedModel:
     """What :func:`load` would load, without weights (on the ``meta`` device) and tokenizer; its arguments and errors.
 
     Of a directory or a hub id only the configuration is read, of a ``.gguf`` file only its metadata; an alias is
     fetched as for loading.
     """
+    check_quantize(quantize)
     place = find_device(device)
     kind = parse_dtype(dtype)
-    located = locate(source)
+    located = locate(source, gguf=quantize == "gguf")
     if located.gguf is not None:
         require("gguf", extra="llm")
     with located.reading():
         about = _read_config(located, kind, place, trust_remote_code)
+        form = form_of(located, about.config, quantize)
         with torch.device("meta"):
             model = about.auto.from_config(about.config, dtype=about.dtype, trust_remote_code=trust_remote_code)
+        model.code_bits = bits_by_parameter(model, located, form)
     return LoadedModel(model, None, source, located.name, about.dtype, place, about.notes)
 
 

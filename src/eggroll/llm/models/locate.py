@@ -54,8 +54,12 @@ class Located:
             raise ModelError(_not_loaded(self.source, self.path, error)) from error
 
 
-def locate(source: str) -> Located:
+def locate(source: str, *, gguf: bool = False) -> Located:
     """Where a model is; an alias is fetched.
+
+    Args:
+        source: directory, file, hub id or alias.
+        gguf: take an alias's GGUF file, where it has one.
 
     Raises:
         ModelError: a directory or file that does not exist, or that holds no model.
@@ -63,6 +67,9 @@ def locate(source: str) -> Located:
     alias = ALIASES.get(source.lower())
     path = Path(source).expanduser()
     if alias is not None and not path.exists():
+        if gguf:
+            file = smollm2.cached_gguf()
+            return Located(source, str(file.parent), file.name)
         return Located(source, str(alias()))
     if path.suffix.lower() in (".gguf", ".pth"):
         if not path.is_file():

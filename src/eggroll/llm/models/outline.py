@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from eggroll.core.select import ParameterSpec, select
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.models.loading import load_skeleton
 from eggroll.torch.parameters import parameter_specs
+from eggroll.torch.quantized.adopt import grids
+from eggroll.torch.quantized.grid import Bits
 
 KINDS = ("matrix", "embedding", "head", "conv", "experts", "vector", "other")
 """Kinds of parameters in the order in which they are shown; ``head`` is an output head that is not tied."""
@@ -33,6 +35,7 @@ class Outline:
         scores: whether attention writes its ``(time, time)`` scores to memory.
         experts, experts_per_token: of a mixture of experts; both 0 without one.
         state: entries of a row's recurrent state in one layer, which takes the place of keys and values; 0 without one.
+        bits: of quantized parameters, bits per entry of their codes and of their scales, by name.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Outline:
     experts: int
     experts_per_token: int
     state: int = 0
+    bits: Mapping[str, Bits] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any) -> Outline:
@@ -86,6 +90,7 @@ class Outline:
             experts=experts,
             experts_per_token=number("num_experts_per_tok", "num_experts_per_token", default=1) if experts else 0,
             state=getattr(model, "state_size", 0),
+            bits=getattr(model, "code_bits", None) or _bits_of(model),
         )
 
     @property
@@ -146,6 +151,10 @@ def separate_head(model: Any) -> tuple[str, ...]:
 def exclude_of(config: EggrollConfig, head: tuple[str, ...]) -> tuple[str, ...]:
     """The patterns of parameters that are left alone: an output head of its own too, unless it was asked for."""
     return config.exclude if config.target_modules is not None or config.head else (*config.exclude, *head)
+
+
+def _bits_of(model: Any) -> dict[str, Bits]:
+    return {name: grid.bits for name, grid in grids(model).items()}
 
 
 def _output_head(model: Any) -> Any:

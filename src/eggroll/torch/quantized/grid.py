@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Bits = tuple[float, float]
+"""Of a code, and of what a weight's group shares."""
 TILE_BYTES = 2**23
 """Of the rows that a format without a kernel of its own unpacks at a time, so that they are in cache when used."""
 
@@ -91,9 +93,9 @@ class Grid(abc.ABC):
         self.set_codes((self.codes().to(torch.int16) + delta.to(torch.int16)).to(self.codes().dtype))
 
     @property
-    def nbytes(self) -> int:
-        """Memory of codes, quanta and offsets."""
-        return self.stored.nbytes
+    def bits(self) -> Bits:
+        """Memory for each weight: of its code, and its share of scales and offsets."""
+        return 8 * self.stored.nbytes / self.shape.numel(), 0.0
 
 
 def by_group(values: Tensor, n: int) -> Tensor:

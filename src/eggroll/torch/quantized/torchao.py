@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eggroll.torch.quantized.grid import Grid, by_group
+from eggroll.torch.quantized.grid import Bits, Grid, by_group
 
 
 class TorchaoGrid(Grid):
@@ -26,10 +26,9 @@ class TorchaoGrid(Grid):
         self.weight = weight
         self.shape, self.dtype = weight.shape, weight.dtype
         kind = getattr(weight, "target_dtype", torch.int8)
-        self.bits = int(str(kind).removeprefix("torch.int"))
-        # torchao's symmetric int8 leaves -128 out, as its scale is max|w| / 127.5; a move may not reach it either
-        self.low, self.high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        self.format = f"torchao int{self.bits}"  # type: ignore[misc]
+        width = int(str(kind).removeprefix("torch.int"))
+        self.low, self.high = -(2 ** (width - 1)), 2 ** (width - 1) - 1
+        self.format = f"torchao int{width}"  # type: ignore[misc]
 
     @staticmethod
     def takes(weight: Any) -> bool:
@@ -67,5 +66,7 @@ class TorchaoGrid(Grid):
         return self.weight
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.stored.nbytes + self.weight.scale.nbytes
+    def bits(self) -> Bits:  # noqa: D102
+        zero = self.weight.zero_point
+        shared = self.weight.scale.nbytes + (0 if zero is None else zero.nbytes)
+        return 8.0, 8 * shared / self.shape.numel()
