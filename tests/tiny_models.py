@@ -1,5 +1,7 @@
-"""A tiny tokenizer and a tiny Llama on disk, made from configurations: nothing is downloaded."""
+"""A tiny tokenizer and a tiny Llama on disk, also as a GGUF file, made from configurations: nothing is downloaded."""
 
+import gguf
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -50,3 +52,32 @@ def write_llama(folder, **changes):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_gguf(path, kind="Q8_0"):
+    """A Llama of one layer with random weights and a byte-level tokenizer, its matrices in blocks of ``kind``."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {
+        "context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "head_count": 2,
+        "head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 32, "vocab_size": 256,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*byte_tokenizer().convert_ids_to_tokens(range(255)), "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd": (256, 64), "output_norm": (64,), "blk.0.attn_norm": (64,), "blk.0.ffn_norm": (64,),
+        "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64),
+        "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64), "blk.0.ffn_down": (64, 96),
+    }  # fmt: skip
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = generator.normal(size=shape).astype(np.float32)
+        own = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, own), raw_dtype=own)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return path

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from eggroll.errors import ModelError
-from eggroll.llm.models.export import drop_quantization, load_line, save_pretrained
+from eggroll.llm.models.export import load_line, save_pretrained
+from eggroll.llm.models.hub import drop_quantization
 
 METADATA = {
     "base_model": "owner/base",

@@ -8,11 +8,10 @@ import types
 import zipfile
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_models import write_gguf
 
 from eggroll.errors import ConfigError, ModelError
 from eggroll.llm.models import dtype, smollm2
@@ -140,38 +139,13 @@ def test_broken_model(saved):
 
 
 @pytest.fixture
-def tiny_gguf(tiny_tokenizer, tmp_path):
+def tiny_gguf(tmp_path):
     """A Llama of one layer with 8-bit weights, in a GGUF file."""
-    path = tmp_path / "tiny-Q8_0.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, value in {
-        "context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "head_count": 2,
-        "head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 32, "vocab_size": 256,
-    }.items():  # fmt: skip
-        getattr(writer, f"add_{name}")(value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*tiny_tokenizer.convert_ids_to_tokens(range(255)), "ab"])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    shapes = {
-        "token_embd": (256, 64), "output_norm": (64,), "blk.0.attn_norm": (64,), "blk.0.ffn_norm": (64,),
-        "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64),
-        "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64), "blk.0.ffn_down": (64, 96),
-    }  # fmt: skip
-    generator = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        values = generator.normal(size=shape).astype(np.float32)
-        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
-    return path
+    return write_gguf(tmp_path / "tiny-Q8_0.gguf")
 
 
 def test_gguf_file_becomes_an_ordinary_model(tiny_gguf, tmp_path):
-    loaded = models.load(str(tiny_gguf), dtype="float32", device="cpu")
+    loaded = models.load(str(tiny_gguf), dtype="float32", device="cpu", quantize="none")
     assert loaded.name == "tiny-Q8_0"
     assert type(loaded.model.model.layers[0].mlp.gate_proj) is torch.nn.Linear
     assert loaded.model.model.layers[0].mlp.gate_proj.weight.dtype == torch.float32

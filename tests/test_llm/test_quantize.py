@@ -1,0 +1,156 @@
+"""Models loaded in a quantized format: they compute what their expanded twins do, and are saved as they came."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_models import write_gguf, write_llama
+
+from eggroll import llm
+from eggroll.errors import ConfigError, ModelError
+from eggroll.llm.config import EggrollConfig
+from eggroll.llm.estimate.memory import Estimate
+from eggroll.llm.models.export import load_line, save_pretrained
+from eggroll.llm.models.gguf_file import save_gguf
+from eggroll.llm.models.outline import Outline, look_up
+from eggroll.torch.quantized.adopt import grids
+
+IDS = torch.arange(3, 15)[None]
+KINDS = ("Q8_0", "Q4_0", "Q4_1")
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A Llama whose widths are multiples of 32, as int4 wants them."""
+    return write_llama(tmp_path_factory.mktemp("llama") / "even", hidden_size=64, intermediate_size=96)
+
+
+def expanded(model):
+    """The same model with plain weights: the numbers that its codes stand for."""
+    twin = transformers.LlamaForCausalLM(model.config.__class__(**plain_config(model.config))).eval()
+    state = {name: value for name, value in model.state_dict().items() if name not in grids(model)}
+    state |= {name: grid.dequantized() for name, grid in grids(model).items()}
+    twin.load_state_dict(state, strict=False)
+    return twin
+
+
+def plain_config(config):
+    return {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+
+
+def bump(model):
+    """Move some codes of every weight by one, and say how many."""
+    moved = 0
+    for grid in grids(model).values():
+        delta = torch.zeros(grid.shape, dtype=torch.int16)
+        delta[0, ::7] = 1
+        delta[grid.codes() == grid.high] = 0
+        grid.move(delta)
+        moved += int(delta.sum())
+    return moved
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_plain_weights_are_quantized_and_saved_in_that_format(directory, form, tmp_path):
+    loaded = llm.load(str(directory), dtype="float32", quantize=form)
+    found = grids(loaded.model)
+    assert len(found) == 14
+    assert {grid.format for grid in found.values()} == {f"torchao {form}"}
+    assert any(f"14 weights in torchao {form}" in note for note in loaded.notes)
+    assert not any("embed" in name or "lm_head" in name for name in found)
+    torch.testing.assert_close(logits(loaded.model), logits(expanded(loaded.model)), rtol=1e-4, atol=1e-4)
+
+    before = logits(loaded.model)
+    assert bump(loaded.model)
+    moved = logits(loaded.model)
+    assert not torch.equal(before, moved)
+    saved = save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved", metadata={})
+    assert torch.equal(logits(loaded.model), moved)  # saving left everything as it was
+    again = llm.load(str(saved), dtype="float32")
+    assert {grid.format for grid in grids(again.model).values()} == {f"torchao {form}"}
+    assert torch.equal(logits(again.model), moved)
+    own = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype="float32")
+    assert torch.equal(logits(own), moved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_stays_gguf(kind, tmp_path):
+    path = write_gguf(tmp_path / f"tiny-{kind}.gguf", kind)
+    loaded = llm.load(str(path), dtype="float32")
+    assert {grid.format for grid in grids(loaded.model).values()} == {f"GGUF {kind}"}
+    assert len(grids(loaded.model)) == 8
+    plain = llm.load(str(path), dtype="float32", quantize="none")
+    assert not grids(plain.model)
+    torch.testing.assert_close(logits(loaded.model), logits(plain.model), rtol=1e-5, atol=1e-5)
+
+    assert save_gguf(loaded.model, tmp_path / "same.gguf").read_bytes() == path.read_bytes()
+    assert bump(loaded.model)
+    moved = logits(loaded.model)
+    saved = save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved", metadata={})
+    assert sorted(file.name for file in saved.iterdir()) == ["README.md", "eggroll.json", "model.gguf"]
+    assert load_line(saved) == f'AutoModelForCausalLM.from_pretrained("{saved}", gguf_file="model.gguf")'
+    assert 'gguf_file="model.gguf"' in (saved / "README.md").read_text()
+    assert torch.equal(logits(llm.load(str(saved), dtype="float32").model), moved)
+    own = transformers.AutoModelForCausalLM.from_pretrained(saved, gguf_file="model.gguf", dtype="float32")
+    torch.testing.assert_close(logits(own), moved, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_that_was_trained_is_written_to_the_file(tmp_path):
+    loaded = llm.load(str(write_gguf(tmp_path / "a.gguf")), dtype="float32")
+    with torch.no_grad():
+        loaded.model.model.norm.weight.add_(0.5)
+    out = save_gguf(loaded.model, tmp_path / "b.gguf")
+    tensor = next(tensor for tensor in gguf.GGUFReader(str(out)).tensors if tensor.name == "output_norm.weight")
+    np.testing.assert_array_equal(tensor.data, loaded.model.model.norm.weight.numpy())
+
+
+def test_a_format_that_cannot_be_moved_is_expanded_and_said(tmp_path):
+    path = write_gguf(tmp_path / "five.gguf", "Q5_0")
+    loaded = llm.load(str(path), dtype="float32")
+    assert not grids(loaded.model)
+    assert loaded.model.gguf_source.expanded == {"Q5_0": 8}
+    assert save_gguf(loaded.model, tmp_path / "same.gguf").read_bytes() == path.read_bytes()
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(ModelError, match=r"up_proj\.weight' is Q5_0 in the GGUF file, which cannot be written"):
+        save_gguf(loaded.model, tmp_path / "other.gguf")
+
+
+def test_bad_combinations(directory, tmp_path):
+    with pytest.raises(ConfigError, match=r"quantize \(='int3'\) must be one of: auto, none, int8, int4, gguf"):
+        llm.load(str(directory), quantize="int3")
+    with pytest.raises(ModelError, match=r"has no GGUF file; give a \.gguf file, or quantize='int8' or 'int4'"):
+        llm.load(str(directory), quantize="gguf")
+    loaded = llm.load(str(directory), dtype="float32", quantize="int8")
+    saved = save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved", metadata={})
+    with pytest.raises(ModelError, match=r"are quantized already \(torchao\), and stay in that format"):
+        llm.load(str(saved), quantize="int4")
+    with pytest.raises(ModelError, match="only a model that was loaded from a GGUF file"):
+        save_gguf(loaded.model, tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "Q4_1"])
+def test_the_estimate_counts_what_there_is(directory, tmp_path, form):
+    source = str(write_gguf(tmp_path / "tiny.gguf", form) if form == "Q4_1" else directory)
+    quantize = "auto" if form == "Q4_1" else form
+    config = EggrollConfig(population_size=4, rank=1, optimizer="sgd")
+    expected = Estimate.of(look_up(source, dtype="bfloat16", quantize=quantize).outline, config, torch.bfloat16).fixed()
+    model = llm.load(source, dtype="bfloat16", quantize=quantize).model
+    counted = Estimate.of(Outline.of(model), config, torch.bfloat16).fixed()
+    held = grids(model)
+    plain = sum(x.nbytes for name, x in model.named_parameters() if name not in held)
+    assert counted["weights"] == expected["weights"] == plain
+    assert counted["codes"] + counted["scales"] == sum(
+        sum(grid.bits) * grid.shape.numel() / 8 for grid in held.values()
+    )
+    assert expected["codes"] == counted["codes"]
+    assert expected["scales"] == pytest.approx(counted["scales"], rel=0.25)
+    evolved = [grid for name, grid in held.items() if "embed" not in name]
+    assert counted["residual"] == 2 * sum(grid.shape.numel() for grid in evolved)
+    assert counted["masters"] == 0
