@@ -23,20 +23,25 @@ SMALL = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "head_dim": 16, "decay_low_rank_dim": 6,
     "a_low_rank_dim": 5, "v_low_rank_dim": 4, "gate_low_rank_dim": 7,
 }  # fmt: skip
+NOISE, SIGMA = {"rank": 2, "noise_reuse": 1}, 0.1
 IDS = np.random.default_rng(0).integers(1, 40, (2, 9))
 
 
 @pytest.fixture(scope="module")
 def small():
     """A model in which no parameter is the identity of what it is used for."""
-    made = RWKV7.rand_init(jax.random.key(1), **SMALL)
-    leaves, structure = jax.tree.flatten(made.params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    params = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return made._replace(params=structure.unflatten(params))
+    made, rng = RWKV7.rand_init(jax.random.key(1), **SMALL), np.random.default_rng(2)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.1 * rng.normal(size=leaf.shape), leaf.dtype), made.params)
+    return made._replace(params=params)
 
 
-def runner(init, noiser=NOOP, sigma=0.1, **settings):
+@pytest.fixture(scope="module")
+def plain(small):
+    """The model without noise."""
+    return runner(small)
+
+
+def runner(init, noiser=NOOP, sigma=SIGMA, **settings):
     """``run(params, iterinfo, tokens, state, mask)``, compiled once for each shape."""
     keys = c.simple_es_tree_key(init.params, jax.random.key(3), init.scan_map)
     frozen, dynamic = noiser.init_noiser(init.params, sigma, 0.1, **settings)
@@ -75,8 +80,8 @@ def test_bfloat16_is_as_near_as_pytorchs(tmp_path):
     assert np.abs(np.asarray(logits, np.float32) - exact.numpy()).max() <= 2 * plain
 
 
-def test_padding_is_stepped_over(small):
-    run, rows = runner(small), [IDS[0, :3], IDS[1]]
+def test_padding_is_stepped_over(small, plain):
+    run, rows = plain, [IDS[0, :3], IDS[1]]
     ids, mask = np.zeros((2, 11), int), np.zeros((2, 11), bool)
     ids[0, 8:], ids[1, 2:] = rows
     mask[0, 8:], mask[1, 2:] = True, True
@@ -118,62 +123,75 @@ def test_classes_of_parameters():
     assert init.params["blocks"]["att"]["w1"].shape == (3, 32, 6)
 
 
-@pytest.mark.parametrize("frozen_vectors", [False, True])
-def test_every_member_is_its_materialized_twin(small, frozen_vectors):
-    sigma, rank = 0.1, 2
-    noisy = runner(small, EGGROLL, sigma, rank=rank, freeze_nonlora=frozen_vectors, noise_reuse=1)
-    plain = runner(small)
-    keys = c.simple_es_tree_key(small.params, jax.random.key(3), small.scan_map)
-    settings, dynamic = EGGROLL.init_noiser(
-        small.params, sigma, 0.1, rank=rank, freeze_nonlora=frozen_vectors, noise_reuse=1
-    )
-    center = plain(small.params, None, IDS)[0]
-    np.testing.assert_array_equal(noisy(small.params, None, IDS)[0], center)
-    for member in (0, 1, 6):
-        iterinfo = (2, member)
+@pytest.fixture(scope="module")
+def together(small):
+    """Logits of the members 0 to 3 in one call, ``(4, 2, 9, V)``."""
+    iterinfos = (jnp.full(4, 2), jnp.arange(4))
+    return jax.vmap(runner(small, EGGROLL, **NOISE), in_axes=(None, 0, None))(small.params, iterinfos, IDS)[0]
 
-        def twin(leaf, key, scan, kind, iterinfo=iterinfo):
+
+def twins(small, frozen, dynamic):
+    """The parameters of the members 0 to 3, materialized, with a leading axis."""
+    keys = c.simple_es_tree_key(small.params, jax.random.key(3), small.scan_map)
+
+    def matrix(leaf, key, iterinfo):
+        sigma = dynamic["sigma"] / np.sqrt(frozen["rank"])
+        a, b = hs.noiser.eggroll.get_lora_update_params(frozen, sigma, iterinfo, leaf, key)
+        return leaf + a @ b.T
+
+    def vector(leaf, key, iterinfo):
+        return EGGROLL.get_noisy_standard(frozen, dynamic, leaf, key, iterinfo)
+
+    def one(member):
+        def make(leaf, key, scan, kind):
             if kind == c.EXCLUDED:
                 return leaf
-            make = (lambda leaf, key: leaf + _product(settings, sigma, rank, iterinfo, leaf, key)) if (
-                kind == c.MM_PARAM
-            ) else (lambda leaf, key: EGGROLL.get_noisy_standard(settings, dynamic, leaf, key, iterinfo))  # fmt: skip
-            return jax.vmap(make)(leaf, key) if scan else make(leaf, key)
+            noisy = {c.MM_PARAM: matrix, c.PARAM: vector}[kind]
+            return jax.vmap(noisy, (0, 0, None))(leaf, key, (2, member)) if scan else noisy(leaf, key, (2, member))
 
-        member_params = jax.tree.map(twin, small.params, keys, small.scan_map, small.es_map)
-        logits = noisy(small.params, iterinfo, IDS)[0]
-        np.testing.assert_allclose(logits, plain(member_params, None, IDS)[0], atol=2e-5)
-        assert np.abs(logits - center).max() > 0.02
-        np.testing.assert_array_equal(member_params["emb"]["weight"], small.params["emb"]["weight"])
+        return jax.tree.map(make, small.params, keys, small.scan_map, small.es_map)
+
+    return jax.jit(jax.vmap(one))(jnp.arange(4))
 
 
-def _product(settings, sigma, rank, iterinfo, leaf, key):
-    a, b = hs.noiser.eggroll.get_lora_update_params(settings, sigma / np.sqrt(rank), iterinfo, leaf, key)
-    return a @ b.T
-
-
-def test_a_population_in_one_call_and_its_update(small):
-    """Members by ``vmap``; the update moves everything but the embedding and the head."""
-    keys = c.simple_es_tree_key(small.params, jax.random.key(3), small.scan_map)
-    frozen, dynamic = EGGROLL.init_noiser(small.params, 0.1, 0.1, rank=1, noise_reuse=1)
-    threads, run = jnp.arange(4), runner(small, EGGROLL, rank=1, noise_reuse=1)
-    together, _ = jax.vmap(lambda thread: run(small.params, (0, thread), IDS))(threads)
+def test_every_member_is_its_materialized_twin(small, plain, together):
+    params = twins(small, *EGGROLL.init_noiser(small.params, SIGMA, 0.1, **NOISE))
+    np.testing.assert_array_equal(params["emb"]["weight"][1], small.params["emb"]["weight"])
+    center = plain(small.params, None, IDS)[0]
     for member in range(4):
-        np.testing.assert_allclose(together[member], run(small.params, (0, member), IDS)[0], atol=1e-5)
+        expected = plain(jax.tree.map(lambda leaf, member=member: leaf[member], params), None, IDS)[0]
+        np.testing.assert_allclose(together[member], expected, atol=2e-5)
+        assert np.abs(expected - center).max() > 0.02
+
+
+@pytest.mark.slow
+def test_members_whose_vectors_are_frozen(small, plain):
+    noisy = runner(small, EGGROLL, **NOISE, freeze_nonlora=True)
+    params = twins(small, *EGGROLL.init_noiser(small.params, SIGMA, 0.1, **NOISE, freeze_nonlora=True))
+    np.testing.assert_array_equal(params["blocks"]["att"]["x_r"][1], small.params["blocks"]["att"]["x_r"])
+    expected = plain(jax.tree.map(lambda leaf: leaf[1], params), None, IDS)[0]
+    np.testing.assert_allclose(noisy(small.params, (2, 1), IDS)[0], expected, atol=2e-5)
+    np.testing.assert_array_equal(noisy(small.params, None, IDS)[0], plain(small.params, None, IDS)[0])
+
+
+@pytest.mark.slow
+def test_an_update_moves_all_but_the_embedding_and_the_head(small, together):
+    keys = c.simple_es_tree_key(small.params, jax.random.key(3), small.scan_map)
+    frozen, dynamic = EGGROLL.init_noiser(small.params, SIGMA, 0.1, use_batched_update=True, **NOISE)
     fitnesses = EGGROLL.convert_fitnesses(frozen, dynamic, together[:, :, -1, 7].mean(1))
-    iterinfos = (jnp.zeros(4, jnp.int32), threads)
+    iterinfos = (jnp.full(4, 2), jnp.arange(4))
     _, new = EGGROLL.do_updates(frozen, dynamic, small.params, keys, fitnesses, iterinfos, small.es_map)
     moved = jax.tree.map(lambda one, other: bool(jnp.any(one != other)), new, small.params)
     assert (moved["emb"]["weight"], moved["head"]["weight"]) == (False, False)
     assert all(jax.tree.leaves({name: value for name, value in moved.items() if name not in ("emb", "head")}))
 
 
-def test_a_saved_model_is_the_same_everywhere(small, tmp_path):
+def test_a_saved_model_is_the_same_everywhere(small, plain, tmp_path):
     hs.models.rwkv7.save(tmp_path / "saved", small.params, small.frozen_params)
     again = hs.models.rwkv7.load(tmp_path / "saved")
     assert again.frozen_params == small.frozen_params
     jax.tree.map(np.testing.assert_array_equal, again.params, small.params)
-    logits, _ = runner(small)(small.params, None, IDS)
+    logits, _ = plain(small.params, None, IDS)
     loaded = eggroll.llm.load(str(tmp_path / "saved"), dtype="float32").model
     np.testing.assert_allclose(loaded(torch.tensor(IDS)).logits.detach(), logits, atol=1e-5)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eggroll.core.rwkv7 import ORIGINAL_HEAD_EPS
 from eggroll.errors import ConfigError
@@ -80,9 +81,7 @@ class RWKV7(Model):
         pairs = {"w": decay_low_rank_dim, "a": a_low_rank_dim, "v": v_low_rank_dim, "g": gate_low_rank_dim}
         _check_sizes(hidden_size, head_dim, vocab_size, num_hidden_layers, inner, *pairs.values())
         shapes = _shapes(vocab_size, hidden_size, num_hidden_layers, inner, pairs)
-        names = sorted(shapes)
-        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        flat = {name: _first(name, keys[name], shapes[name]).astype(jnp.dtype(dtype)) for name in names}
+        flat = {name: jnp.asarray(value, jnp.dtype(dtype)) for name, value in _first_values(key, shapes).items()}
         return _init(flat, head_dim, norm_eps, head_norm_eps)
 
     @classmethod
@@ -215,22 +214,33 @@ def _shapes(vocabulary: int, width: int, blocks: int, inner: int, pairs: dict[st
     return {**shapes, "emb.weight": (vocabulary, width), "head.weight": (vocabulary, width)}
 
 
-def _first(name: str, key: Any, shape: tuple[int, ...]) -> Any:
-    """The first value of a parameter, float32: that of the PyTorch model, as to its distribution."""
+def _first_values(key: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The first value of each parameter, float32: that of the PyTorch model, as to its distribution."""
+    scales = {name: _scale(name, shape) for name, shape in sorted(shapes.items())}
+    drawn = [name for name, scale in scales.items() if scale is not None]
+    # one draw for all, as each shape would have to be compiled
+    normals = np.asarray(jax.random.normal(key, (sum(math.prod(shapes[name]) for name in drawn),)))
+    parts = np.split(normals, np.cumsum([math.prod(shapes[name]) for name in drawn]))
+    found = {name: scales[name] * part.reshape(shapes[name]) for name, part in zip(drawn, parts, strict=False)}
+    return found | {name: _constant(name, shape) for name, shape in shapes.items() if scales[name] is None}
+
+
+def _scale(name: str, shape: tuple[int, ...]) -> float | None:
+    """The standard deviation of what is drawn, ``None`` for what is not."""
+    if name == "emb.weight":
+        return 0.02
+    if name[-1] in "12" and "ln" not in name:
+        return 0.1 / math.sqrt(shape[-2])
+    return 0.5 / math.sqrt(shape[-1]) if name.endswith(".weight") and "ln" not in name else None
+
+
+def _constant(name: str, shape: tuple[int, ...]) -> Any:
     last = name.split(".")[-1]
     if last.startswith("x_"):
-        return jnp.full(shape, 0.5)
-    if last in ("k_k", "k_a") or (last == "weight" and ".ln" in f".{name}"):
-        return jnp.ones(shape)
+        return np.full(shape, 0.5, np.float32)
     if last == "w0":
-        return jnp.broadcast_to(jnp.linspace(-6.0, -1.0, shape[-1]), shape)
-    if last in ("a0", "v0", "r_k", "bias"):
-        return jnp.zeros(shape)
-    if name == "emb.weight":
-        scale = 0.02
-    else:
-        scale = 0.5 / math.sqrt(shape[-1]) if last == "weight" else 0.1 / math.sqrt(shape[-2])
-    return scale * jax.random.normal(key, shape)
+        return np.broadcast_to(np.linspace(-6.0, -1.0, shape[-1], dtype=np.float32), shape)
+    return np.full(shape, last in ("k_k", "k_a", "weight"), np.float32)
 
 
 def _init(flat: dict[str, Any], head_dim: int, norm_eps: float, head_norm_eps: float) -> CommonInit:
