@@ -104,7 +104,7 @@ def test_the_outline_needs_no_weights(tmp_path):
     model = tiny_rwkv7()
     found = look_up(str(saved_pth(tmp_path, model)), dtype="float32").outline
     assert found.size == sum(parameter.numel() for parameter in model.parameters())
-    assert (found.layers, found.width, found.state) == (3, 64, 64 * 34)
+    assert (found.layers, found.width, found.state) == (3, 64, 64 * 32)
     assert found.head == ("head.weight",)
 
 

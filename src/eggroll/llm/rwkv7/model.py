@@ -239,8 +239,13 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def state_size(self) -> int:
-        """Float32 entries of a row's state in one block."""
-        return self.config.hidden_size * (self.config.head_dim + 2)
+        """Float32 entries of a row's WKV state in one block."""
+        return self.config.hidden_size * self.config.head_dim
+
+    @property
+    def carried_size(self) -> int:
+        """Entries of the last token, in the weights' dtype, that a block carries for a row: one for each half."""
+        return 2 * self.config.hidden_size
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of tokens."""
