@@ -322,7 +322,7 @@ def test_layers_of_a_population_go_the_quick_way(monkeypatch):
 
 
 def test_a_transpose_is_kept_and_prepared_once(monkeypatch):
-    """``x @ W``, as in low-rank pairs, decodes with one look at the factors, and gives the bits of a fresh transpose."""
+    """``x @ W``, as in low-rank pairs, decodes with one look at the factors, and gives the bits of a fresh one."""
 
     class Pair(torch.nn.Module):
         def __init__(self):
