@@ -35,8 +35,13 @@ class Options(WorkerOptions, RunOptions, DeviceOptions, ForwardOptions, ESConfig
     optimizer: OptimizerName = "adam"
     seed: int = 0
 
-    def place(self) -> torch.device:
-        """The device.
+    @property
+    def place_name(self) -> str:
+        """The device, for display."""
+        return str(self.place())
+
+    def place(self) -> Any:
+        """The device: PyTorch's, unless a recipe computes with something else.
 
         Raises:
             ConfigError: there is no such device here.
@@ -58,21 +63,25 @@ class Recipe:
     Attributes:
         name: on the command line.
         options: its options, with defaults that reach the result.
-        worker: makes the worker, given the options.
+        worker: makes the worker, given the options: a ``TorchWorker``, or one that has ``num_evolved``, the parameters
+            that it evolves.
         finish: ``finish(worker, run, sitting)`` gives what is in ``result.json``.
         eval_every: generations between held-out scores.
         stop: asked after each generation, given the metrics of all that are done; true ends the run.
         facts: more lines about the run: what is read, by name. ``sha256`` is a digest of it, which a resumed run must
             have again.
+        save: ``save(worker, directory, generation)`` writes a replayed worker's weights; those of a ``TorchWorker`` are
+            written without it.
     """
 
     name: str
     options: type[Options]
-    worker: Callable[[Any], TorchWorker]
-    finish: Callable[[Any, TorchWorker, RunDir, Sitting], dict[str, Any]]
+    worker: Callable[[Any], Any]
+    finish: Callable[[Any, Any, RunDir, Sitting], dict[str, Any]]
     eval_every: int
     stop: Callable[[list[dict[str, Any]]], bool] | None = None
     facts: Callable[[Any], Mapping[str, str]] = lambda options: {}
+    save: Callable[[Any, Path, int], Saved] | None = None
 
     def kind(self) -> RunKind:
         """The kind of run that ``eggroll recipe NAME`` starts."""
@@ -81,7 +90,7 @@ class Recipe:
             options=self.options,
             plan=self._plan,
             base=lambda options, run: self.worker(options),
-            save=self._save,
+            save=self.save or self._save,
         )
 
     def _plan(self, options: Any) -> Plan:
@@ -89,16 +98,19 @@ class Recipe:
         facts = self.facts(options)
 
         def describe(worker: Any) -> list[str]:
-            specs = worker.replica.population.specs if isinstance(worker, TorchWorker) else []
-            size = f"{sum(spec.size for spec in specs)} parameters evolved, on {options.place()}"
+            if isinstance(worker, TorchWorker):
+                evolved = sum(spec.size for spec in worker.replica.population.specs)
+            else:
+                evolved = getattr(worker, "num_evolved", None)
+            size = f"{evolved} parameters evolved, on {options.place_name}"
             return [
                 *(f"{name:8} {text}" for name, text in facts.items()),
-                f"[bold]{self.name}[/]  {size if specs else f'on {options.workers} workers'}",
+                f"[bold]{self.name}[/]  {size if evolved else f'on {options.workers} workers'}",
                 f"population {options.population_size} ({options.sampling}), rank {options.rank}, sigma "
                 f"{options.sigma:g}, lr {options.lr:g}, {options.optimizer}, seed {options.seed}",
             ]
 
-        def finish(worker: TorchWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
+        def finish(worker: Any, run: RunDir, sitting: Sitting) -> dict[str, Any]:
             seconds = sum(line["evaluate_s"] + line["update_s"] for line in trained(run))
             return {"recipe_s": round(seconds, 2), **self.finish(options, worker, run, sitting)}
 
@@ -113,7 +125,7 @@ class Recipe:
             checkpoint_every=max(1, options.generations // 10),
             stop=self.stop,
             describe=describe,
-            facts={"model": self.name, "device": str(options.place()), **facts},
+            facts={"model": self.name, "device": options.place_name, **facts},
             fingerprints={"data_fingerprint": facts["sha256"]} if "sha256" in facts else {},
         )
 

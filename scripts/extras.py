@@ -50,7 +50,11 @@ CHECKS: dict[str, list[str]] = {
     "": ["eggroll --help", "eggroll --version"],
     "torch": ["eggroll pretrain --help", f"python -c {shlex.quote(TORCH)}", f"{PRETRAIN} --report-to none"],
     "llm": ["eggroll tune --help", "eggroll info --help", TINY_LLAMA, "eggroll info tiny", TUNE, PRETRAIN],
-    "recipes": ["eggroll recipe --help", "eggroll recipe cartpole --population 8 --generations 2 -o cartpole"],
+    "recipes": [
+        "eggroll recipe --help",
+        "eggroll recipe cartpole --population 8 --generations 2 -o cartpole",
+        "eggroll recipe rwkv7 --population 4 --generations 1 --prompts 1 --max-tokens 2 -o rwkv7",
+    ],
     "jax": [f"python -c {shlex.quote(JAX)}"],
     "rl": ["eggroll rl --help", "eggroll rl --list", RL, "eggroll replay policy"],
     "kinetix": ["eggroll rl --list", RL],

@@ -109,10 +109,12 @@ def test_nothing_is_pickled():
     """No checkpoint of ours can run code when it is opened. RWKV's own format is read as data."""
     words = ("import pickle", "pickle.load", "torch.load(", "torch.save(")
     offenders = [path for path in FILES if any(word in path.read_text(encoding="utf-8") for word in words)]
-    assert [path.relative_to(SOURCE).as_posix() for path in offenders] == ["llm/rwkv7/weights.py"]
-    assert re.findall(r"torch\.load\((.*)\)", offenders[0].read_text(encoding="utf-8")) == [
-        'path, map_location="cpu", weights_only=True, mmap=True'
-    ]
+    assert [path.relative_to(SOURCE).as_posix() for path in offenders] == [
+        "jax/models/_rwkv7_files.py", "llm/rwkv7/weights.py",
+    ]  # fmt: skip
+    for path in offenders:
+        calls = re.findall(r"torch\.load\((.*)\)", path.read_text(encoding="utf-8"))
+        assert calls == ['path, map_location="cpu", weights_only=True, mmap=True']
 
 
 def test_every_package_is_installed():

@@ -54,6 +54,8 @@ def test_an_original_file_with_the_world_tokenizer(eggroll):
     assert done.status == 0, done.err
     assert "world" in done.out
     assert "RWKV7ForCausalLM" in done.out
+    # 2 blocks of 32 x (16 entries of state + 2 last tokens), 4 bytes each
+    assert "recurrent state 4.6 kB for each row, in float32, at any length" in " ".join(done.out.split())
     run = eggroll("tune", path, "-r", "score.py", "--prompts", "prompts.txt", "-g", "1", "-p", "4", "--max-tokens", "4",
                   "--dtype", "float32", "--report-to", "none", "-o", "run")  # fmt: skip
     assert run.status == 0, run.err

@@ -23,6 +23,8 @@ from eggroll.llm.generation.generate import Sampling
 from eggroll.llm.models.outline import Outline
 from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.rewards.perplexity import PerplexityReward
+from eggroll.llm.rwkv7.config import RWKV7Config
+from eggroll.llm.rwkv7.files import register
 
 END = 2
 MODELS = {
@@ -39,7 +41,9 @@ MODELS = {
     "tiny": lambda: transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=16384
     ),
+    "rwkv7": lambda: RWKV7Config(hidden_size=512, num_hidden_layers=5, vocab_size=4096),
 }
+register()
 
 
 class Tokenizer:
@@ -47,7 +51,9 @@ class Tokenizer:
 
     pad_token_id, eos_token_id, chat_template = 0, END, None
 
-    def __call__(self, texts, **_):
+    def __call__(self, texts, return_tensors=None, **_):
+        if return_tensors is None:
+            return transformers.BatchEncoding({"input_ids": [[1] * len(text) for text in texts]})
         longest = max(map(len, texts))
         ids = torch.ones(len(texts), longest, dtype=torch.long)
         mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])

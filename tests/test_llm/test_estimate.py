@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rwkv7_models import tiny_rwkv7
 from torch.utils.flop_counter import FlopCounterMode
 
 from eggroll.core.fitness import shape_fitness
@@ -46,6 +47,13 @@ RUNS = {
         "prompt": 16,
         "ending": True,
         "settings": {"population_size": 8, "rank": 16, "max_tokens": 3, "optimizer": "sgd"},
+    },
+    "float32 sgd, a recurrent state": {
+        "model": "rwkv7",
+        "dtype": "float32",
+        "rows": 12,
+        "prompt": 4,
+        "settings": {"population_size": 8, "rank": 1, "max_tokens": 8, "optimizer": "sgd"},
     },
     "float32 adam, texts": {
         "model": "gpt2",
@@ -106,6 +114,26 @@ def test_fixed_parts_are_the_bytes_of_a_replica(build_model, dtype, optimizer, r
         "noise": sum(draws.nbytes for draws in replica.population.noise._cache.values()),
     }
     assert Estimate.of(Outline.of(model), config, dtype).fixed() == real
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recurrent_state_is_counted_and_not_keys_and_values(dtype):
+    """Its bytes are those of the model's, and as many after a long text as after a short one."""
+    model = tiny_rwkv7().to(dtype)
+    cache = model(torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values
+    real = sum(part.nbytes for layer in cache.layers for part in (layer.wkv, layer.att_shift, layer.ffn_shift))
+    assert {layer.wkv.dtype for layer in cache.layers} == {torch.float32}
+    estimate = of(model, dtype)
+    assert estimate.outline.state_bytes(dtype.itemsize) == real
+    short, long = (
+        {moment.name: moment for moment in estimate.memory(Workload(2, 8, new), members=4).moments}
+        for new in (10, 10_000)
+    )
+    writing = "writing the last token"
+    assert short[writing].parts["cache"] == long[writing].parts["cache"] == 8 * real
+    assert short[writing].total == long[writing].total
+    assert short["reading prompts"].parts["cache"] == 8 * real
+    assert estimate.outline.heads == 2  # it has heads, so that keys and values would be counted without the state
 
 
 def test_estimate_takes_the_parameters_that_the_trainer_evolves(build_model):

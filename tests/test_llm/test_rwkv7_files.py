@@ -7,12 +7,12 @@ import torch
 from rwkv7_models import saved_pth, tiny_rwkv7
 
 import eggroll.llm
+from eggroll.core.rwkv7 import from_layout, to_layout
 from eggroll.errors import MissingExtraError, ModelError
 from eggroll.llm.backends.build import load_surroundings
 from eggroll.llm.models.export import load_line, save_pretrained
 from eggroll.llm.models.outline import look_up
 from eggroll.llm.rwkv7 import tokenizer as tokenizers
-from eggroll.llm.rwkv7.layouts import from_layout, to_layout
 from eggroll.llm.rwkv7.tokenizer import RWKV7Tokenizer
 from eggroll.llm.rwkv7.weights import read_pth, save_pth
 
@@ -59,7 +59,7 @@ def test_a_file_goes_in_and_out_unchanged(tmp_path):
 @pytest.mark.parametrize("layout", ["original", "fla"])
 def test_layouts_are_inverses(layout):
     model = tiny_rwkv7()
-    theirs = to_layout(model.state_dict(), layout, model.config)
+    theirs = to_layout(model.state_dict(), layout, model.config.head_dim)
     ours = from_layout(theirs, layout)
     assert ours.keys() == model.state_dict().keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
@@ -83,7 +83,7 @@ def test_a_directory_with_the_original_names_loads(tmp_path):
 
     model = tiny_rwkv7()
     model.config.save_pretrained(tmp_path)
-    save_file(to_layout(model.state_dict(), "original", model.config), tmp_path / "model.safetensors")
+    save_file(to_layout(model.state_dict(), "original", model.config.head_dim), tmp_path / "model.safetensors")
     loaded = eggroll.llm.load(str(tmp_path), dtype="float32").model
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -104,7 +104,7 @@ def test_the_outline_needs_no_weights(tmp_path):
     model = tiny_rwkv7()
     found = look_up(str(saved_pth(tmp_path, model)), dtype="float32").outline
     assert found.size == sum(parameter.numel() for parameter in model.parameters())
-    assert (found.layers, found.width, found.state) == (3, 64, 64 * 34)
+    assert (found.layers, found.width, found.state) == (3, 64, 64 * 32)
     assert found.head == ("head.weight",)
 
 

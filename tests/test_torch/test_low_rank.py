@@ -321,6 +321,36 @@ def test_layers_of_a_population_go_the_quick_way(monkeypatch):
         assert not torch.equal(model(x), got)
 
 
+def test_a_transpose_is_kept_and_prepared_once(monkeypatch):
+    """``x @ W``, as in low-rank pairs, decodes with one look at the factors, and gives the bits of a fresh one."""
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(24, 8), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.w
+
+    module, x = Pair(), torch.randn(6, 24)
+    population = Population(module, population_size=6, sigma=0.1, kinds=("matrix",))
+    prepared = []
+    prepare = low_rank_c.prepare
+    monkeypatch.setattr(low_rank_c, "prepare", lambda *parts: prepared.append(1) or prepare(*parts))
+    with torch.no_grad(), population.perturbed(0):
+        first, weight = module(x), module.w
+        assert weight.transposed() is weight.transposed()
+        before = len(prepared)
+        assert torch.equal(module(x), first)
+        assert len(prepared) == before
+        weight._transposed = None
+        assert torch.equal(module(x), first)
+        weight.base.requires_grad_()
+        kept, fresh = weight._transposed, weight.transposed()
+        assert fresh is not kept
+        weight.base.requires_grad_(False)
+
+
 @pytest.mark.parametrize("kind", ["none", "shared", "own"])
 def test_the_fused_kernel_is_called_as_it_wants_to_be(kind, monkeypatch):
     """What stands between a product on a GPU and the Triton kernel; the kernel itself is tested in the interpreter."""

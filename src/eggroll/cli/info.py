@@ -68,7 +68,7 @@ def run(options: InfoOptions) -> int:
     for note in found.notes:
         out(f"[dim]{escape(note)}[/]")
     for table in (
-        _architecture(found.outline),
+        _architecture(found.outline, found.dtype),
         _parameters(estimate),
         _memory(estimate, memories),
         _work(estimate, workloads),
@@ -81,7 +81,9 @@ def run(options: InfoOptions) -> int:
     return 0
 
 
-def _architecture(outline: Outline) -> Table:
+def _architecture(outline: Outline, dtype: torch.dtype) -> Table:
+    from eggroll.llm.estimate.machine import gigabytes
+
     rows = {"layers": f"{outline.layers}", "width": f"{outline.width}"}
     rows["inner width"] = f"{outline.inner}{' (gated)' if outline.gated else ''}"
     if outline.experts:
@@ -89,6 +91,9 @@ def _architecture(outline: Outline) -> Table:
     if outline.heads:
         shared = f", {outline.kv_heads} for keys and values" if outline.kv_heads != outline.heads else ""
         rows["heads"] = f"{outline.heads} of size {outline.head_size}{shared}"
+    if outline.state:
+        size = gigabytes(outline.state_bytes(dtype.itemsize))
+        rows["recurrent state"] = f"{size} for each row, in float32, at any length"
     rows["vocabulary"] = f"{outline.vocabulary}"
     rows["output head"] = (
         "its own" if outline.head else "the embedding (tied)" if outline.tied else "none that is a single matrix"

@@ -19,6 +19,7 @@ RECIPES = {
     "cartpole": "a policy learns to balance a pole; all members play at once",
     "mnist": "a perceptron learns MNIST from cross entropy alone",
     "mnist_cnn": "two convolutions learn MNIST",
+    "rwkv7": "an RWKV-7 in JAX learns a task through HyperscaleES's noiser",
     "profile": "where the time of a generation goes, beside plain inference",
     "hyperscale": "the largest population before memory ends, beside full-rank ES",
 }

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from eggroll.core.select import Kind
 from eggroll.errors import UnsupportedOperationError
+from eggroll.torch.kernels.native import is_unobserved
 from eggroll.torch.low_rank import Product
 from eggroll.torch.quantized.tensor import plain
 
@@ -163,6 +164,7 @@ class PerturbedWeight(Value):
         self.base, self.a, self.b = base, a, b
         self.parameter, self.kind, self.context = name, kind, context
         self._product: Product | None = None
+        self._transposed: PerturbedWeight | None = None
 
     @property
     def product(self) -> Product:
@@ -184,8 +186,14 @@ class PerturbedWeight(Value):
         return MemberTensor(self.dense(), name=self.parameter, context=self.context)
 
     def transposed(self) -> PerturbedWeight:
-        """The last two dimensions swapped: ``W^T + b a^T``."""
-        return self.like(self.base.transpose(-1, -2), self.b, self.a)
+        """The last two dimensions swapped: ``W^T + b a^T``; kept, as its product is (``x @ W`` is one with it)."""
+        followed = self.base.requires_grad or self.a.requires_grad or self.b.requires_grad
+        if self._transposed is not None and not followed:
+            return self._transposed
+        turned = self.like(self.base.transpose(-1, -2), self.b, self.a)
+        if not followed and is_unobserved():  # a view of a traced tensor must not outlive the trace
+            self._transposed = turned
+        return turned
 
     def dense(self) -> Tensor:
         """All members materialized, ``(P, *shape)``, or ``shape`` for a single member.

@@ -1,7 +1,7 @@
-"""Models in the form that noisers evolve: ``base_model`` is the interface, ``common`` the building blocks."""
+"""Models that noisers evolve: ``base_model``, the interface; ``common``, the building blocks; ``rwkv7``."""
 
 from __future__ import annotations
 
-from eggroll.jax.models import base_model, common
+from eggroll.jax.models import base_model, common, rwkv7
 
-__all__ = ["base_model", "common"]
+__all__ = ["base_model", "common", "rwkv7"]

@@ -212,9 +212,10 @@ class Estimate:
             "cache": rows * self._cache(workload.prompt),
             "activations": rows * self._activations(workload.prompt),
         }
-        # The last token is read no more. While a layer's cache grows by a token, it exists twice.
+        # The last token is read no more. While a layer's cache grows by a token, it exists twice; a recurrent state is
+        # made anew, and the one before it is let go when all layers have theirs.
         last = self._cache(workload.length - 1)
-        growing = last // max(self.outline.layers, 1) + self._activations(1)
+        growing = (last if self.outline.state else last // max(self.outline.layers, 1)) + self._activations(1)
         writing = {
             "factors": factors,
             "cache": rows * last,
@@ -232,7 +233,7 @@ class Estimate:
         """Keys and values of one row; a recurrent state (float32) is as large after any number of tokens."""
         o = self.outline
         if o.state:
-            return 4 * o.layers * o.state
+            return o.state_bytes(self.element)
         return 2 * o.layers * o.kv_heads * o.head_size * tokens * self.element
 
     def _activations(self, tokens: int) -> int:

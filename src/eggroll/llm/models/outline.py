@@ -34,7 +34,9 @@ class Outline:
         gated: whether the inner layer has a gate (a third matrix).
         scores: whether attention writes its ``(time, time)`` scores to memory.
         experts, experts_per_token: of a mixture of experts; both 0 without one.
-        state: entries of a row's recurrent state in one layer, which takes the place of keys and values; 0 without one.
+        state: float32 entries of a row's recurrent state in one layer, which takes the place of keys and values; 0
+            without one.
+        carried: what else one layer carries from token to token for a row, in entries of the weights' dtype.
         bits: of quantized parameters, bits per entry of their codes and of their scales, by name.
     """
 
@@ -55,6 +57,7 @@ class Outline:
     experts_per_token: int
     state: int = 0
     bits: Mapping[str, Bits] = field(default_factory=dict)
+    carried: int = 0
 
     @classmethod
     def of(cls, model: Any) -> Outline:
@@ -91,12 +94,17 @@ class Outline:
             experts_per_token=number("num_experts_per_tok", "num_experts_per_token", default=1) if experts else 0,
             state=getattr(model, "state_size", 0),
             bits=getattr(model, "code_bits", None) or _bits_of(model),
+            carried=getattr(model, "carried_size", 0),
         )
 
     @property
     def size(self) -> int:
         """Number of parameters."""
         return sum(spec.size for spec in self.specs)
+
+    def state_bytes(self, element: int) -> int:
+        """Bytes of a row's recurrent state in all layers, after however many tokens; ``element``: of a weight."""
+        return self.layers * (4 * self.state + element * self.carried)
 
     def kind(self, spec: ParameterSpec) -> str:
         """The kind under which a parameter is counted."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from eggroll.core.rwkv7 import layout_of, sizes_of
 from eggroll.errors import ModelError
 from eggroll.llm.rwkv7.config import RWKV7Config
-from eggroll.llm.rwkv7.layouts import config_of, layout_of
 from eggroll.llm.rwkv7.model import RWKV7ForCausalLM
 from eggroll.llm.rwkv7.tokenizer import VOCABULARY, RWKV7Tokenizer
 from eggroll.llm.rwkv7.weights import fill, read_pth
@@ -32,7 +32,7 @@ def config_of_pth(path: str | Path) -> RWKV7Config:
     tensors = read_pth(path)
     if layout_of(tensors, str(path)) == "fla":
         raise ModelError(f"{path} has Hugging Face's names; give the directory that it belongs to")
-    return config_of(tensors, str(path))
+    return RWKV7Config(**sizes_of(tensors, str(path)))
 
 
 def load_pth(path: str | Path, config: RWKV7Config, dtype: torch.dtype) -> RWKV7ForCausalLM:

@@ -21,9 +21,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from eggroll.core.rwkv7 import to_layout
 from eggroll.llm.rwkv7.cache import LayerState, RWKV7Cache
 from eggroll.llm.rwkv7.config import RWKV7Config
-from eggroll.llm.rwkv7.layouts import to_layout
 from eggroll.llm.rwkv7.weights import PTH_FILE, fill, read_directory, save_pth
 from eggroll.llm.rwkv7.wkv import wkv7
 
@@ -239,8 +239,13 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def state_size(self) -> int:
-        """Float32 entries of a row's state in one block."""
-        return self.config.hidden_size * (self.config.head_dim + 2)
+        """Float32 entries of a row's WKV state in one block."""
+        return self.config.hidden_size * self.config.head_dim
+
+    @property
+    def carried_size(self) -> int:
+        """Entries of the last token, in the weights' dtype, that a block carries for a row: one for each half."""
+        return 2 * self.config.hidden_size
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of tokens."""
@@ -322,6 +327,7 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: Any, **arguments: Any) -> None:
         """Write a Hugging Face directory with ``flash-linear-attention``'s names, and the original ``.pth`` beside."""
-        tensors = to_layout(self.state_dict(), "fla", self.config)
+        named = to_layout(self.state_dict(), "fla", self.config.head_dim)
+        tensors = {name: tensor.contiguous() for name, tensor in named.items()}
         super().save_pretrained(save_directory, state_dict=tensors, **arguments)
         save_pth(self, Path(save_directory, PTH_FILE))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eggroll.core.rwkv7 import from_layout, layout_of, to_layout
 from eggroll.errors import ModelError
-from eggroll.llm.rwkv7.layouts import from_layout, layout_of, to_layout
 
 PTH_FILE = "rwkv7.pth"
 """The original format beside the Hugging Face files of a saved model."""
@@ -83,7 +83,7 @@ def fill(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
 def save_pth(model: Any, path: str | Path) -> None:
     """Write an original file: its names, shapes, and the model's dtype."""
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    tensors = {**to_layout(own, "original", model.config), **model.unused}
+    tensors = {**to_layout(own, "original", model.config.head_dim), **model.unused}
     torch.save({name: tensor.clone() for name, tensor in tensors.items()}, path)
 
 

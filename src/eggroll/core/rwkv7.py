@@ -5,20 +5,22 @@ blocks.1.att.x_r (C,)       blocks.1.att.x_r (1, 1, C)              model.layers
 blocks.1.att.w1 (C, D)      the same                                model.layers.1.attn.w_lora.lora.0.weight (D, C)
 blocks.1.att.r_k (C,)       blocks.1.att.r_k (H, N)                 model.layers.1.attn.r_k (H, N)
 blocks.1.att.key.weight     the same                                model.layers.1.attn.k_proj.weight
+
+Arrays may be of any library: only ``shape``, ``reshape`` and ``T`` are used.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
-
-from torch import Tensor
+from typing import Any, Literal
 
 from eggroll.errors import ModelError
-from eggroll.llm.rwkv7.config import RWKV7Config
 
 Layout = Literal["original", "fla"]
+
+ORIGINAL_HEAD_EPS = 64e-5
+"""Epsilon of the norm over heads, in every original file."""
 
 _OUTER = {"emb": "model.embeddings", "ln_out": "model.norm", "head": "lm_head"}
 _PARTS = {"att": "attn", "ffn": "ffn", "ln0": "pre_norm", "ln1": "attn_norm", "ln2": "ffn_norm"}
@@ -45,7 +47,7 @@ _OLDER = {
 }
 
 
-def layout_of(names: Mapping[str, Tensor], source: str) -> Layout:
+def layout_of(names: Mapping[str, Any], source: str) -> Layout:
     """Whose names these are.
 
     Raises:
@@ -62,7 +64,7 @@ def layout_of(names: Mapping[str, Tensor], source: str) -> Layout:
     raise ModelError(f"{source} holds no RWKV-7 model: it has no blocks.0.att.r_k. Its tensors are {some}, ...")
 
 
-def from_layout(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def from_layout(tensors: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Parameters as the model has them; what no model uses (``v0``, ``v1``, ``v2`` of the first block) is left out."""
     found = {}
     for name, tensor in tensors.items():
@@ -75,23 +77,23 @@ def from_layout(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tens
     return found
 
 
-def to_layout(tensors: Mapping[str, Tensor], layout: Layout, config: RWKV7Config) -> dict[str, Tensor]:
+def to_layout(tensors: Mapping[str, Any], layout: Layout, head_dim: int) -> dict[str, Any]:
     """The inverse of :func:`from_layout`."""
     found = {}
     for name, tensor in tensors.items():
         if name.endswith(".r_k"):
-            tensor = tensor.reshape(-1, config.head_dim)
+            tensor = tensor.reshape(-1, head_dim)
         elif (layout == "original" and _VECTORS.search(name)) or (
             layout == "fla" and (re.search(r"\.att\.x_.$", name))
         ):
             tensor = tensor.reshape(1, 1, -1)
         theirs, turned = (name, False) if layout == "original" else _to_fla(name)
-        found[theirs] = (tensor.T if turned else tensor).contiguous()
+        found[theirs] = tensor.T if turned else tensor
     return found
 
 
-def config_of(tensors: Mapping[str, Tensor], source: str) -> RWKV7Config:
-    """The configuration of an original file.
+def sizes_of(tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What an original file's shapes say: the sizes of a Hugging Face configuration, with its names.
 
     Raises:
         ModelError: a tensor is missing or its shape fits no RWKV-7 model.
@@ -107,19 +109,19 @@ def config_of(tensors: Mapping[str, Tensor], source: str) -> RWKV7Config:
         raise ModelError(f"{source} is no complete RWKV-7 model: {error} is missing or has another shape") from error
     if heads * size != width:
         raise ModelError(f"{source}: {heads} heads of {size} do not make a width of {width}")
-    return RWKV7Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        head_dim=size,
-        intermediate_size=inner,
-        hidden_ratio=inner / width,
-        decay_low_rank_dim=pairs["w"],
-        a_low_rank_dim=pairs["a"],
-        v_low_rank_dim=pairs["v"],
-        gate_low_rank_dim=pairs["g"],
-        head_norm_eps=64e-5,
-    )
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "head_dim": size,
+        "intermediate_size": inner,
+        "hidden_ratio": inner / width,
+        "decay_low_rank_dim": pairs["w"],
+        "a_low_rank_dim": pairs["a"],
+        "v_low_rank_dim": pairs["v"],
+        "gate_low_rank_dim": pairs["g"],
+        "head_norm_eps": ORIGINAL_HEAD_EPS,
+    }
 
 
 def _to_fla(name: str) -> tuple[str, bool]:
