@@ -13,6 +13,7 @@ from eggroll.core.address import member_of
 from eggroll.core.select import KINDS, ParameterSpec, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.layout.rows import constants_of
+from eggroll.torch.layout.split import Form, Found
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import Site, parameter_sites, parameter_specs, refuse_unready
 from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
@@ -34,6 +35,7 @@ class Members:
         watched: whether a call was seen to use values only, and not the parameters themselves.
         plain_loop: whether members one at a time need plain weights, because the model does not take values.
         layouts: what is known about the layout of activations; see :class:`MemberContext`.
+        found: outputs that hold rows elsewhere than in the batch's dimension; see :mod:`eggroll.torch.layout.split`.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Members:
         self.keeper = Keeper(model)
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
+        self.found: dict[Form, Found] = {}
         self.draws: bool | None = None
         self.told_unused = self.watched = self.plain_loop = self.writes_inputs = self.mixes_numbers = False
 

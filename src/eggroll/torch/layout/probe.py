@@ -30,6 +30,7 @@ from eggroll.torch.draws import Draws, global_state
 from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim
 from eggroll.torch.layout.rules import address, learn
+from eggroll.torch.layout.split import Found, form_of
 from eggroll.torch.layout.watch import Originals, Watch
 from eggroll.torch.members import Members
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
@@ -62,7 +63,7 @@ def learn_and_check(
     placed: Mapping[str, Tensor],
     module: nn.Module,
     inputs: Inputs,
-) -> None:
+) -> bool:
     """Learn the layouts of a module's activations from a small call, and check it against members alone.
 
     Args:
@@ -73,12 +74,16 @@ def learn_and_check(
         module: what is called.
         inputs: of the call.
 
+    Returns:
+        Whether a small call was possible.
+
     Raises:
         UnsupportedOperationError: rows do not hold the members of this model.
     """
     own_rows = (context.rows or 0) // members
     known, tried = dict(population.layouts), list[int]()
     refusal: UnsupportedOperationError | None = None
+    has_run = False
     while len(tried) < TRIES:
         # A size that the model makes of others (a pooled length) may have been the number of rows by chance.
         population.layouts.clear()
@@ -101,6 +106,7 @@ def learn_and_check(
             break
     if refusal is not None:
         raise refusal
+    return has_run
 
 
 def sigma_for_checks(population: Members) -> float:
@@ -162,6 +168,7 @@ class _Probe:
     state: State
     draws: bool = False
     watch: Watch | None = field(default=None, repr=False)
+    found: set[Found | None] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -246,7 +253,9 @@ class _Probe:
         chosen = {name: value.chosen(index) for name, value in values.items()}  # type: ignore[attr-defined]
         watch = Watch(context, originals_of(population), alter=alter)
         try:
-            return self._call(chosen, self.inputs, context, index.tolist(), watch)
+            outputs = self._call(chosen, self.inputs, context, index.tolist(), watch)
+            watch.used |= {leaf.parameter for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Value)}
+            return outputs
         finally:
             kept = replace(context, layouts=population.layouts)
             for use, layout in context.layouts.items():
@@ -330,6 +339,7 @@ class _Probe:
     def _shares(self, p: int, together: Any) -> list[float]:
         """The outputs of one member that differ from it alone by more than rounding, and by how much."""
         outputs = self._alone(p, self.member(p))
+        self._find_rows(outputs, together)
         joint, mine = tree_flatten(together)[0], tree_flatten(outputs)[0]
         if len(joint) != len(mine):
             places = Places.of(outputs, together, self.own, self.count, self.population.batch_dim)
@@ -361,6 +371,15 @@ class _Probe:
             if share > ALLOWED_SHARE.get(precision, 0.5):
                 found.append(share)
         return found
+
+    def _find_rows(self, outputs: Any, together: Any) -> None:
+        """Remember where the outputs hold rows, for those who split them, if that is the same for all members."""
+        self.found.add(Found.of(outputs, together, self.count, self.population.batch_dim))
+        found, known, form = next(iter(self.found)), self.population.found, form_of(self.module, together)
+        if found is not None and len(self.found) == 1:
+            known[form] = found
+        else:
+            known.pop(form, None)
 
     def _part(self, all_rows: Any, own: Tensor, p: int) -> Tensor | None:
         """The part of an output that is the ``p``-th member's, in the shape of its own; ``None`` if there is none."""
