@@ -154,7 +154,7 @@ CONFIGS: dict[str, Callable[[], dict[str, Any]]] = {
         "n_group": 1,
         "topk_group": 1,
     },
-    "longcat_flash": lambda: {"head_dim": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "num_key_value_heads": 4},
+    "longcat_flash": lambda: {"head_dim": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "qk_head_dim": 12, "num_key_value_heads": 4},
     "mobilebert": lambda: {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32},
     "mobilenet_v1": lambda: {"depth_multiplier": 0.1},
     "mobilenet_v2": lambda: {"depth_multiplier": 0.1},

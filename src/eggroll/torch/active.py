@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
 from eggroll.torch.layout.split import Outputs, form_of, split_tree, stated
 from eggroll.torch.members import Members
+from eggroll.torch.ops.routed import written_out
+from eggroll.torch.ops.routing import Routing
 from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.padding import padding_as_in_plain_models
 from eggroll.torch.perturbed import MemberContext, PerturbedWeight, Value
@@ -181,7 +183,7 @@ class PerturbedModel(Members):
                 yield active
                 return
             draws = Draws(self.noise.seed, active.generation, lambda: active.indices, active.context)
-            around = partial(self._drawing, draws)
+            around = partial(self._drawing, draws, active.context)
             try:
                 before, after = partial(self._probe, active), partial(self._note, active)
                 with rows_from_input(self.model, active.context, before, after, around):
@@ -198,19 +200,22 @@ class PerturbedModel(Members):
             self._probed[key] = learn_and_check(self, active.context, active.members, active.placed, module, inputs)
         active.outputs.unprobed |= not self._probed.get(key, True)
 
-    def _note(self, active: Active, module: nn.Module, outputs: Any) -> None:
+    def _note(self, active: Active, module: nn.Module, outputs: Any) -> Any:
         """After a call of a module: which of its outputs hold rows elsewhere than in the batch's dimension."""
+        outputs = written_out(outputs) if active.context.picks else outputs
         if self.found and (places := self.found.get(form_of(module, outputs))):
             active.outputs.note(outputs, places.leaves)
+        return outputs
 
     @contextmanager
-    def _drawing(self, draws: Draws) -> Iterator[None]:
-        """A call of the model: random numbers that it draws are each member's own, if it draws any."""
-        if self.draws is False:
-            yield
-            return
-        with draws.drawing(self.device):
-            yield
+    def _drawing(self, draws: Draws, context: MemberContext) -> Iterator[None]:
+        """A call of the model: random numbers that it draws are each member's own, and so are rows that it picks."""
+        with Routing(context) if context.picks and not context.single else nullcontext():
+            if self.draws is False:
+                yield
+                return
+            with draws.drawing(self.device):
+                yield
         if self.draws is None:
             self.draws = draws.count > 0 or draws.others
 

@@ -30,6 +30,7 @@ class Members:
         sites: where each parameter of the model is used.
         noise: what members are drawn from.
         keeper: of what the model holds besides its parameters.
+        picks: whether the model picks rows by their numbers, so that these have to know their members.
         draws: whether the model draws random numbers of its own; ``None`` until it was called.
         told_unused: whether it was said which parameters the model does not use.
         watched: whether a call was seen to use values only, and not the parameters themselves.
@@ -88,6 +89,7 @@ class Members:
         self.found: dict[Form, Found] = {}
         self.draws: bool | None = None
         self.told_unused = self.watched = self.plain_loop = self.writes_inputs = self.mixes_numbers = False
+        self.picks = False
 
     @property
     def names(self) -> list[str]:
@@ -116,7 +118,9 @@ class Members:
         """What the values of one forward share; ``members`` is ``None`` for a single one."""
         if members is None:
             return MemberContext(None)
-        return MemberContext(members, rows, self.layouts, batch_dim=self.batch_dim, constants=constants_of(self.model))
+        return MemberContext(
+            members, rows, self.layouts, batch_dim=self.batch_dim, constants=constants_of(self.model), picks=self.picks
+        )
 
     def values(
         self, generation: int, members: Sequence[int], context: MemberContext, *, sigma: float

@@ -11,6 +11,7 @@ given. The model and the global sources of random numbers are as before afterwar
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import statistics
 import warnings
@@ -33,6 +34,8 @@ from eggroll.torch.layout.rules import address, learn
 from eggroll.torch.layout.split import Found, form_of
 from eggroll.torch.layout.watch import Originals, Watch
 from eggroll.torch.members import Members
+from eggroll.torch.ops.routed import written_out
+from eggroll.torch.ops.routing import Routing
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
 from eggroll.torch.state import State, random_numbers_kept
 from eggroll.torch.swap import place
@@ -80,10 +83,34 @@ def learn_and_check(
     Raises:
         UnsupportedOperationError: rows do not hold the members of this model.
     """
+    refusal, has_run, picked = _refusal(population, context, members, placed, module, inputs)
+    if picked and not population.picks:
+        # A mixture of experts, perhaps: once more, with rows that know their members wherever they are put. Also where
+        # nothing was wrong, as other inputs will have rows picked by other experts.
+        population.picks = context.picks = True
+        again, runs, _ = _refusal(population, context, members, placed, module, inputs)
+        if again is None and runs:
+            refusal, has_run = None, True
+        else:
+            population.picks = context.picks = False
+    if refusal is not None:
+        raise refusal
+    return has_run
+
+
+def _refusal(
+    population: Members,
+    context: MemberContext,
+    members: int,
+    placed: Mapping[str, Tensor],
+    module: nn.Module,
+    inputs: Inputs,
+) -> tuple[UnsupportedOperationError | None, bool, bool]:
+    """Why small calls refuse the model, whether one could run, and whether it picks rows by their numbers."""
     own_rows = (context.rows or 0) // members
     known, tried = dict(population.layouts), list[int]()
     refusal: UnsupportedOperationError | None = None
-    has_run = False
+    has_run = picked = False
     while len(tried) < TRIES:
         # A size that the model makes of others (a pooled length) may have been the number of rows by chance.
         population.layouts.clear()
@@ -100,13 +127,12 @@ def learn_and_check(
                     has_run = True
                     break
             finally:
+                picked |= probe.watch is not None and probe.watch.picked
                 probe.state.restore()
                 place(population.sites, placed)
         if refusal is None or not has_run:
             break
-    if refusal is not None:
-        raise refusal
-    return has_run
+    return refusal, has_run, picked
 
 
 def sigma_for_checks(population: Members) -> float:
@@ -252,8 +278,9 @@ class _Probe:
         context.members = self.count
         chosen = {name: value.chosen(index) for name, value in values.items()}  # type: ignore[attr-defined]
         watch = Watch(context, originals_of(population), alter=alter)
+        routing = Routing(context) if context.picks else None
         try:
-            outputs = self._call(chosen, self.inputs, context, index.tolist(), watch)
+            outputs = written_out(self._call(chosen, self.inputs, context, index.tolist(), watch, routing))
             watch.used |= {leaf.parameter for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Value)}
             return outputs
         finally:
@@ -277,12 +304,15 @@ class _Probe:
         context: MemberContext,
         members: list[int],
         watch: Watch | None,
+        routing: Routing | None = None,
     ) -> Any:
         """The module's outputs for values, from the state that it is in before the call, on copies of inputs."""
         self.state.restore()
         place(self.population.sites, values)
 
         def copied(x: Any) -> Any:
+            if hasattr(x, "get_seq_length"):
+                return copy.deepcopy(x)  # an empty cache, which the call writes to
             return x.clone() if isinstance(x, Tensor) and address(x) not in self.context.constants else x
 
         args, kwargs = tree_map(copied, inputs)
@@ -291,7 +321,8 @@ class _Probe:
         clones = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         versions = [x._version for x in clones]
         try:
-            with draws if self.draws else contextlib.nullcontext(), watch or contextlib.nullcontext():
+            nothing = contextlib.nullcontext()
+            with draws if self.draws else nothing, routing or nothing, watch or nothing:
                 return self.module(*args, **kwargs)
         except FAILURES as error:
             raise _CannotRun from error
