@@ -41,7 +41,10 @@ MEASURE = "seconds from a kill to what the case names; lost: finished generation
 TARGET = 90.0
 """Seconds. A run that stands still for longer looks dead to whoever waits for it."""
 GENERATIONS = {"pool": 40, "rl": 12}
-RL = ["rl", "--env", "gymnasium/CartPole-v1", "-p", "16", "--episodes", "1", "--report-to", "none"]
+PER_KILL = {"pool": 4, "rl": 10}
+"""Generations of a run for each kill, so that it is still running at the last of them."""
+RL = ["rl", "--env", "gymnasium/CartPole-v1", "-p", "16", "--episodes", "1", "--max-steps", "50"]
+RL += ["--report-to", "none"]
 
 
 class Vector:
@@ -82,12 +85,12 @@ class Vector:
         self.theta = np.asarray(tensors["parameter/theta"]).copy()
 
 
-def run_pool(directory: str, *, resume: bool, local: bool) -> None:
+def run_pool(directory: str, generations: int, *, resume: bool, local: bool) -> None:
     """A run on two workers, in a process that can be killed; ``local`` needs no Ray and has the same results."""
     from eggroll.distributed import evolve
     from eggroll.errors import EggrollError
 
-    config = ESConfig(population_size=32, rank=1, sigma=0.1, lr=0.3, generations=GENERATIONS["pool"])
+    config = ESConfig(population_size=32, rank=1, sigma=0.1, lr=0.3, generations=generations)
     try:
         evolve(Vector, config, workers=2, run=directory, resume=resume, local=local, checkpoint_every=5, notify=print)
     except EggrollError as error:
@@ -98,8 +101,8 @@ def run_pool(directory: str, *, resume: bool, local: bool) -> None:
 class Run:
     """A run in a process of its own."""
 
-    def __init__(self, kind: str, directory: Path) -> None:
-        self.kind, self.directory = kind, directory
+    def __init__(self, kind: str, directory: Path, generations: int) -> None:
+        self.kind, self.directory, self.generations = kind, directory, generations
         self.output = directory.with_suffix(".log")
         self.process: subprocess.Popen[bytes] | None = None
         self.lowest = 0
@@ -110,9 +113,16 @@ class Run:
         if self.kind == "rl":
             where = ["--resume", str(self.directory)] if resume else ["-o", str(self.directory)]
             words = ["-m", "eggroll.cli.main", *(RL if not resume else RL[:1]), *where]
-            words += [] if resume else ["-g", str(GENERATIONS["rl"])]
+            words += [] if resume else ["-g", str(self.generations)]
         else:
-            words = [__file__, "--child", str(self.directory), *["--resume"] * resume, *["--local"] * local]
+            words = [
+                __file__,
+                "--child",
+                str(self.directory),
+                str(self.generations),
+                *["--resume"] * resume,
+                *["--local"] * local,
+            ]
         self.lowest = self.finished()
         with self.output.open("ab") as stream:
             self.process = subprocess.Popen([sys.executable, *words], stdout=stream, stderr=stream)
@@ -133,7 +143,7 @@ class Run:
 
         return _until(reached, timeout, f"{count} generations; {self.output} says why")
 
-    def wait(self, timeout: float = 300.0) -> int:
+    def wait(self, timeout: float = 900.0) -> int:
         """Wait for the end; the exit status."""
         assert self.process is not None
         return self.process.wait(timeout)
@@ -158,6 +168,11 @@ class Run:
     def _over(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
+    def still_runs(self) -> None:
+        """Stop unless there is something to kill."""
+        if self._over():
+            sys.exit(f"kills.py: the run has ended before it could be killed; {self.output} says how")
+
 
 def kill_workers(run: Run, kills: int, draw: random.Random) -> Iterator[tuple[float, int]]:
     """One of two workers, again and again in one run."""
@@ -165,6 +180,7 @@ def kill_workers(run: Run, kills: int, draw: random.Random) -> Iterator[tuple[fl
     run.wait_for(2)
     for _ in range(kills):
         time.sleep(draw.uniform(0, 0.5))
+        run.still_runs()
         victims = [one for one in run.family() if _is(one, "ray::WorkerActo")]
         draw.choice(victims).send_signal(signal.SIGKILL)
         yield run.wait_for(run.finished() + 1), 0
@@ -203,6 +219,7 @@ def kill_rl(run: Run, kills: int, draw: random.Random) -> Iterator[tuple[float, 
     for _ in range(kills):
         run.wait_for(run.finished() + 1)
         time.sleep(draw.uniform(0, 0.2))
+        run.still_runs()
         assert run.process is not None
         run.process.kill()
         run.wait()
@@ -218,6 +235,7 @@ def _resumed(run: Run, kills: int, draw: random.Random, strike: Callable[[], flo
     for _ in range(kills):
         run.wait_for(run.finished() + 2)
         time.sleep(draw.uniform(0, 0.5))
+        run.still_runs()
         taken, before = strike(), run.finished()
         run.start(resume=True)
         run.wait_for(before + 1)
@@ -252,8 +270,8 @@ KILLS = {"worker": kill_workers, "raylet": kill_raylet, "driver": kill_driver, "
 def main() -> None:
     """Kill, and write what it cost."""
     if "--child" in sys.argv:
-        directory = sys.argv[sys.argv.index("--child") + 1]
-        run_pool(directory, resume="--resume" in sys.argv, local="--local" in sys.argv)
+        directory, generations = sys.argv[sys.argv.index("--child") + 1 :][:2]
+        run_pool(directory, int(generations), resume="--resume" in sys.argv, local="--local" in sys.argv)
         return
     made = common.parser(__doc__, model=False)
     made.add_argument("--what", nargs="+", choices=KILLS, default=list(KILLS), help="what is killed")
@@ -266,12 +284,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, load(args.load):
         for what in args.what:
             kind = "rl" if what == "rl" else "pool"
+            generations = max(GENERATIONS[kind], PER_KILL[kind] * kills)
             if kind not in digests:
-                whole = Run(kind, Path(folder, kind))
+                whole = Run(kind, Path(folder, kind), generations)
                 whole.start(local=True)
                 assert whole.wait() == 0, whole.output.read_text()
                 digests[kind] = whole.digest()
-            run = Run(kind, Path(folder, what))
+            run = Run(kind, Path(folder, what), generations)
             found = list(KILLS[what](run, kills, random.Random(args.seed)))
             same = run.digest() == digests[kind]
             lost = [generations for _, generations in found]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.compiled import uncompiled
@@ -16,7 +17,10 @@ from eggroll.torch.hazards import refuse_hazards
 from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.probe import learn_and_check
 from eggroll.torch.layout.rows import Inputs, member_data, rows_from_input
+from eggroll.torch.layout.split import Outputs, form_of, split_tree, stated
 from eggroll.torch.members import Members
+from eggroll.torch.ops.routed import written_out
+from eggroll.torch.ops.routing import Routing
 from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.padding import padding_as_in_plain_models
 from eggroll.torch.perturbed import MemberContext, PerturbedWeight, Value
@@ -46,41 +50,51 @@ class Active:
         self.generation = generation
         self.indices: Sequence[int] = range(first, first + members)
         self.values = self.placed = values
+        self.outputs = Outputs()
 
-    def expand(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor, dim: int | None = None) -> Tensor:
         """One batch for every member: ``(batch, ...)`` to ``(members * batch, ...)``, member by member.
 
         Numbers are not copied before a layer needs the copies: the model's first product is made once for all members.
+        ``dim`` is where the batch is, if not in the population's ``batch_dim``: 1 for a recurrent state.
         """
-        dim = self._batch_dim(x)
+        dim = self._batch_dim(x) if dim is None else stated(x, dim, 1)
         if self.context.single:
             return x
         if dim == 0 and x.ndim > 1 and x.is_floating_point() and not x.requires_grad and len(x) > 0:
             return SharedRows(x, self.context)
         return x.repeat(*([1] * dim), self.members, *([1] * (x.ndim - dim - 1)))
 
-    def split(self, y: Tensor) -> Tensor:
+    def split(self, y: Any, dim: int | None = None) -> Any:
         """``(members * batch, ...)`` to ``(members, batch, ...)``: an output with one or more entries for every row.
 
+        A recurrent state ``(layers, members * batch, h)`` becomes ``(members, layers, batch, h)``, and what belongs to
+        no row ``(members, *shape)``. Tuples, lists and dictionaries are split tensor by tensor.
+
+        Args:
+            y: what the model gave, or a tensor made of it.
+            dim: which dimension holds the rows, where neither the model's calls nor sizes tell.
+
         Raises:
-            UnsupportedOperationError: the output does not hold the members.
+            ConfigError: ``dim`` is none, or the members do not divide it.
+            UnsupportedOperationError: the output does not hold the members, or sizes do not tell where.
         """
-        if isinstance(y, SharedRows):
-            y = y.written_out()
-        if isinstance(y, Value):
-            return member_data(y.by_member(), self.members, self.context.rows or 0)
-        dim = self._batch_dim(y)
         rows = {count for count in (self.context.rows, *self.context.seen_rows) if count}
-        size = y.shape[dim] if y.ndim else 0
-        # A search with beams returns fewer rows than the model computed.
-        fewer = not y.is_floating_point() and any(count % max(size, 1) == 0 for count in rows)
-        if y.ndim == 0 or size % self.members or (rows and not fewer and all(size % count for count in rows)):
-            held = f"the {max(rows)} rows of " if rows and y.ndim else ""
-            raise UnsupportedOperationError(
-                f"an output of shape {tuple(y.shape)} does not hold {held}{self.members} members: the model mixes its "
-                'rows, or the tensor is no output of it. Use mode="vmap" or mode="loop"'
-            )
-        return y.unflatten(dim, (self.members, -1)).movedim(dim, 0)
+        held, members = tree_map(self._plain, y), self.members
+        return split_tree(held, self.outputs, members, rows, self.population.batch_dim, dim)
+
+    def _plain(self, y: Any) -> Any:
+        """Values among outputs as plain tensors."""
+        if isinstance(y, SharedRows):
+            return y.written_out()
+        if not isinstance(y, Value):
+            return y
+        if isinstance(y, PerturbedWeight) and self.context.single:
+            plain = y.dense().unsqueeze(0)
+        else:
+            plain = member_data(y.by_member(), self.members, self.context.rows or 0)
+        self.outputs.note(plain, ["own"])
+        return plain
 
     def _batch_dim(self, x: Tensor) -> int:
         return min(self.population.batch_dim, max(x.ndim - 1, 0))
@@ -110,8 +124,9 @@ class PerturbedModel(Members):
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         super().__init__(model, **settings)
-        self._probed: set[Any] = set()
+        self._probed: dict[Any, bool] = {}  # calls by their kind, and whether a small one of that kind has run
         self.places: dict[Any, Places] = {}  # where outputs hold rows, by their form
+        self.given: Outputs | None = None  # of the last forward
         self._active = False
 
     @contextmanager
@@ -168,9 +183,10 @@ class PerturbedModel(Members):
                 yield active
                 return
             draws = Draws(self.noise.seed, active.generation, lambda: active.indices, active.context)
-            around = partial(self._drawing, draws)
+            around = partial(self._drawing, draws, active.context)
             try:
-                with rows_from_input(self.model, active.context, partial(self._probe, active), around):
+                before, after = partial(self._probe, active), partial(self._note, active)
+                with rows_from_input(self.model, active.context, before, after, around):
                     yield active
             except RuntimeError as error:
                 if active.context.refused is not None and "TorchScript" in str(error):
@@ -181,17 +197,25 @@ class PerturbedModel(Members):
         """Before a module's first call: where each parameter meets the members, and whether rows hold them at all."""
         key = (id(module), tuple(map(_kind, inputs[0])), tuple((name, _kind(x)) for name, x in inputs[1].items()))
         if key not in self._probed and active.context.rows:
-            learn_and_check(self, active.context, active.members, active.placed, module, inputs)
-            self._probed.add(key)
+            self._probed[key] = learn_and_check(self, active.context, active.members, active.placed, module, inputs)
+        active.outputs.unprobed |= not self._probed.get(key, True)
+
+    def _note(self, active: Active, module: nn.Module, outputs: Any) -> Any:
+        """After a call of a module: which of its outputs hold rows elsewhere than in the batch's dimension."""
+        outputs = written_out(outputs) if active.context.picks else outputs
+        if self.found and (places := self.found.get(form_of(module, outputs))):
+            active.outputs.note(outputs, places.leaves)
+        return outputs
 
     @contextmanager
-    def _drawing(self, draws: Draws) -> Iterator[None]:
-        """A call of the model: random numbers that it draws are each member's own, if it draws any."""
-        if self.draws is False:
-            yield
-            return
-        with draws.drawing(self.device):
-            yield
+    def _drawing(self, draws: Draws, context: MemberContext) -> Iterator[None]:
+        """A call of the model: random numbers that it draws are each member's own, and so are rows that it picks."""
+        with Routing(context) if context.picks and not context.single else nullcontext():
+            if self.draws is False:
+                yield
+                return
+            with draws.drawing(self.device):
+                yield
         if self.draws is None:
             self.draws = draws.count > 0 or draws.others
 

@@ -19,9 +19,10 @@ from eggroll.torch.compare import largest_difference
 from eggroll.torch.layout.outputs import Places, written_out
 from eggroll.torch.layout.probe import FAILURES, PLAIN_BYTES, originals_of, refuse_bypassed, sigma_for_checks
 from eggroll.torch.layout.rows import Inputs, count_rows, cut, member_dims
+from eggroll.torch.layout.split import Outputs
 from eggroll.torch.layout.watch import Watch
 from eggroll.torch.padding import padding_as_in_plain_models
-from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
+from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
 from eggroll.torch.state import StateLostError, random_numbers_kept
 from eggroll.torch.unanimous import Unanimous
 
@@ -107,10 +108,10 @@ class Call:
 
         Kept, as it depends on the model alone.
         """
-        leaves, structure = tree_flatten(outputs)
         own, batch_dim = self.rows // len(self.members), self.population.batch_dim
-        key = (str(structure), own == 1, tuple(x.ndim if isinstance(x, Tensor) else None for x in leaves))
+        leaves, structure = tree_flatten(outputs)
         known = self.population.places
+        key = (str(structure), own == 1, tuple(x.ndim if isinstance(x, Tensor) else None for x in leaves))
         if key not in known:
             with torch.no_grad(), random_numbers_kept(self.population.device):
                 one = self.reference(0)
@@ -121,6 +122,20 @@ class Call:
                     found = None
             known[key] = found or Places.likely(one, own, batch_dim)
         return known[key]
+
+    def given(self, places: Places, outputs: Any) -> Any:
+        """Joint outputs as they are; where they hold rows is remembered for :meth:`Population.split`."""
+        given, usual = Outputs(), self.population.batch_dim
+        for x, at in zip(places.flat(outputs, self.rows), places.leaves, strict=True):
+            if isinstance(x, Tensor) and x.ndim > 0 and at != min(usual, x.ndim - 1):
+                given.note(x, ["own" if at is None or at == "list" else at])
+        self.population.given = given
+        return outputs
+
+    def joined(self, outputs: Sequence[Any]) -> Any:
+        """The outputs of all members, one after the other, as joint ones."""
+        places = self.places(outputs[0])
+        return self.given(places, places.join(outputs, self.rows // len(outputs)))
 
     def _twice(self) -> Inputs:
         """The first member's inputs with every row given twice."""
@@ -155,13 +170,17 @@ def run_rows(call: Call, *, trusting: bool = False, checked: bool = False) -> An
         return outputs
     count = len(call.members)
     if not checked:
-        return written_out(outputs, count, call.rows)
+        plain = written_out(outputs, count, call.rows)
+        active.outputs.note(plain, ["own" if isinstance(x, Value) else None for x in tree_flatten(outputs)[0]])
+        population.given = active.outputs
+        return plain
     if population.mixes_numbers:
         raise UnsupportedOperationError(
             "the model gives one number for all rows of a batch (a mean over it, such as a loss), which is not each "
             'member\'s own. Use mode="vmap" or mode="loop"'
         )
-    return call.places(outputs).spread(outputs, count, call.rows)
+    places = call.places(outputs)
+    return call.given(places, places.spread(outputs, count, call.rows))
 
 
 def run_loop(call: Call) -> Any:
@@ -179,7 +198,7 @@ def run_loop(call: Call) -> Any:
     if not outputs:
         outputs = [call.alone(p, plain=True) for p in members]
         population.plain_loop = True
-    return call.places(outputs[0]).join(outputs, call.rows // len(outputs))
+    return call.joined(outputs)
 
 
 def run_vmap(call: Call) -> Any:
@@ -237,7 +256,7 @@ def run_vmap(call: Call) -> Any:
         for slot, leaf in sorted(others.items()):
             leaves.insert(slot, leaf)
         outputs.append(tree_unflatten(leaves, structures["outputs"]))
-    return call.places(outputs[0]).join(outputs, call.rows // count)
+    return call.joined(outputs)
 
 
 RUNS: dict[str, Callable[[Call], Any]] = {"rows": run_rows, "vmap": run_vmap, "loop": run_loop}

@@ -13,6 +13,7 @@ from eggroll.core.address import member_of
 from eggroll.core.select import KINDS, ParameterSpec, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.layout.rows import constants_of
+from eggroll.torch.layout.split import Form, Found
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import Site, parameter_sites, parameter_specs, refuse_unready
 from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
@@ -29,11 +30,13 @@ class Members:
         sites: where each parameter of the model is used.
         noise: what members are drawn from.
         keeper: of what the model holds besides its parameters.
+        picks: whether the model picks rows by their numbers, so that these have to know their members.
         draws: whether the model draws random numbers of its own; ``None`` until it was called.
         told_unused: whether it was said which parameters the model does not use.
         watched: whether a call was seen to use values only, and not the parameters themselves.
         plain_loop: whether members one at a time need plain weights, because the model does not take values.
         layouts: what is known about the layout of activations; see :class:`MemberContext`.
+        found: outputs that hold rows elsewhere than in the batch's dimension; see :mod:`eggroll.torch.layout.split`.
     """
 
     def __init__(
@@ -83,8 +86,10 @@ class Members:
         self.keeper = Keeper(model)
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
+        self.found: dict[Form, Found] = {}
         self.draws: bool | None = None
         self.told_unused = self.watched = self.plain_loop = self.writes_inputs = self.mixes_numbers = False
+        self.picks = False
 
     @property
     def names(self) -> list[str]:
@@ -113,7 +118,9 @@ class Members:
         """What the values of one forward share; ``members`` is ``None`` for a single one."""
         if members is None:
             return MemberContext(None)
-        return MemberContext(members, rows, self.layouts, batch_dim=self.batch_dim, constants=constants_of(self.model))
+        return MemberContext(
+            members, rows, self.layouts, batch_dim=self.batch_dim, constants=constants_of(self.model), picks=self.picks
+        )
 
     def values(
         self, generation: int, members: Sequence[int], context: MemberContext, *, sigma: float

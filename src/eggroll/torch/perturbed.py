@@ -62,6 +62,7 @@ class MemberContext:
         max_dense_bytes: how much one materialized parameter may take (P copies) before an error is raised instead.
         refused: the last operation that a value passed by unseen; TorchScript swallows its error's text.
         seen_rows: R of every call of the model so far.
+        picks: rows that the model picks by their numbers know their members (:mod:`eggroll.torch.ops.routing`).
     """
 
     members: int | None
@@ -74,6 +75,7 @@ class MemberContext:
     max_dense_bytes: int = 2**30
     refused: UnsupportedOperationError | None = None
     seen_rows: set[int | None] = field(default_factory=set)
+    picks: bool = False
 
     @property
     def single(self) -> bool:

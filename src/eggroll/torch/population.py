@@ -13,6 +13,7 @@ from eggroll.errors import ConfigError
 from eggroll.torch.active import Active, PerturbedModel
 from eggroll.torch.auto import run_auto
 from eggroll.torch.evaluate import RUNS, Call, run_rows, verify
+from eggroll.torch.layout.split import Outputs, split_tree
 from eggroll.torch.noise import CACHE_BYTES
 from eggroll.torch.scores import checked_scores
 from eggroll.torch.state import StateLostError
@@ -79,6 +80,7 @@ class Population(PerturbedModel):
         )  # fmt: skip
         self.mode: Mode = mode
         self._fall_back = self._announced = False
+        self._given_rows = (0, 0)
 
     @torch.no_grad()
     def scores(
@@ -142,10 +144,33 @@ class Population(PerturbedModel):
         and keeps to the first that works: ``population.mode`` says which it is then, and a log line says why and what
         it costs. Later inputs that this mode cannot run go through the ones after it. Inputs of another size than the
         first one's (a mask, positions) are the same for all members; a recurrent state ``(layers, rows, h)`` is not.
-        What belongs to no row (a loss, a learned scale) is given for each member, ``(members, *shape)``.
+        What belongs to no row (a loss, a learned scale) is given for each member, ``(members, *shape)``;
+        :meth:`split` gives the rest by members.
         """
         chosen = range(self.population_size) if members is None else members
         call = Call(self, (args, kwargs), generation, chosen, sigma)
+        self.given = None
+        outputs = self._evaluate(call)
+        self.given = self.given or Outputs()  # of one member
+        self._given_rows = len(chosen), call.rows
+        return outputs
+
+    def split(self, y: Any, dim: int | None = None) -> Any:
+        """What the last :meth:`forward` gave, for each of its members: as :meth:`Active.split` does inside a block.
+
+        ``(members * batch, ...)`` becomes ``(members, batch, ...)`` and a recurrent state ``(layers, members * batch,
+        h)`` becomes ``(members, layers, batch, h)``; what belongs to no row has the members in front as it is.
+
+        Raises:
+            ConfigError: there was no forward, or ``dim`` (which says where the rows are) is none of ``y``.
+            UnsupportedOperationError: ``y`` does not hold the members, or sizes do not tell where.
+        """
+        if self.given is None:
+            raise ConfigError("population.split is for what population.forward gave: call that first")
+        members, rows = self._given_rows
+        return split_tree(y, self.given, members, {rows} if members > 1 and rows else set(), self.batch_dim, dim)
+
+    def _evaluate(self, call: Call) -> Any:
         if self.mode == "auto":
             chosen_mode, outputs = run_auto(call)
             self.mode, self._fall_back = chosen_mode, True  # type: ignore[assignment]

@@ -60,6 +60,10 @@ class Places:
             places.append(found[0] if found else 0 if grown else None)
         return cls(tuple(places))
 
+    def flat(self, tree: Any, rows: int) -> list[Any]:
+        """The leaves that :attr:`leaves` speaks of."""
+        return self._flat(tree, rows)[0]
+
     def cut(self, tree: Any, p: int, members: int, rows: int) -> Any:
         """Member ``p``'s part of joint outputs; ``rows`` are those of all members.
 

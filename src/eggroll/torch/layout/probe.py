@@ -11,6 +11,7 @@ given. The model and the global sources of random numbers are as before afterwar
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import statistics
 import warnings
@@ -30,8 +31,11 @@ from eggroll.torch.draws import Draws, global_state
 from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim
 from eggroll.torch.layout.rules import address, learn
+from eggroll.torch.layout.split import Found, form_of
 from eggroll.torch.layout.watch import Originals, Watch
 from eggroll.torch.members import Members
+from eggroll.torch.ops.routed import written_out
+from eggroll.torch.ops.routing import Routing
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
 from eggroll.torch.quantized.tensor import plain
 from eggroll.torch.state import State, random_numbers_kept
@@ -63,7 +67,7 @@ def learn_and_check(
     placed: Mapping[str, Tensor],
     module: nn.Module,
     inputs: Inputs,
-) -> None:
+) -> bool:
     """Learn the layouts of a module's activations from a small call, and check it against members alone.
 
     Args:
@@ -74,12 +78,40 @@ def learn_and_check(
         module: what is called.
         inputs: of the call.
 
+    Returns:
+        Whether a small call was possible.
+
     Raises:
         UnsupportedOperationError: rows do not hold the members of this model.
     """
+    refusal, has_run, picked = _refusal(population, context, members, placed, module, inputs)
+    if picked and not population.picks:
+        # A mixture of experts, perhaps: once more, with rows that know their members wherever they are put. Also where
+        # nothing was wrong, as other inputs will have rows picked by other experts.
+        population.picks = context.picks = True
+        again, runs, _ = _refusal(population, context, members, placed, module, inputs)
+        if again is None and runs:
+            refusal, has_run = None, True
+        else:
+            population.picks = context.picks = False
+    if refusal is not None:
+        raise refusal
+    return has_run
+
+
+def _refusal(
+    population: Members,
+    context: MemberContext,
+    members: int,
+    placed: Mapping[str, Tensor],
+    module: nn.Module,
+    inputs: Inputs,
+) -> tuple[UnsupportedOperationError | None, bool, bool]:
+    """Why small calls refuse the model, whether one could run, and whether it picks rows by their numbers."""
     own_rows = (context.rows or 0) // members
     known, tried = dict(population.layouts), list[int]()
     refusal: UnsupportedOperationError | None = None
+    has_run = picked = False
     while len(tried) < TRIES:
         # A size that the model makes of others (a pooled length) may have been the number of rows by chance.
         population.layouts.clear()
@@ -96,12 +128,12 @@ def learn_and_check(
                     has_run = True
                     break
             finally:
+                picked |= probe.watch is not None and probe.watch.picked
                 probe.state.restore()
                 place(population.sites, placed)
         if refusal is None or not has_run:
             break
-    if refusal is not None:
-        raise refusal
+    return refusal, has_run, picked
 
 
 def sigma_for_checks(population: Members) -> float:
@@ -163,6 +195,7 @@ class _Probe:
     state: State
     draws: bool = False
     watch: Watch | None = field(default=None, repr=False)
+    found: set[Found | None] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -246,8 +279,11 @@ class _Probe:
         context.members = self.count
         chosen = {name: value.chosen(index) for name, value in values.items()}  # type: ignore[attr-defined]
         watch = Watch(context, originals_of(population), alter=alter)
+        routing = Routing(context) if context.picks else None
         try:
-            return self._call(chosen, self.inputs, context, index.tolist(), watch)
+            outputs = written_out(self._call(chosen, self.inputs, context, index.tolist(), watch, routing))
+            watch.used |= {leaf.parameter for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Value)}
+            return outputs
         finally:
             kept = replace(context, layouts=population.layouts)
             for use, layout in context.layouts.items():
@@ -269,12 +305,15 @@ class _Probe:
         context: MemberContext,
         members: list[int],
         watch: Watch | None,
+        routing: Routing | None = None,
     ) -> Any:
         """The module's outputs for values, from the state that it is in before the call, on copies of inputs."""
         self.state.restore()
         place(self.population.sites, values)
 
         def copied(x: Any) -> Any:
+            if hasattr(x, "get_seq_length"):
+                return copy.deepcopy(x)  # an empty cache, which the call writes to
             return x.clone() if isinstance(x, Tensor) and address(x) not in self.context.constants else x
 
         args, kwargs = tree_map(copied, inputs)
@@ -283,7 +322,8 @@ class _Probe:
         clones = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         versions = [x._version for x in clones]
         try:
-            with draws if self.draws else contextlib.nullcontext(), watch or contextlib.nullcontext():
+            nothing = contextlib.nullcontext()
+            with draws if self.draws else nothing, routing or nothing, watch or nothing:
                 return self.module(*args, **kwargs)
         except FAILURES as error:
             raise _CannotRun from error
@@ -331,6 +371,7 @@ class _Probe:
     def _shares(self, p: int, together: Any) -> list[float]:
         """The outputs of one member that differ from it alone by more than rounding, and by how much."""
         outputs = self._alone(p, self.member(p))
+        self._find_rows(outputs, together)
         joint, mine = tree_flatten(together)[0], tree_flatten(outputs)[0]
         if len(joint) != len(mine):
             places = Places.of(outputs, together, self.own, self.count, self.population.batch_dim)
@@ -362,6 +403,15 @@ class _Probe:
             if share > ALLOWED_SHARE.get(precision, 0.5):
                 found.append(share)
         return found
+
+    def _find_rows(self, outputs: Any, together: Any) -> None:
+        """Remember where the outputs hold rows, for those who split them, if that is the same for all members."""
+        self.found.add(Found.of(outputs, together, self.count, self.population.batch_dim))
+        found, known, form = next(iter(self.found)), self.population.found, form_of(self.module, together)
+        if found is not None and len(self.found) == 1:
+            known[form] = found
+        else:
+            known.pop(form, None)
 
     def _part(self, all_rows: Any, own: Tensor, p: int) -> Tensor | None:
         """The part of an output that is the ``p``-th member's, in the shape of its own; ``None`` if there is none."""

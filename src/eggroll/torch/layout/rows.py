@@ -46,11 +46,13 @@ def rows_from_input(
     model: nn.Module,
     context: MemberContext,
     learn: Callable[[nn.Module, Inputs], None],
+    note: Callable[[nn.Module, Any], Any],
     around: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[None]:
     """Read the rows and the memory of inputs off every call of the model, or of a direct part of it.
 
-    ``learn`` is told of such a call before it runs, and it runs in a context of ``around``.
+    ``learn`` is told of such a call before it runs, ``note`` of its outputs, which it may replace, and it runs in a
+    context of ``around``.
     """
     fixed = context.rows is not None
     depth = 0
@@ -68,12 +70,15 @@ def rows_from_input(
         if depth == 1:
             running.enter_context(around())
 
-    def after(*_: Any) -> None:
+    def after(module: nn.Module, args: Any, outputs: Any) -> Any:
         nonlocal depth
         depth -= 1
         if depth == 0:
             context.inputs = None
             running.close()
+            if outputs is not None and context.members is not None:
+                return note(module, outputs)
+        return None
 
     handles = []
     outer = [model, *model.children(), *(part for child in model.children() for part in child.children())]

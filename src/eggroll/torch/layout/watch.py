@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from eggroll.torch.layout.rules import address, is_constant
 from eggroll.torch.ops.registry import METADATA, name_of
+from eggroll.torch.ops.routing import picks_rows
 from eggroll.torch.perturbed import MemberContext, Value
 from eggroll.torch.quantized.tensor import stored
 
@@ -31,6 +32,10 @@ READS = frozenset(
     if hasattr(owner, name)
 )
 """Functions that give a number of Python's. (``numpy()`` and the like give arrays, which are not looked at.)"""
+
+
+LOOKS_FOR = frozenset({torch.where, torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere})
+"""Functions that give the numbers of entries which have some property (``where`` of one argument)."""
 
 
 @dataclass
@@ -101,6 +106,7 @@ class Watch(TorchFunctionMode):
         used: names of the parameters whose values an operation got.
         bypassed: names of those whose centers one got.
         reads: the numbers that were read off floating-point tensors.
+        picked: whether rows were picked by numbers that were looked for, or in another order than member by member.
     """
 
     def __init__(self, context: MemberContext, originals: Originals, *, alter: int | None = None) -> None:
@@ -110,6 +116,8 @@ class Watch(TorchFunctionMode):
         self.used: set[str] = set()
         self.bypassed: set[str] = set()
         self.reads: list[Read] = []
+        self._found: Any = WeakIdKeyDictionary()  # numbers of entries that were looked for
+        self.picked = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -123,7 +131,10 @@ class Watch(TorchFunctionMode):
                 self.used.add(tensor.parameter)
             elif name := self._originals.name_of(tensor):
                 self.bypassed.add(name)
+        self.picked = self.picked or picks_rows(self._context, func, args, self._found)
         result = func(*args, **kwargs)
+        if func in LOOKS_FOR:
+            self._found.update((x, True) for x in tree_leaves(result) if isinstance(x, Tensor))
         if func in READS:
             return self._read(func, tensors, result)
         if type(result) is Tensor and result.dtype == torch.bool:

@@ -8,4 +8,5 @@ from eggroll.torch.ops import (  # noqa: F401  (importing a module registers its
     norms,
     products,
     recurrent,
+    routed_rules,
 )

@@ -66,7 +66,7 @@ def per_member(
             tensor = leaf.by_member().data_P
         else:
             where = find(leaf)
-            if where == "time_major" and func not in _broadcasting():
+            if where == "time_major" and func not in broadcasting():
                 raise _no_rule(name, func, f"with the members in the second dimension of {tuple(leaf.shape)}")
             if where == "rows":
                 split = (members, leaf.shape[0] // members, *leaf.shape[1:])
@@ -113,7 +113,7 @@ def _layout(func: Any, values: list[Value], leaf: Tensor) -> Layout:
         return "rows"  # a mask over rows; see _keeps_rows
     if func in _INDEXING and not leaf.is_floating_point():
         return layout_of_ids(context, name, leaf)
-    if func in _broadcasting():
+    if func in broadcasting():
         shape = torch.broadcast_shapes(*(value.shape for value in values))
         return layout_in_broadcast(context, name, leaf, tuple(shape))
     return layout_of(context, name, name_of(func), leaf)
@@ -243,7 +243,7 @@ _WRITES_ROWS = _functions(*(
 
 
 @functools.cache
-def _broadcasting() -> frozenset[Any]:
+def broadcasting() -> frozenset[Any]:
     """Functions whose tensor arguments broadcast with each other."""
     names = [
         "add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod", "pow", "maximum", "minimum",

@@ -234,6 +234,9 @@ def getitem(value: Any, index: Any) -> Any:
         if is_list or isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
             return value.like(value.base[index], value.a[index], value.b[index], kind="matrix")
         return NotImplemented
+    is_one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
+    if is_one and context.picks:
+        return value.like(value.base[index], value.a[:, index], value.b[:, index], kind="matrix")
     if not is_list or not context.is_rows(index.shape[0]):
         raise UnsupportedOperationError(
             f"parameter {value.parameter!r} holds experts and is indexed by {index!r}: with tokens regrouped by "

@@ -135,6 +135,12 @@ def _iterate(value: Any) -> Any:
     return iter(torch.unbind(value))
 
 
+@rule(torch._has_compatible_shallow_copy_type)
+def _is_replaced(*_: Any) -> bool:
+    """``module.to(dtype)`` in a forward puts another value in a value's place, instead of changing its contents."""
+    return False
+
+
 @rule(Tensor.requires_grad.__set__, Tensor.grad.__set__)  # type: ignore[attr-defined,union-attr]
 def _no_gradient(value: Any, *_: Any) -> None:
     """Values take no part in autograd; there is nothing to set."""
