@@ -29,7 +29,13 @@ class Browser:
         self._read, answers = os.pipe()
         # the browser reads file 3 and writes file 4
         shell = f'exec "$0" "$@" 3<&{commands} 4>&{answers}'
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}",
+        ]
         self._process = subprocess.Popen(
             ["bash", "-c", shell, program, *options, "--no-first-run", "--disable-dev-shm-usage", "about:blank"],
             pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -97,9 +103,7 @@ class Browser:
 
     def look(self, width: int, *, dark: bool = False, touch: bool = False) -> None:
         """How wide the window is, and what its user likes."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=touch
-        )
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=touch)
         self.send("Emulation.setTouchEmulationEnabled", enabled=touch)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])

@@ -80,7 +80,9 @@ def _drawing(console: Console, trained: Trained) -> None:
     if drawn is not None:
         path, score = drawn
         console.print(f"episode  {escape(str(path))} (return {score:.4g})")
-        write_report(trained.run, load_line=KIND.load_line(trained.run), defaults=KIND.defaults())  # again, with the episode in it
+        write_report(
+            trained.run, load_line=KIND.load_line(trained.run), defaults=KIND.defaults()
+        )  # again, with the episode in it
 
 
 def _list() -> None:

@@ -86,7 +86,9 @@ def table(console: Terminal, found: Sequence[Row]) -> RenderableType:
         shown.add_column(name, justify="right" if numeric else "left", no_wrap=name in ("generations", "state", "age"))
     for row, line in zip(found, cells, strict=True):
         style = STYLES.get(row.state, "")
-        shown.add_row(*(Text(cell, style=style if name == "state" else "") for name, cell in zip(COLUMNS, line, strict=True)))
+        shown.add_row(
+            *(Text(cell, style=style if name == "state" else "") for name, cell in zip(COLUMNS, line, strict=True))
+        )
     if troubles:
         shown.caption = escape(printable("\n".join(troubles)))
     return shown

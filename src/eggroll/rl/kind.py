@@ -183,7 +183,7 @@ def _load_line(run: RunDir) -> str | None:
 
 
 KIND = RunKind(
-    name="rl", options=RLConfig, plan=_plan, base=_base, save=_save, load_line=_load_line, measured={"env_steps": NUMBER},
-    retired=("list", "render"), from_checkpoint=True,
+    name="rl", options=RLConfig, plan=_plan, base=_base, save=_save, load_line=_load_line,
+    measured={"env_steps": NUMBER}, retired=("list", "render"), from_checkpoint=True,
 )  # fmt: skip
 """What ``eggroll rl`` runs, ``eggroll replay`` rebuilds, and :func:`train` trains."""

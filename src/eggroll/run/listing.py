@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from eggroll.run.run_dir import CONFIG, ENVIRONMENT, RunDir
 
 COLUMNS = ("name", "kind", "model", "task", "generations", "best", "last", "state", "age")
 RUNNING, FINISHED, ENDED, STOPPED, BROKEN = "running", "finished", "ended", "stopped", "broken"
+GIVE = "Give the folder that runs are in; commands put theirs in runs/"
 _CONDITION = re.compile(rf"({'|'.join(COLUMNS)})\s*(=|>|<)\s*(.*)", re.IGNORECASE | re.DOTALL)
 
 
@@ -106,20 +107,20 @@ def _limit(condition: str, column: str, wanted: str) -> float:
 
 def row_of(path: Path) -> Row:
     """What is known of the run in a directory; whatever is wrong with it is its ``trouble``."""
+    row = Row(path.name, started=_changed(path))
     try:
         run = RunDir.open(path)
         view = RunView(run, path.name)
-        lines, scores = view.points("heldout_reward")
+        started = _time(run.environment.get("started_utc")) or row.started
+        row = replace(row, kind=view.kind, model=view.model, task=view.task, started=started)
         done = max((line["generation"] for line in view.metrics), default=0)
-        state = _state(path, view, done)
-        started = _time(run.environment.get("started_utc")) or (path / CONFIG).stat().st_mtime
+        scores = view.values("heldout_reward")
+        row = replace(row, generations=done, total=view.total, bits=not view.measure.higher)
+        if scores:
+            row = replace(row, best=max(scores), last=scores[-1])
+        return replace(row, state=_state(path, view, done))
     except (EggrollError, OSError) as error:
-        return Row(path.name, trouble=str(error), started=_changed(path))
-    best = max(scores) if lines else None
-    return Row(
-        path.name, view.kind, view.model, view.task, done, view.total, best, scores[-1] if lines else None, state, started,
-        bits=not view.measure.higher,
-    )  # fmt: skip
+        return replace(row, trouble=str(error))
 
 
 def _state(path: Path, view: RunView, done: int) -> str:
@@ -166,7 +167,7 @@ class Folder:
                 self._known[path.name] = (seen, row_of(path))
             found.append(self._known[path.name][1])
         if not found:
-            raise RunError(f"there is no run in {self.path}. Give the folder that runs are in; commands put theirs in runs/")
+            raise RunError(f"there is no run in {self.path}. {GIVE}")
         return found
 
     def _runs(self) -> Iterator[Path]:
@@ -178,7 +179,7 @@ class Folder:
             yield from (path for path in sorted(self.path.iterdir()) if _is_run(path))
         except OSError as error:
             what = "does not exist" if not self.path.exists() else f"cannot be read: {error.strerror}"
-            raise RunError(f"{self.path} {what}. Give the folder that runs are in; commands put theirs in runs/") from None
+            raise RunError(f"{self.path} {what}. {GIVE}") from None
 
 
 def _is_run(path: Path) -> bool:

@@ -182,7 +182,8 @@ def texts_over_time(samples: Sequence[Sample], measure: Measure) -> str:
     asked = conversation(own[0].get("prompt"))
     prompt = f"<p>Prompt: <code>{cut(asked)}</code></p>" if asked else ""
     rows = "".join(
-        f'<article><div><b>generation {sample["generation"]:,}</b><div class="reward">{_score(sample, measure)}</div></div>'
+        f"<article><div><b>generation {sample['generation']:,}</b>"
+        f'<div class="reward">{_score(sample, measure)}</div></div>'
         f'<div class="text">{cut(conversation(sample.get("completion")))}</div></article>'
         for sample in shown
     )

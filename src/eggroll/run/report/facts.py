@@ -56,7 +56,9 @@ def cards(view: RunView) -> str:
     if heldout:
         found.append(card(_way(heldout), f"{measure.short}, first → last", _style(view, heldout)))
         best = measure.best(heldout)
-        found.append(card(number(heldout[best]), f"best {measure.short}, after generation {lines[best]['generation']:,}"))
+        found.append(
+            card(number(heldout[best]), f"best {measure.short}, after generation {lines[best]['generation']:,}")
+        )
     fitness = view.values("fitness_mean")
     if fitness:
         found.append(card(_way(fitness), "mean fitness, first → last"))
@@ -120,7 +122,8 @@ def animation(view: RunView) -> str:
         data = b""
     if data[:6] in (b"GIF87a", b"GIF89a"):
         shown = base64.b64encode(data).decode()
-        return f'<h2>The policy</h2><img class="episode" alt="an episode of the policy" src="data:image/gif;base64,{shown}">'
+        image = f'<img class="episode" alt="an episode of the policy" src="data:image/gif;base64,{shown}">'
+        return f"<h2>The policy</h2>{image}"
     if picture.exists():
         text = f"{picture} is no animation that can be shown here."
     elif page.exists():
@@ -140,7 +143,8 @@ def settings_table(view: RunView) -> str:
     if changed is None or view.defaults is None:
         return f"<details open><summary>Settings</summary>{_facts(rest)}</details>"
     rows = "".join(
-        f'<tr class="changed"><td>{escape(str(key))}</td><td>{escape(value)}</td><td>{escape(view.defaults[key])}</td></tr>'
+        f'<tr class="changed"><td>{escape(str(key))}</td><td>{escape(value)}</td>'
+        f"<td>{escape(view.defaults[key])}</td></tr>"
         for key, value in changed.items()
     )
     head = "<tr><th>not the default</th><th>value</th><th>default</th></tr>"
@@ -208,5 +212,3 @@ def differences(views: Sequence[RunView]) -> str:
         return '<p class="dim">They have the same settings.</p>'
     head = "".join(f"<th>{escape(view.name)}</th>" for view in views)
     return f'<div class="wide"><table class="facts"><tr><th>setting</th>{head}</tr>{"".join(rows)}</table></div>'
-
-

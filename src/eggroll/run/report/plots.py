@@ -53,7 +53,9 @@ def plots(views: Sequence[RunView]) -> list[Plot]:
     found[2].note = "Without spread between members there is nothing to learn from a generation."
     found.append(_single(views, "update_norm", "step size: norm of the update"))
     found.append(_single(views, "update_cosine", METRICS["update_cosine"].label))
-    found[-1].note = (
+    found[
+        -1
+    ].note = (
         "Near 0: successive updates are unrelated. Above: they agree. Clearly below: the learning rate is too large."
     )
     found[-1].lines = [{"y": 0.0, "text": ""}] if found[-1].traces else []
@@ -61,7 +63,9 @@ def plots(views: Sequence[RunView]) -> list[Plot]:
     keys = [key for key in METRICS if key not in TAKEN and not key.startswith("update_")]
     found += [_single(views, key, METRICS[key].label, _unit(key)) for key in keys if not _is_constant(views, key)]
     own = dict.fromkeys(key for view in views for line in view.metrics for key in line)
-    own_keys = [key for key in own if key not in METRICS and key not in TAKEN and any(view.values(key) for view in views)]
+    own_keys = [
+        key for key in own if key not in METRICS and key not in TAKEN and any(view.values(key) for view in views)
+    ]
     found += [_single(views, key, LABELS.get(key, key)) for key in own_keys[:MAX_OWN]]
     return [plot for plot in found if any(trace["y"] for trace in plot.traces)]
 
@@ -92,7 +96,12 @@ def _thin(lines: Sequence[Any]) -> list[Any]:
 
 def _trace(lines: Sequence[Line], y: Sequence[float], name: str, color: int | str, **more: Any) -> dict[str, Any]:
     both = _thin(list(zip(lines, y, strict=True)))
-    return {"x": _places([line for line, _ in both]), "y": [value for _, value in both], "name": name, "color": color} | more
+    return {
+        "x": _places([line for line, _ in both]),
+        "y": [value for _, value in both],
+        "name": name,
+        "color": color,
+    } | more
 
 
 def _single(views: Sequence[RunView], key: str, title: str, unit: float = 1.0) -> Plot:
@@ -196,7 +205,9 @@ def _times(views: Sequence[RunView]) -> Plot:
     plot = Plot("seconds of a generation")
     if len(views) > 1:
         return plot
-    for number, (key, text) in enumerate((("evaluate_s", "evaluating"), ("update_s", "updating"), ("draw_s", "drawing noise"))):
+    for number, (key, text) in enumerate(
+        (("evaluate_s", "evaluating"), ("update_s", "updating"), ("draw_s", "drawing noise"))
+    ):
         lines, values = views[0].points(key)
         if lines:
             plot.traces.append(_trace(lines, values, text, number))

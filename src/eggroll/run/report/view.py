@@ -149,7 +149,7 @@ class RunView:
                 return value
         return ""
 
-    def points(self, key: str) -> tuple[list[Line], list[float]]:
+    def points(self, key: str) -> tuple[Sequence[Line], list[float]]:
         """The lines that have a finite ``key``, and its values."""
         lines = [line for line in self.metrics if _is_number(line.get(key))]
         return lines, [float(line[key]) for line in lines]
@@ -169,7 +169,11 @@ class RunView:
         if self.defaults is None:
             return None
         settings = self.settings()
-        return {key: settings[key] for key in settings if key in self.defaults and _differs(settings[key], self.defaults[key])}
+        return {
+            key: settings[key]
+            for key in settings
+            if key in self.defaults and _differs(settings[key], self.defaults[key])
+        }
 
 
 def _differs(value: Any, default: Any) -> bool:
