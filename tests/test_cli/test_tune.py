@@ -147,8 +147,11 @@ def test_a_run_leaves_every_file(eggroll):
         "update_s",
         "elapsed_s",
         "invalid_scores",
+        "scores",
+        "memory_bytes",
     }
     assert all(wanted <= set(line) for line in metrics[1:])
+    assert ["update_cosine" in line for line in metrics] == [False, False, True, True, True]
     updates = lines(run / "updates.jsonl")
     assert [set(line) for line in updates] == [{"generation", "sigma", "lr", "shaped_fitness", "check"}] * 4
     assert all(len(line["shaped_fitness"]) == 4 for line in updates)
