@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from eggroll._command import typed
 from eggroll.core.settings import setting
+from eggroll.errors import ConfigError
 from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ COMPARISON = "comparison.html"
 class ReportOptions:
     """What ``eggroll report`` can be told."""
 
-    runs: tuple[str, ...] = setting(positional="RUN")
+    runs: tuple[str, ...] = setting((), positional="RUN [RUN ...]")
     """The run directory; several are compared on one page."""
     output: str | None = setting(None, flags=("-o",))
     """The file to write (default: report.html in the run's directory, or comparison.html here for several runs)."""
@@ -34,6 +36,8 @@ def run(options: ReportOptions) -> int:
     """Write a page with the curves, answers and settings of a run, also while it goes on, or of several runs."""
     from eggroll.run.report import write_comparison, write_report
 
+    if not options.runs:
+        raise ConfigError(f"report needs the directory of a run, or of several: {typed()} report runs/NAME")
     views = [_view(path, name) for path, name in zip(options.runs, _names(options.runs), strict=True)]
     if len(views) == 1:
         view = views[0]
