@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eggroll._command import typed
 from eggroll.errors import RunError
 from eggroll.run.console import duration, number, rate
 from eggroll.run.files import read_plain
@@ -93,7 +94,7 @@ def _style(view: RunView, heldout: Sequence[float]) -> str:
 def load(view: RunView) -> str:
     """How the result is loaded."""
     if view.load_line is not None:
-        what = "Use it" if view.load_line.startswith("eggroll ") else "Load it"
+        what = "Use it" if view.load_line.startswith(("eggroll ", f"{typed()} ")) else "Load it"
         return f"<p>{what}:</p><pre>{escape(view.load_line)}</pre>"
     text = f"No model was saved. The weights after {view.finished} generations can be rebuilt as shown here"
     if view.run.checkpoints.exists():
