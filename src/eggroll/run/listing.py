@@ -126,10 +126,10 @@ def row_of(path: Path) -> Row:
 def _state(path: Path, view: RunView, done: int) -> str:
     if holder(path) is not None:
         return RUNNING
-    if view.total is not None and done >= view.total and view.kind != "rl-ppo":
+    if view.total is not None and done >= view.total:
         return FINISHED
     if view.result:
-        return FINISHED if view.total is None or view.kind == "rl-ppo" else ENDED
+        return FINISHED if view.total is None else ENDED
     return STOPPED
 
 

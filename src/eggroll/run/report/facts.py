@@ -13,7 +13,7 @@ from eggroll.run.console import duration, number, rate
 from eggroll.run.files import read_plain
 from eggroll.run.report.plots import failed_shares
 from eggroll.run.report.text import escape
-from eggroll.run.report.view import REWARD, RunView
+from eggroll.run.report.view import PPO, REWARD, RunView
 
 EPISODES = ("episode.gif", "episode.html")
 LARGEST_PICTURE = 12 * 2**20
@@ -38,8 +38,6 @@ def note(view: RunView) -> str:
         why = f"its {minutes:g} minutes were used up" if spent else "its goal was reached, or its budget used up"
         text = f"The run ended after {view.finished} of {view.total} generations: {why}."
         text += " Continue it with --resume and more --minutes." if spent else ""
-    elif view.kind == "rl-ppo":
-        return ""
     else:
         text = f"The run is not finished: {view.finished} of {view.total} generations. Continue it with --resume."
     return f'<div class="note">{escape(text)}</div>'
@@ -114,7 +112,7 @@ def command(view: RunView) -> str:
 
 def animation(view: RunView) -> str:
     """An episode of the policy, or why there is none; empty for runs that have no episodes."""
-    if not view.steps and view.kind not in ("rl", "rl-ppo"):
+    if not view.steps and view.kind not in ("rl", PPO):
         return ""
     picture, page = (view.run.path / name for name in EPISODES)
     try:
@@ -198,18 +196,21 @@ def _measure_of(views: Sequence[RunView]) -> str:
 
 
 def differences(views: Sequence[RunView]) -> str:
-    """The settings in which runs differ, side by side."""
+    """The settings in which runs differ, side by side; those that only some kinds of runs have can be unfolded."""
     tables = [view.settings() for view in views]
-    keys = dict.fromkeys(key for table in tables for key in table)
-    absent = object()
-    rows = []
-    for key in keys:
-        values = [table.get(key, absent) for table in tables]
-        if key in ("output", "resume") or all(value == values[0] for value in values):
+    common: list[str] = []
+    others: list[str] = []
+    for key in dict.fromkeys(key for table in tables for key in table):
+        values = [table[key] for table in tables if key in table]
+        if key in ("output", "resume") or (len(values) == len(tables) and all(value == values[0] for value in values)):
             continue
-        cells = "".join(f"<td>{'' if value is absent else escape(value)}</td>" for value in values)
-        rows.append(f"<tr><td>{escape(str(key))}</td>{cells}</tr>")
-    if not rows:
-        return '<p class="dim">They have the same settings.</p>'
-    head = "".join(f"<th>{escape(view.name)}</th>" for view in views)
-    return f'<div class="wide"><table class="facts"><tr><th>setting</th>{head}</tr>{"".join(rows)}</table></div>'
+        cells = "".join(f"<td>{escape(table[key]) if key in table else ''}</td>" for table in tables)
+        (common if len(values) == len(tables) else others).append(f"<tr><td>{escape(str(key))}</td>{cells}</tr>")
+
+    def table_of(rows: Sequence[str]) -> str:
+        head = "".join(f"<th>{escape(view.name)}</th>" for view in views)
+        return f'<div class="wide"><table class="facts"><tr><th>setting</th>{head}</tr>{"".join(rows)}</table></div>'
+
+    found = table_of(common) if common else '<p class="dim">What all of them have is the same.</p>'
+    folded = f"<details><summary>{len(others)} settings that only some have</summary>{table_of(others)}</details>"
+    return found + (folded if others else "")

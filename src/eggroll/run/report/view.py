@@ -18,6 +18,8 @@ from eggroll.run.run_dir import RunDir
 RESULT = "result.json"
 SECONDS, STEPS = "@seconds", "@steps"
 """Keys of lines that the page adds: time over all sessions, and steps of the environment so far."""
+PPO = "rl-ppo"
+"""The kind of a baseline, which counts iterations and has no number of them in its settings."""
 LARGEST = 1e300
 """Numbers from here on are not drawn: the length of an axis would be infinite."""
 
@@ -103,7 +105,7 @@ class RunView:
     @property
     def total(self) -> int | None:
         """Generations that it shall have; ``None`` where that is not known."""
-        found = self.run.setting("generations")
+        found = None if self.kind == PPO else self.run.setting("generations")
         return found if type(found) is int else None
 
     @cached_property
