@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -249,6 +250,17 @@ def test_watch_on_a_terminal(folder, monkeypatch):
         assert command.run(command.RunsOptions(watch=True)) == 0
     assert "3/10" in captured.get()
     assert isinstance(console, Console)
+
+
+def test_a_narrow_terminal_has_fewer_columns_and_whole_names(folder):
+    for width, missing in ((120, set()), (84, {"kind"}), (64, {"kind", "age", "last"})):
+        console = Terminal(force_terminal=True, width=width, highlight=False)
+        found = chosen(Folder(folder).rows(), sort="name", conditions=["smollm2"])
+        with console.capture() as captured:
+            console.print(command.table(console, found))
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", captured.get())
+        assert set(COLUMNS) - set(plain.split()) == missing
+        assert "smollm2-135m" in plain
 
 
 def test_an_unknown_column_is_no_condition(folder):

@@ -10,6 +10,7 @@ import plotly.graph_objects
 import pytest
 import torch
 from test_run.pages import page_of, plots_of
+from test_run.toys import train
 
 from eggroll.errors import ConfigError, MissingExtraError
 from eggroll.run import RunDir
@@ -263,6 +264,18 @@ def test_without_plotly_it_says_how_to_install_it(sampled, monkeypatch):
     page._plotly.cache_clear()
     with pytest.raises(MissingExtraError, match=r"plotly\.offline report"):
         write_report(sampled)
+
+
+def test_a_run_without_plotly_ends_with_a_warning(tmp_path, monkeypatch):
+    def missing(module, *, extra):
+        raise MissingExtraError("install plotly")
+
+    monkeypatch.setattr(page, "require", missing)
+    page._plotly.cache_clear()
+    with pytest.warns(UserWarning, match=r"report\.html was not written: install plotly"):
+        trained = train(output=str(tmp_path / "run"))
+    assert trained.generation == 3
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_the_time_is_that_of_all_sessions(run):

@@ -15,6 +15,7 @@ from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
     from eggroll.run.report.view import RunView
+    from eggroll.run.run_dir import RunDir
 
 COMPARISON = "comparison.html"
 
@@ -35,10 +36,12 @@ OPTIONS = ReportOptions
 def run(options: ReportOptions) -> int:
     """Write a page with the curves, answers and settings of a run, also while it goes on, or of several runs."""
     from eggroll.run.report import write_comparison, write_report
+    from eggroll.run.run_dir import RunDir
 
     if not options.runs:
         raise ConfigError(f"report needs the directory of a run, or of several: {typed()} report runs/NAME")
-    views = [_view(path, name) for path, name in zip(options.runs, _names(options.runs), strict=True)]
+    directories = [RunDir.open(path) for path in options.runs]
+    views = [_view(run, name) for run, name in zip(directories, _names(options.runs), strict=True)]
     if len(views) == 1:
         view = views[0]
         written = write_report(view.run, load_line=view.load_line, defaults=view.defaults, output=options.output)
@@ -48,13 +51,11 @@ def run(options: ReportOptions) -> int:
     return 0
 
 
-def _view(path: str, name: str) -> RunView:
+def _view(directory: RunDir, name: str) -> RunView:
     from eggroll.cli.kinds import kind_of
     from eggroll.errors import RunError
     from eggroll.run.report.view import RunView
-    from eggroll.run.run_dir import RunDir
 
-    directory = RunDir.open(path)
     try:
         kind = kind_of(directory)
     except RunError:  # of a program of the user's own

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 EVERY_S = 2.0
 """Seconds between two looks of --watch."""
+NUMERIC = ("generations", "best", "last", "age")
+LEFT_OUT = ("kind", "age", "last", "task")
+"""Columns that a narrow terminal does without, the first one first."""
 STYLES = {"running": "bold cyan", "finished": "green", "ended": "green", "stopped": "yellow", "broken": "bold red"}
 
 
@@ -80,18 +83,27 @@ def table(console: Terminal, found: Sequence[Row]) -> RenderableType:
     if not console.is_terminal:
         lines = _columns([list(COLUMNS), *cells])
         return Text("\n".join([*lines, *(f"broken: {printable(trouble)}" for trouble in troubles)]))
-    shown = Table(box=None, pad_edge=False, header_style="dim", caption_justify="left", caption_style="red")
-    for name in COLUMNS:
-        numeric = name in ("generations", "best", "last", "age")
-        shown.add_column(name, justify="right" if numeric else "left", no_wrap=name in ("generations", "state", "age"))
+    shown = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    kept = _kept([list(COLUMNS), *cells], console.width)
+    for name in kept:
+        shown.add_column(name, justify="right" if name in NUMERIC else "left", overflow="ellipsis", no_wrap=True)
     for row, line in zip(found, cells, strict=True):
-        style = STYLES.get(row.state, "")
-        shown.add_row(
-            *(Text(cell, style=style if name == "state" else "") for name, cell in zip(COLUMNS, line, strict=True))
-        )
+        by_name = dict(zip(COLUMNS, line, strict=True))
+        style = {"state": STYLES.get(row.state, "")}
+        shown.add_row(*(Text(by_name[name], style=style.get(name, "")) for name in kept))
     if troubles:
         shown.caption = escape(printable("\n".join(troubles)))
+        shown.caption_justify, shown.caption_style = "left", "red"
     return shown
+
+
+def _kept(lines: Sequence[Sequence[str]], width: int) -> list[str]:
+    """The columns that a terminal has room for."""
+    widths = dict(zip(lines[0], (max(map(len, column)) for column in zip(*lines, strict=True)), strict=True))
+    for name in LEFT_OUT:
+        if sum(widths.values()) + 2 * (len(widths) - 1) > width:
+            del widths[name]
+    return list(widths)
 
 
 def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
