@@ -60,6 +60,7 @@ CHECKS: dict[str, list[str]] = {
     "kinetix": ["eggroll rl --list", RL],
     "tasks": ["eggroll eval --help", TINY_LLAMA, "eggroll eval tiny --task countdown --max-tokens 4"],
     "llm,ray": [TINY_LLAMA, f"{TUNE} --workers 1"],
+    "torch,report": [f"{PRETRAIN} --report-to none", "eggroll report pretrained", "eggroll runs ."],
     "torch,wandb": [f"{PRETRAIN} --report-to wandb"],
 }
 """What is tried in each environment; ``""`` is the package without extras. A command that fails ends the script."""

@@ -23,6 +23,7 @@ from eggroll.core.reading import NUMBER, check_fields
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError, EggrollError, RewardError, RunError
 from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
+from eggroll.run.provenance import memory_used
 
 if TYPE_CHECKING:
     from eggroll.run.checkpoint import Checkpoint
@@ -77,6 +78,8 @@ class Worker(Protocol):
     A PyTorch module, a vLLM engine, a policy in JAX, an integer language model, and a pool of other workers are all
     workers. Those that start from the same weights and apply the same records have the same weights again, bit for
     bit: that is all that keeps a pool of them together.
+
+    One that also has ``update_cosine`` (see :class:`eggroll.core.turning.Turning`) has it logged after each update.
     """
 
     def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
@@ -263,6 +266,7 @@ class Loop:
         norm = self.worker.apply(record)
         self.applied = generation + 1
         self._spreads.append(has_spread(config, weights))
+        cosine: float | None = getattr(self.worker, "update_cosine", None)
         if self.run is not None and evaluation.samples:
             self.run.append_samples([{"generation": generation + 1, **row} for row in evaluation.samples])
         return {
@@ -271,10 +275,12 @@ class Loop:
             "sigma": sigma,
             "lr": lr,
             "update_norm": norm,
+            **({} if cosine is None else {"update_cosine": cosine}),
             "members_per_s": config.population_size / max(seconds, 1e-9),
             **({"tokens_per_s": evaluation.tokens / max(seconds, 1e-9)} if evaluation.tokens else {}),
             "evaluate_s": seconds,
             "update_s": time.perf_counter() - start,
+            **memory_used(),
             **evaluation.metrics,
             **config.weight_metrics(weights),
             **self._counts(evaluation.totals),
@@ -412,6 +418,7 @@ def fitness_metrics(fitness: NDArray[np.floating[Any]]) -> dict[str, float]:
         "fitness_min": float(finite.min()),
         "fitness_std": float(finite.std()),
         "invalid_scores": invalid,
+        "scores": table.size,
     }
 
 

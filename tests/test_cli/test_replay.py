@@ -107,3 +107,24 @@ def test_the_report_is_written_again(eggroll):
     assert done.status == 0
     assert done.out == "report   run/report.html\n"
     assert "run/model" in (eggroll.work / "run/report.html").read_text()
+    text = (eggroll.work / "run/report.html").read_text()
+    assert '<tr class="changed"><td>sigma</td><td>0.05</td><td>0.01</td></tr>' in text
+    assert eggroll("report", "run", "-o", "page.html").out == "report   page.html\n"
+    assert (eggroll.work / "page.html").read_text() == text
+
+
+def test_several_runs_are_compared(eggroll):
+    for name, lr in (("one", "0.02"), ("two", "0.5")):
+        assert eggroll.tune("-g", "1", "--lr", lr, "-o", f"runs/{name}").status == 0
+    assert eggroll("report", "runs/one", "runs/two").out == "report   comparison.html\n"
+    text = (eggroll.work / "comparison.html").read_text()
+    assert "<tr><td>lr</td><td>0.02</td><td>0.5</td></tr>" in text
+    assert "runs/two/model" in text
+    shown = eggroll("runs").out.splitlines()
+    assert {tuple(line.split()[:5]) for line in shown[1:]} == {
+        (name, "tune", "tiny", "score.py", "1/1") for name in ("one", "two")
+    }
+    done = eggroll("report")
+    assert done.status == 1
+    assert done.err.startswith("error: report needs the directory of a run, or of several: ")
+    assert eggroll("report", "runs/one", "gone").err.startswith("error: gone does not exist.")

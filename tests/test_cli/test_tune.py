@@ -45,7 +45,8 @@ FLAGS = {
         --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
     """,
     "replay": "RUN --to --output/-o --trust-remote-code --allow-difference",
-    "report": "RUN",
+    "report": "RUN -o/--output",
+    "runs": "FOLDER -s/--sort --reverse -f/--filter -w/--watch",
 }
 DEFAULTS = {
     "generations": 100,
@@ -92,7 +93,7 @@ def test_the_flags_are_frozen(command, eggroll, monkeypatch):
         entry = line.strip("│ ").split("  ")[0]
         if entry.startswith("-"):
             found |= {word for word in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", entry) if not word.startswith("--no-")}
-        elif entry.split(" ")[0] in ("MODEL", "RUN"):
+        elif entry.split(" ")[0] in ("MODEL", "RUN", "FOLDER"):
             found.add(entry.split(" ")[0])
     assert found - {"-h", "--help"} == {flag for group in FLAGS[command].split() for flag in group.split("/")}
 
@@ -147,8 +148,11 @@ def test_a_run_leaves_every_file(eggroll):
         "update_s",
         "elapsed_s",
         "invalid_scores",
+        "scores",
+        "memory_bytes",
     }
     assert all(wanted <= set(line) for line in metrics[1:])
+    assert ["update_cosine" in line for line in metrics] == [False, False, True, True, True]
     updates = lines(run / "updates.jsonl")
     assert [set(line) for line in updates] == [{"generation", "sigma", "lr", "shaped_fitness", "check"}] * 4
     assert all(len(line["shaped_fitness"]) == 4 for line in updates)

@@ -173,5 +173,9 @@ def test_reward_follows_the_convention_of_trl():
     assert TASK.reward(conversations, replies, answer=answers) == [1.0, 0.0]
     completions = ["A violin is an instrument.", "Cairo is in Egypt, Spain."]
     assert TASK.reward(prompts, completions, answer=answers, wrong=[[], ["spain"]]) == [1.0, 0.5]
+    logged = {}
+    TASK.reward(prompts, completions, answer=answers, wrong=[[], ["spain"]], log_extra=logged.__setitem__)
+    assert list(logged) == ["correct", "length", "single", "ending", "sound"]
+    assert logged["correct"] == [1.0, 0.5]
     with pytest.raises(RewardError, match='the reward "one_sentence" needs a column "answer"'):
         TASK.reward(prompts, completions)

@@ -51,6 +51,25 @@ def test_a_trl_function_runs_unmodified_and_logs_to_the_run(tmp_path, tiny_model
     assert len(samples) == 4 * 3 + 2 * 2
     assert all(row["logged"]["extracted"] == row["completion"] + "!" for row in samples)
     assert {row["logged"]["position"] for row in samples if row["split"] == "heldout"} == {0, 1, 2, 3}
+    assert all(row["logged"]["reward"] == row["reward"] == len(row["completion"]) for row in samples), "its parts"
+
+
+def test_the_scores_of_several_functions_are_with_the_samples(tmp_path, tiny_model, tiny_tokenizer):
+    def length(completions):
+        return [float(len(completion)) for completion in completions]
+
+    def vowels(completions):
+        return [None if not completion else float(sum(map(completion.count, "aeiou"))) for completion in completions]
+
+    run = RunDir.create(tmp_path / "run", CONFIG.to_dict())
+    both = FunctionReward([length, vowels], weights=[1.0, 0.5])
+    EggrollTrainer(tiny_model, CONFIG, both, tiny_tokenizer).evolve(["a", "b"], eval_data=["c"], run=run)
+    samples = run.samples()
+    assert {row["split"] for row in samples} == {"train", "heldout"}
+    for row in samples:
+        logged = row["logged"]
+        assert logged["length"] == len(row["completion"])
+        assert row["reward"] == pytest.approx(logged["length"] + 0.5 * (logged["vowels"] or 0.0))
 
 
 def test_workers_log_too(tmp_path, monkeypatch):

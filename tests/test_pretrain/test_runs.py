@@ -44,6 +44,8 @@ def test_a_run_leaves_what_it_promises(options):
     lines = [line for line in run.metrics() if "evaluate_s" in line]
     assert len(lines) == 6
     assert all(0 <= line["ties"] <= 1 and line["tokens_per_s"] > 0 for line in lines)
+    assert ["update_cosine" in line for line in lines] == [False] + [True] * 5
+    assert all(-1 <= line["update_cosine"] <= 1 and line["memory_bytes"] > 2**20 for line in lines[1:])
     assert -9 < lines[0]["fitness_mean"] < -7  # bits per byte, the larger the better
     assert [line["generation"] for line in run.metrics() if "validation_bits_per_byte" in line] == [0, 2, 4, 6]
     record = run.updates()[3]

@@ -24,7 +24,8 @@ from eggroll.errors import ConfigError, RunError  # noqa: E402
 from eggroll.lifecycle import options_of_run  # noqa: E402
 from eggroll.rl import RLConfig, train  # noqa: E402
 from eggroll.rl.envs import registry  # noqa: E402
-from eggroll.rl.kind import KIND  # noqa: E402
+from eggroll.rl.kind import KIND, _solved  # noqa: E402
+from eggroll.rl.worker import environment_of  # noqa: E402
 from eggroll.run.run_dir import RunDir  # noqa: E402
 
 QUICK = {
@@ -53,11 +54,34 @@ def test_a_run_improves_logs_draws_and_reports(toy, tmp_path, capsys):
     assert result["end_return"] > result["start_return"] / 2  # returns are negative distances
     assert result["env_steps"] == 25 * 64 * 12
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "run" / "report.html").exists()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "return of held-out episodes" in page
+    assert f"eggroll replay {tmp_path / 'run'}" in page
+    assert f"policy = load_file(&#x27;{tmp_path / 'run'}/replay-25/policy.safetensors&#x27;)" in page
     assert (tmp_path / "run" / "episode.txt").exists()
+    cosines = [line.get("update_cosine") for line in RunDir.open(tmp_path / "run").metrics() if "lr" in line]
+    assert cosines[0] is None
+    assert all(-1 <= value <= 1 for value in cosines[1:])
+    assert len(set(cosines)) == 25
     for piece in ("toy/Chase", "policy   98 parameters evolved", "end return", "episode.txt (return"):
         assert piece in text
     assert "updates.jsonl" in {path.name for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"env": "CartPole-v1"}, {"solved_return": 475.0}),
+        ({"env": "gymnasium/CartPole-v1"}, {"solved_return": 475.0}),
+        ({"env": "CartPole-v1", "max_steps": 100}, {}),
+        ({"env": "gymnasium/Pendulum-v1"}, {}),
+        ({"env": "jumanji/Snake-v1"}, {}),
+    ],
+)
+def test_the_return_from_which_an_environment_counts_as_solved(settings, expected):
+    pytest.importorskip("gymnasium")
+    config = RLConfig(**settings)
+    assert dict(_solved(config, environment_of(config.env))) == expected
 
 
 def test_resume_is_bit_for_bit(toy, tmp_path):

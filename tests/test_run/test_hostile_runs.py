@@ -9,13 +9,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+from test_run.pages import plots_of
 from test_run.toys import KIND, quick, resume, train
 
 from eggroll import lifecycle
 from eggroll.core.reading import MAX_DEPTH, parse
 from eggroll.errors import EggrollError
 from eggroll.run import RunDir
-from eggroll.run.report import write_report
+from eggroll.run.report import write_comparison, write_report
+from eggroll.run.report.view import RunView
 
 DEEP = "[" * 100_000 + "]" * 100_000
 HUGE = "1" + "0" * 400
@@ -49,7 +51,6 @@ def finished(tmp_path_factory):
 def restored(finished, tmp_path, monkeypatch):
     """``restored()`` makes the folder ``base`` as it was, and returns it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("eggroll.run.report.curves", lambda metrics: [])  # they take long, and have their own test
 
     def restore():
         shutil.rmtree("base", ignore_errors=True)
@@ -61,9 +62,10 @@ def restored(finished, tmp_path, monkeypatch):
 
 
 def texts_of(base):
-    """What reporting, replaying and resuming say, each empty if it can be done; any other error is raised."""
+    """What reporting, comparing, replaying and resuming say, each empty if it can be done; other errors are raised."""
     calls = (
-        lambda: write_report(RunDir.open(base)),
+        lambda: write_report(RunDir.open(base), defaults={"lr": 0.1, "betas": (0.9, 0.999)}),
+        lambda: write_comparison([RunView(RunDir.open(base), name) for name in ("one", "two")], "both.html"),
         lambda: lifecycle.replay(KIND, RunDir.open(base), allow_difference=True),
         lambda: resume(base, generations=4),
     )
@@ -124,19 +126,19 @@ def test_what_is_said(restored):
     """The messages of some of them."""
     expected = {
         ("config.json", "options.lr", "null"): (
-            2,
+            3,
             "base/config.json cannot be read as settings: lr (=null) must be a number",
         ),
         ("updates.jsonl", "shaped_fitness", '["a"]'): (0, "base/updates.jsonl, line 3 is not an update record ("),
         ("updates.jsonl", "generation", "7"): (
-            2,
+            3,
             "base/updates.jsonl, line 3 is of generation 7, expected 2; a part is",
         ),
-        ("updates.jsonl", "lr", HUGE): (1, "'lr' must be a finite number, not a number out of range"),
+        ("updates.jsonl", "lr", HUGE): (2, "'lr' must be a finite number, not a number out of range"),
         ("metrics.jsonl", "fitness_mean", '"high"'): (0, "line 4: 'fitness_mean' must be a finite number or null, not"),
-        ("metrics.jsonl", "steps", '"many"'): (2, "base/metrics.jsonl, generation 3: 'steps' must be a finite number"),
+        ("metrics.jsonl", "steps", '"many"'): (3, "base/metrics.jsonl, generation 3: 'steps' must be a finite number"),
         ("samples.jsonl", "prompt", DEEP): (0, "base/samples.jsonl, line 3 is not a JSON object: '{"),
-        ("environment.json", "resumed", "5"): (2, "base/environment.json: 'resumed' must be a list of objects, not 5"),
+        ("environment.json", "resumed", "5"): (3, "base/environment.json: 'resumed' must be a list of objects, not 5"),
     }
     for (name, place, value), (which, text) in expected.items():
         put(restored() / name, place, value)
@@ -151,7 +153,7 @@ def test_records_of_a_larger_population(restored):
     text = (
         "base/updates.jsonl, generation 2: it has 40 weights, and the run 4 members; the log or config.json was changed"
     )
-    assert [text in said for said in texts_of(Path("base"))] == [False, True, True]
+    assert [text in said for said in texts_of(Path("base"))] == [False, False, True, True]
 
 
 def test_curves_of_numbers_that_nobody_expects(restored, monkeypatch):
@@ -161,7 +163,10 @@ def test_curves_of_numbers_that_nobody_expects(restored, monkeypatch):
     for line, value in zip(lines, (1e308, -1e308, 5e-324, 0.0), strict=True):
         line |= {"fitness_mean": value, "heldout_reward": value, "elapsed_s": abs(value), "$\\frac": value, "": value}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "<svg" in write_report(RunDir.open("base")).read_text()
+    drawn = plots_of(write_report(RunDir.open("base")))
+    numbers = [value for plot in drawn for trace in plot["traces"] for value in (*trace["y"], *trace["x"]["time"])]
+    assert drawn
+    assert all(abs(value) < 1e300 for value in numbers)
 
 
 def test_depth_is_bounded_and_text_is_not():

@@ -45,6 +45,28 @@ def steps(made, generations, *, lr=LR, scale=1.0):
             made.step(name, gradient(name, generation, scale), lr=lr, generation=generation)
 
 
+@pytest.mark.parametrize("settings", [{}, {"rounding": "stochastic"}])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_cosine_of_successive_updates(optimizer, settings):
+    params = parameters(torch.bfloat16 if settings else torch.float32)
+    made = updater(params, config(optimizer, **settings))
+    found, changes = [], []
+    for generation in range(4):
+        before = torch.cat([p.detach().float().flatten() for p in params.values()])
+        steps(made, [generation], lr=10 * LR)
+        made.turning.finish()
+        found.append(made.turning.cosine)
+        changes.append(torch.cat([p.detach().float().flatten() for p in params.values()]) - before)
+    assert found[0] is None
+    exact = [torch.cosine_similarity(one, other, dim=0).item() for one, other in itertools.pairwise(changes)]
+    # what is rounded away counts as well
+    assert found[1:] == pytest.approx(exact, abs=0.05 if settings else 1e-4)
+    made.load_state_tensors(made.state_tensors())
+    steps(made, [4])
+    made.turning.finish()
+    assert made.turning.cosine is None, "the update before it may be another one"
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_the_optimizer_by_hand(optimizer, weight_decay):

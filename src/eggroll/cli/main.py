@@ -22,7 +22,7 @@ from eggroll.errors import EggrollError, raised_at
 from eggroll.run.console import forgive
 from eggroll.run.terminal import Terminal, printable
 
-COMMANDS = ("tune", "eval", "info", "replay", "report", "rl", "pretrain")
+COMMANDS = ("tune", "eval", "info", "replay", "report", "runs", "rl", "pretrain")
 """Each is a module of this package with ``OPTIONS`` (a dataclass), ``run(options)``, and perhaps
 ``default_options(arguments)``: defaults that depend on what is typed, such as those of the run that --resume names."""
 NAMED = {"rl": "--env", "pretrain": "--data"}
@@ -31,7 +31,7 @@ EXTRAS = {"tune": "llm", "eval": "llm", "info": "llm", "pretrain": "llm", "rl": 
 """The extra that brings all that a command needs."""
 BROUGHT = {
     "torch": "llm", "transformers": "llm", "safetensors": "llm", "tokenizers": "llm", "datasets": "llm", "jax": "rl",
-    "jaxtyping": "rl", "optax": "rl", "gymnax": "rl", "gymnasium": "rl",
+    "jaxtyping": "rl", "optax": "rl", "gymnax": "rl", "gymnasium": "rl", "plotly": "report",
 }  # fmt: skip
 """Modules that an extra brings, and which one; a module that is missing otherwise is a fault, not an extra."""
 USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
@@ -43,7 +43,8 @@ USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its option
   pretrain       train a language model from scratch in int8 (--data FILE), or sample from one
   info MODEL     show a model's parameters and what a population of it needs
   replay RUN     rebuild the weights of any generation of a run
-  report RUN     write a run's report.html again
+  report RUN     write a run's report.html, or a page that compares several runs
+  runs [FOLDER]  list the runs in a folder; --watch follows them
 """
 
 

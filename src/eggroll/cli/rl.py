@@ -72,11 +72,18 @@ def _curve(console: Console, trained: Trained) -> None:
 
 
 def _drawing(console: Console, trained: Trained) -> None:
+    from eggroll.rl.kind import KIND
+    from eggroll.run.report import REPORT, write_report
+
     _curve(console, trained)
     drawn = None if trained.interrupted else trained.worker.draw(Path(trained.run.path) / "episode")
     if drawn is not None:
         path, score = drawn
         console.print(f"episode  {escape(str(path))} (return {score:.4g})")
+        if (trained.run.path / REPORT).exists():
+            write_report(
+                trained.run, load_line=KIND.load_line(trained.run), defaults=KIND.defaults()
+            )  # again, with the episode in it
 
 
 def _list() -> None:

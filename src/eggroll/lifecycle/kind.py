@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,3 +118,8 @@ class RunKind:
     measured: Mapping[str, Kind] = field(default_factory=dict)
     retired: Sequence[str] = ()
     from_checkpoint: bool = False
+
+    def defaults(self) -> dict[str, Any]:
+        """The settings that have a default, by name: a report marks those of a run that are not these."""
+        fields = dataclasses.fields(self.options)
+        return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from eggroll.core.settings import flag_of
 from eggroll.distributed import RayPool
 from eggroll.distributed.options import WorkerOptions
 from eggroll.distributed.pool import Pool
-from eggroll.errors import ConfigError, EggrollError, RunError, RunWriteError
+from eggroll.errors import ConfigError, EggrollError, MissingExtraError, RunError, RunWriteError
 from eggroll.lifecycle.kind import Plan, RunKind, Sitting
 from eggroll.lifecycle.opening import check_code, check_not_taken, command_line, open_run
 from eggroll.loop import Listener, Loop, Worker
@@ -150,7 +151,10 @@ def _finish(kind: RunKind, plan: Plan, run: RunDir, worker: Any, sitting: Sittin
         result = plan.finish(worker, run, sitting)
         if result:
             run.write_file(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-        write_report(run, load_line=kind.load_line(run))
+        try:
+            write_report(run, load_line=kind.load_line(run), defaults=kind.defaults())
+        except MissingExtraError as error:  # everything else of the run is there
+            warnings.warn(f"report.html was not written: {error}", stacklevel=2)
     if not sitting.interrupted and not kind.from_checkpoint:
         thin_checkpoints(run)
     return Trained(plan, run, worker, result, sitting.interrupted, sitting.generation)

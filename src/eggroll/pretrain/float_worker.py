@@ -72,6 +72,11 @@ class FloatWorker(PretrainWorker):
         """Take one update; returns the norm of the change."""
         return self.replica.apply(record)
 
+    @property
+    def update_cosine(self) -> float | None:
+        """See :class:`eggroll.loop.Worker`."""
+        return self.replica.updater.turning.cosine
+
     @torch.no_grad()
     def bits_per_byte(self, stream: NDArray[np.uint8], limit: int | None = None) -> tuple[float, int]:
         """As :func:`eggroll.pretrain.measure.bits_per_byte`, of the center."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from eggroll.core.records import UpdateRecord
+from eggroll.core.turning import Turning, stride_of
 from eggroll.errors import CheckpointError
 from eggroll.loop import Evaluation, Heldout
 from eggroll.pretrain.config import PretrainOptions
@@ -110,6 +111,7 @@ class IntegerWorker(PretrainWorker):
 
     def __init__(self, options: PretrainOptions, corpus: Corpus | None = None) -> None:
         super().__init__(options, corpus)
+        self._turning = Turning()
         self.engine = make_engine(
             init_params(options.shape, options.seed),
             options.make_noise(),
@@ -160,8 +162,25 @@ class IntegerWorker(PretrainWorker):
             momentum_shift=options.momentum_shift,
             sign_of_noise=options.sign_of_noise,
         )
+        before = self._sampled()
         moved = self.engine.update(record.generation, np.arange(len(pairs), dtype=np.int64), pairs, step)
+        for name, (now, stride) in self._sampled().items():
+            self._turning.add(name, now - before[name][0], stride)
+        self._turning.finish()
         return math.sqrt(moved) / ONE
+
+    def _sampled(self) -> dict[str, tuple[NDArray[np.int16], int]]:
+        """Some entries of each parameter, and the distance between them."""
+        strides = {name: stride_of(value.shape) for name, value in self.engine.params.items()}
+        return {
+            name: (value.reshape(-1)[:: strides[name]].astype(np.int16), strides[name])
+            for name, value in self.engine.params.items()
+        }
+
+    @property
+    def update_cosine(self) -> float | None:
+        """See :class:`eggroll.loop.Worker`."""
+        return self._turning.cosine
 
     def bits_per_byte(self, stream: NDArray[np.uint8], limit: int | None = None) -> tuple[float, int]:
         """Bits per byte of a text, and how many bytes were predicted."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.markup import escape
 
+from eggroll._command import typed
+from eggroll._optional import require
 from eggroll.core.reading import NUMBER
 from eggroll.core.settings import narrowed
 from eggroll.lifecycle import Opened, Plan, RunKind, Saved, Sitting, Trained
@@ -79,7 +83,21 @@ def _plan(options: RLConfig) -> Plan:
         checkpoint_every=max(1, min(10, config.generations // 10)),
         stop=None if config.env_steps is None else partial(_used_up, config.env_steps),
         describe=lambda worker: _describe(config, env),
+        facts=_solved(config, env),
     )
+
+
+def _solved(config: RLConfig, env: Environment) -> dict[str, float]:
+    """The return from which Gymnasium counts an environment as solved, where it says so; gymnax has the same ones."""
+    from eggroll.rl.envs import registry
+
+    library, id = registry.resolve(config.env)
+    if library not in ("gymnasium", "gymnax") or (config.max_steps or env.max_steps) < env.max_steps:
+        return {}
+    with suppress(Exception):  # it is not installed, or has no such environment
+        threshold = require("gymnasium", extra="rl").spec(id).reward_threshold
+        return {} if threshold is None else {"solved_return": float(threshold)}
+    return {}
 
 
 def _used_up(budget: int, history: Sequence[dict[str, Any]]) -> bool:
@@ -152,8 +170,20 @@ def _save(worker: PolicyWorker, directory: Path, generation: int) -> Saved:
     return Saved("policy", path, ("from safetensors.numpy import load_file", f'policy = load_file("{path}")'))
 
 
+def _load_line(run: RunDir) -> str | None:
+    """The command that writes the policy, and the Python that loads it; ``None`` before the first generation."""
+    done = len(run.updates())
+    if done == 0:
+        return None
+    path = run.path / f"replay-{done}" / "policy.safetensors"
+    return (
+        f"{typed()} replay {shlex.quote(str(run.path))}\n"
+        f"# then, in Python:\nfrom safetensors.numpy import load_file\npolicy = load_file({str(path)!r})"
+    )
+
+
 KIND = RunKind(
-    name="rl", options=RLConfig, plan=_plan, base=_base, save=_save, measured={"env_steps": NUMBER},
-    retired=("list", "render"), from_checkpoint=True,
+    name="rl", options=RLConfig, plan=_plan, base=_base, save=_save, load_line=_load_line,
+    measured={"env_steps": NUMBER}, retired=("list", "render"), from_checkpoint=True,
 )  # fmt: skip
 """What ``eggroll rl`` runs, ``eggroll replay`` rebuilds, and :func:`train` trains."""

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from numpy.typing import NDArray
 
 from eggroll.core.records import UpdateRecord
+from eggroll.core.turning import Turning
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.jax.strategy import State, Strategy
 from eggroll.loop import Evaluation, Heldout
@@ -47,6 +48,7 @@ class PolicyWorker:
         strategy.leaves(params, rollouts.example)
         self.stats = ObsStats.empty(rollouts.env.obs_size)
         self.env_steps = 0
+        self._turning = Turning()
 
     def evaluate(self, generation: int, sigma: float, members: range) -> Evaluation:
         """The members' mean returns, and the sums of what they saw."""
@@ -84,8 +86,17 @@ class PolicyWorker:
             count, total, squares = (jnp.asarray(record.totals[name], jnp.float32) for name in SUMS)
             self.stats = self.stats.merge(ObsStats.of_sums(count[0], total, squares, self.stats.mean))
             self.env_steps += int(record.totals["env_steps"])
-        changes = jax.tree.map(lambda new, old: jnp.sum((new - old) ** 2), self.state.params, before)
-        return float(jnp.sqrt(sum(jax.tree.leaves(changes))))
+        pairs = zip(jax.tree.leaves(self.state.params), jax.tree.leaves(before), strict=True)
+        changes = [np.asarray(new - old) for new, old in pairs]
+        for number, change in enumerate(changes):
+            self._turning.add(str(number), change)
+        self._turning.finish()
+        return float(np.sqrt(sum(np.sum(np.square(change)) for change in changes)))
+
+    @property
+    def update_cosine(self) -> float | None:
+        """See :class:`eggroll.loop.Worker`."""
+        return self._turning.cosine
 
     def draw(self, path: Path) -> tuple[Path, float] | None:
         """Write an animation of one held-out episode; its file and return, or ``None`` where nothing can be drawn."""

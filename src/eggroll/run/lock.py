@@ -66,6 +66,25 @@ def locked(directory: str | Path, command: Sequence[str] = ()) -> Iterator[None]
         os.close(descriptor)
 
 
+def holder(directory: str | Path) -> dict[str, Any] | None:
+    """What is known of the process that writes to the run in ``directory``; ``None`` if there is none.
+
+    The lock itself is not touched, so that whoever wants it meanwhile can have it.
+    """
+    path = Path(directory) / LOCK
+    try:
+        if _held.get(_number(path.lstat())) == os.getpid():  # to close it would free the lock
+            return {"pid": os.getpid(), "host": socket.gethostname()}
+        descriptor = open_plain(path, os.O_RDONLY)
+    except (OSError, RunError):
+        return None
+    try:
+        owner = _read_owner(descriptor)
+    finally:
+        os.close(descriptor)
+    return None if _is_gone(owner) else owner
+
+
 def _take(path: Path) -> int:
     """The open file ``path`` with its lock."""
     while True:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,34 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def memory_used() -> dict[str, int]:
+    """What this process takes now, as entries of ``metrics.jsonl``; without those that the system does not tell.
+
+    ``memory_bytes`` is resident main memory, ``gpu_memory_bytes`` the most that PyTorch or JAX has had on its GPU.
+    """
+    found = {}
+    with suppress(OSError, ValueError, IndexError, AttributeError):
+        found["memory_bytes"] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    on_gpu = [_torch_memory(), _jax_memory()]
+    if any(on_gpu):
+        found["gpu_memory_bytes"] = max(on_gpu)
+    return found
+
+
+def _torch_memory() -> int:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+
+
+def _jax_memory() -> int:
+    jax = sys.modules.get("jax")
+    if jax is None or not hasattr(jax, "default_backend") or jax.default_backend() == "cpu":
+        return 0
+    return sum((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
 
 
 def gpus() -> list[str]:

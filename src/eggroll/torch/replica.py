@@ -98,6 +98,7 @@ class Center:
             own = lr[spec.name] if isinstance(lr, Mapping) else lr
             squares += self.updater.step(spec.name, gradient, lr=own, generation=generation)
             del gradient  # before the next one is made
+        self.updater.turning.finish()
         self.generation = generation + 1
         return float(squares**0.5)
 

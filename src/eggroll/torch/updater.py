@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eggroll.core.address import parameter_key
 from eggroll.core.config import ESConfig, Rounding
 from eggroll.core.threefry import fold_in
+from eggroll.core.turning import Turning, stride_of
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.torch.quantized.tensor import grid_of
 from eggroll.torch.quantized.update import GridRule, GridUpdater, delta_of
@@ -64,6 +65,7 @@ class Updater:
     ) -> None:
         self.parameters = dict(parameters)
         self.seed = seed
+        self.turning = Turning()
         self.rounding: Rounding = "master" if rounding == "auto" else rounding
         self.masters: dict[str, Tensor] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -102,7 +104,7 @@ class Updater:
         self._step(self._optimizers[name], target, gradient.to(target.dtype), lr)
         if name in self.masters:
             parameter.copy_(target)
-        return float(before.sub_(target).float().square_().sum())
+        return self._measured(name, before.sub_(target).float())
 
     def _follow(self, name: str, parameter: nn.Parameter, target: Tensor) -> None:
         """Notice what was done to a parameter from outside: other numbers are taken over, other memory is refused."""
@@ -143,7 +145,13 @@ class Updater:
         key = fold_in(fold_in(parameter_key(self.seed, name), ROUNDING_STREAM), generation)
         bits = random_bits(torch.tensor([key], dtype=torch.int64), wide.numel(), device=wide.device)
         parameter.copy_(round_stochastically(wide, bits.view(wide.shape)))
-        return float(before.sub_(wide).square_().sum())
+        return self._measured(name, before.sub_(wide))
+
+    def _measured(self, name: str, change: Tensor) -> float:
+        """The squared norm of a change, which is used up; its sample goes to ``turning``."""
+        stride = stride_of(change.shape)
+        self.turning.add(name, change.reshape(-1)[::stride].cpu().numpy(), stride)
+        return float(change.square_().sum())
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything besides the parameters that the next step depends on, flat, for a checkpoint."""
@@ -167,6 +175,7 @@ class Updater:
                 f"the checkpoint has no float32 master for {len(missing)} parameters ({missing[0]}, ...): it was "
                 "written with another setting of rounding or dtype; use the same as then"
             )
+        self.turning.forget()
         for name, master in self.masters.items():
             master.copy_(tensors[f"master/{name}"])
         for name, updater in self._grids.items():

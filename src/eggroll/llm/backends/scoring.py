@@ -179,6 +179,7 @@ class Evaluator(ABC):
         """Weighted scores of ``len(members)`` members (or the center) on a batch, member by member."""
         total: NDArray[np.float64] | float = 0.0
         completions: list[str] = []
+        parts: dict[str, list[float]] = {}
         tokens = 0
         if self.needs("text"):
             if isinstance(batch, dict):
@@ -196,7 +197,9 @@ class Evaluator(ABC):
                 values, used = self.beyond_text(part, batch, active, len(members))
                 tokens += used
             total = total + weight * values
-        return Scores(np.asarray(total), completions, tokens, notes.take_extra())
+            if len(self.reward.parts) > 1 and np.size(values) == len(completions):
+                parts[part.name] = np.ravel(values).tolist()
+        return Scores(np.asarray(total), completions, tokens, {**parts, **notes.take_extra()})
 
     def _repeated(self, batch: Batch) -> Batch:
         """Each prompt as often as it is sampled, one after the other."""

@@ -166,6 +166,12 @@ class LanguageWorker(ModelWorker):
         """Take one update; returns the norm of the change."""
         return self.learner.apply(record)
 
+    @property
+    def update_cosine(self) -> float | None:
+        """See :class:`eggroll.loop.Worker`; ``None`` where the backend does not measure it."""
+        updater = getattr(self.learner, "updater", None)
+        return None if updater is None else updater.turning.cosine
+
     def state_tensors(self) -> Mapping[str, Any]:
         """What a checkpoint holds."""
         return self.learner.state_tensors()

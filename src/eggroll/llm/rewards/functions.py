@@ -84,6 +84,9 @@ class FunctionReward(Reward):
             as_scores(result, len(completions), f"reward function {function_name(function)!r}")
             for function, result in zip(self.functions, results, strict=True)
         ]
+        if len(self.functions) > 1:  # with the samples, so that it can be seen why an answer has its score
+            names = [function_name(function) for function in self.functions]
+            current_notes().extra.update(zip(names, tables, strict=True))
         return [_weighted_sum(row, self.weights) for row in zip(*tables, strict=True)]
 
     def _call(

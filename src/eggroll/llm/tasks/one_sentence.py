@@ -26,7 +26,7 @@ splits were then drawn at random within categories; no subject (a violin, Kenya)
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eggroll.errors import RewardError
@@ -176,7 +176,10 @@ def parts(prompt: str, completion: str, accepted: Sequence[str], wrong: Sequence
 
 def score(prompt: str, completion: str, accepted: Sequence[str], wrong: Sequence[str] = ()) -> float:
     """The reward of one answer, in [0, 1]; the arguments are those of :func:`parts`."""
-    part = parts(prompt, completion, accepted, wrong)
+    return _total(parts(prompt, completion, accepted, wrong))
+
+
+def _total(part: Mapping[str, float]) -> float:
     form = (part["length"] * part["single"] * part["ending"]) ** (1 / 3)
     return part["correct"] * form * part["sound"]
 
@@ -186,9 +189,12 @@ def reward(
     completions: Sequence[Any],
     answer: Sequence[Sequence[str]] | None = None,
     wrong: Sequence[Sequence[str]] | None = None,
+    log_extra: Callable[[str, list[float]], None] | None = None,
     **_: Any,
 ) -> list[float]:
     """The scores of ``completions``, in TRL's form: prompts and completions are strings or conversations.
+
+    What a score is made of goes to ``log_extra``, with the samples of a run.
 
     Raises:
         RewardError: the data set has no column ``answer``. (The column ``wrong`` may be missing.)
@@ -199,6 +205,10 @@ def reward(
             'as in {"prompt": "What is a violin?", "answer": ["instrument"]}'
         )
     rows = zip(prompts, completions, answer, wrong or [()] * len(answer), strict=True)
-    return [
-        score(text_of(prompt), text_of(completion), right, not_right) for prompt, completion, right, not_right in rows
+    found = [
+        parts(text_of(prompt), text_of(completion), right, not_right) for prompt, completion, right, not_right in rows
     ]
+    if log_extra is not None and found:
+        for name in found[0]:
+            log_extra(name, [one[name] for one in found])
+    return [_total(part) for part in found]
