@@ -2,8 +2,8 @@
 
     python examples/cnn.py          about a minute on one core; needs torch and scikit-learn
 
-The score is the mean of 1 / (rank of the right class), which has no gradient. All members share a minibatch. Accuracy is
-measured on images that were not trained on.
+The score is the mean of 1 / (rank of the right class), which has no gradient. All members share a minibatch.
+Accuracy is measured on images that were not trained on.
 """
 
 import torch

@@ -2,9 +2,9 @@
 
     python examples/database_score.py     seconds
 
-The model sees a customer's four features and picks one of twelve products. What that earns is computed by a query, so no
-gradient reaches the model. All members' choices go into one table, and one query scores them all. Profit is measured on
-customers that were not trained on.
+The model sees a customer's four features and picks one of twelve products. What that earns is computed by a query, so
+no gradient reaches the model. All members' choices go into one table, and one query scores them all. Profit is
+measured on customers that were not trained on.
 """
 
 import sqlite3

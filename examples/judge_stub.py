@@ -2,8 +2,8 @@
 
     python examples/judge_stub.py     serves http://127.0.0.1:8008/v1 until Ctrl-C
 
-It exists so that `llm_judge.py` runs without a model server. It gives 10 for at most six words, less for more, and half of
-that for an answer that does not end.
+It exists so that `llm_judge.py` runs without a model server. It gives 10 for at most six words, less for more, and
+half of that for an answer that does not end.
 """
 
 import json
@@ -22,7 +22,7 @@ class Judge(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def do_POST(self) -> None:  # noqa: N802: the name that the server calls
+    def do_POST(self) -> None:
         """One request: one grade."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answer = request["messages"][-1]["content"].split("Answer:", 1)[-1]
