@@ -3,8 +3,8 @@
     python examples/llm_judge.py     with the stand-in of judge_stub.py, two minutes on two cores
     JUDGE_URL=http://host:8000/v1 JUDGE_MODEL=name python examples/llm_judge.py     with a real one
 
-The reward is asynchronous, so the answers of a generation are graded side by side: at most 16 at a time, over connections
-that stay open. A grade that cannot be read counts as 0; a judge that does not answer ends the run with its error.
+The reward is asynchronous, so the answers of a generation are graded side by side: at most 16 at a time, over
+connections that stay open. A grade that cannot be read counts as 0; a judge that fails ends the run with its error.
 """
 
 import asyncio

@@ -24,6 +24,7 @@ class Recall(nn.Module):
         self.head = nn.Linear(24, SYMBOLS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Read the sequence and answer after its last symbol."""
         return self.head(self.lstm(x)[0][:, -1])
 
 

@@ -4,7 +4,7 @@
     eggroll tune smollm2-135m -r examples/own_reward.py --prompts questions.txt
 
 A small chat model rambles when it is asked a simple question. The score wants a short sentence that ends. It knows
-nothing about the answer's content: `eggroll tune smollm2-135m --task one_sentence` has a score that also wants it to be right.
+nothing about the content: `eggroll tune smollm2-135m --task one_sentence` has a score that also wants right answers.
 """
 
 from types import SimpleNamespace

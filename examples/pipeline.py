@@ -2,9 +2,9 @@
 
     python examples/pipeline.py     half a minute on one core
 
-The sender sees a point and may send one of eight symbols; the receiver sees only the symbol and says where the point is.
-``argmax`` cuts the gradient between them. Both evolve together, on how close the answer is. The error is measured on new
-points. One symbol without meaning gives an error of about 0.77; the best eight-symbol code gives about 0.27.
+The sender sees a point and may send one of eight symbols; the receiver sees only the symbol and says where the point
+is. ``argmax`` cuts the gradient between them. Both evolve together, on how close the answer is. The error is measured
+on new points: 0.77 for a guess in the middle, 0.27 for eight symbols as k-means places them.
 """
 
 import torch
@@ -25,6 +25,7 @@ class Pipeline(nn.Module):
         self.receiver = nn.Sequential(nn.Linear(SYMBOLS, 32), nn.Tanh(), nn.Linear(32, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Guess where the points are."""
         symbol = self.sender(x).argmax(-1)
         return self.receiver(nn.functional.one_hot(symbol, SYMBOLS).to(x))
 

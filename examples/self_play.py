@@ -1,17 +1,17 @@
 """Two agents in self-play: each evolves against the other's current weights.
 
-    python examples/self_play.py     about a minute on one core
+    python examples/self_play.py     a quarter of a minute on one core
 
 The game is Nim: from a heap of up to twelve sticks, the players take one, two or three in turn, and who takes the last
-one wins. Nobody tells the agents the winning rule (leave a multiple of four). Every member plays every heap as first and
-as second player, all members at once. Measured against an opponent that neither agent ever met: the perfect player.
+one wins. Nobody tells the agents the rule behind it (leave a multiple of four). Every member plays every heap as first
+and as second player, all members at once. Measured against an opponent that neither agent ever met: the perfect player.
 """
 
 import torch
 from torch import nn
 
 from eggroll import ESConfig
-from eggroll.torch import Population, Replica
+from eggroll.torch import Replica
 
 HEAP = 12
 HEAPS = torch.arange(1, HEAP + 1)

@@ -6,8 +6,8 @@
     GRPOTrainer(model=, reward_funcs=, args=, train_dataset=)  ->  EggrollTrainer(model, config, rewards, tokenizer)
     trainer.train()                                ->  trainer.evolve(dataset)
 
-There is no reference model, no KL term and no backward pass. A group of completions of one prompt becomes a population of
-models that answer the same prompts.
+There is no reference model, no KL term and no backward pass. A group of completions of one prompt becomes a population
+of models that answer the same prompts.
 """
 
 from types import SimpleNamespace
