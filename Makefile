@@ -7,6 +7,9 @@
 #   make test-extras  each extra in a clean environment: install, --help, a tiny run (half an hour; EXTRAS="rl jax" for some)
 #   make lint     the same without the tests
 #   make bench    every script in benchmarks/; results go to benchmarks/results/
+#   make docs     the documentation's site in build/site; a broken link is an error
+#   make notebook   run examples/eggroll.ipynb and keep its outputs (EGGROLL_NOTEBOOK_FAST=1: shorter, for a check)
+#   make docker-check   lint the Dockerfile, and run the steps of its CPU target in a clean folder
 #   make setup    only the virtual environment, with the development tools
 #   make clean    remove the virtual environment, caches and build products (runs/ stays)
 #
@@ -22,7 +25,7 @@ SOURCES := src tests benchmarks examples recipes
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-vllm test-extras lint bench setup clean
+.PHONY: help demo test test-all test-vllm test-extras lint bench docs notebook docker-check setup clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -65,6 +68,16 @@ bench: $(VENV)/.installed-dev
 		case $$script in *_cuda.py) nvidia-smi -L > /dev/null 2>&1 || { echo "== $$script: no GPU here, left out"; continue; };; esac; \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; \
 	done
+
+docs: $(VENV)/.installed-dev
+	@$(BIN)/python scripts/site.py --zensical $(BIN)/zensical
+
+notebook: $(VENV)/.installed-dev
+	@$(BIN)/python scripts/notebook.py $(NOTEBOOK_ARGS)
+
+docker-check: $(VENV)/.installed-dev
+	@$(BIN)/hadolint Dockerfile && echo "hadolint       ok"
+	@$(BIN)/python scripts/docker_steps.py
 
 clean:
 	rm -rf $(VENV) .venv-vllm build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

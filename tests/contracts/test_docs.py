@@ -52,6 +52,8 @@ LEARNED = {"docs/functional.md": accuracy_of_members, "docs/jax.md": accuracy_of
         "docs/functional.md",
         "docs/trainer.md",
         "docs/pretrain.md",
+        "docs/start.md",
+        "docs/resume.md",
         pytest.param("docs/jax.md", marks=pytest.mark.slow),
     ],
 )
@@ -63,6 +65,8 @@ def test_examples_of_a_page_run(page):
         exec(compile(block, f"{page}, example {number + 1}", "exec"), names)
         if number == 0 and page in LEARNED:
             assert LEARNED[page](names) > 0.9
+    if page == "docs/start.md":
+        assert names["accuracy"] > 0.85
 
 
 def test_the_example_of_the_readme_runs(monkeypatch, tmp_path, capsys):
