@@ -65,9 +65,18 @@ class QuantizedTensor(Tensor):
         return f"QuantizedTensor({self.grid.format}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
+def _product(grid: Grid, x: Tensor) -> Tensor:
+    """``x W^T``; under ``vmap`` the libraries' kernels, which have no rule for it, get the batch as rows."""
+    if not torch._C._functorch.is_batchedtensor(x):
+        return grid.product(x)
+    level, dim = torch._C._functorch.maybe_get_level(x), torch._C._functorch.maybe_get_bdim(x)
+    out = _product(grid, torch._C._functorch.get_unwrapped(x).movedim(dim, 0).contiguous())
+    return torch._C._functorch._add_batch_dim(out, 0, level)
+
+
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-    out = weight.grid.product(input)
-    return out if bias is None else out + bias  # type: ignore[no-any-return]
+    out = _product(weight.grid, input)
+    return out if bias is None else out + bias
 
 
 def _embedding(input: Tensor, weight: Any, *_: Any, **__: Any) -> Tensor:
