@@ -32,6 +32,7 @@ class Bnb8Grid(ModuleGrid):
 
     format = "bitsandbytes int8"
     low, high = -127, 127
+    rounds_inputs = True
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
         super().__init__(module, dtype)

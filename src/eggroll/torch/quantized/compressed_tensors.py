@@ -28,6 +28,7 @@ class CompressedGrid(ModuleGrid):
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
         super().__init__(module, dtype)
         weights = module.quantization_scheme.weights
+        self.rounds_inputs = module.quantization_scheme.input_activations is not None
         self.bits = int(weights.num_bits)
         self.packed = hasattr(module, "weight_packed")
         self.format = f"compressed-tensors int{self.bits}"  # type: ignore[misc]
@@ -44,6 +45,8 @@ class CompressedGrid(ModuleGrid):
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None or getattr(scheme, "weights", None) is None or scheme.output_activations is not None:
             return False
+        if hasattr(module, "weight_g_idx"):
+            return False  # an order of columns that the library does not read anymore
         inputs = scheme.input_activations
         if inputs is not None and inputs.dynamic and inputs.strategy != "token":
             return False  # one scale for all rows would mix members
@@ -71,11 +74,8 @@ class CompressedGrid(ModuleGrid):
         return self._by_row(zeros.data)
 
     def _by_row(self, values: Tensor) -> Tensor:
-        """Numbers of the tensor, of rows or of groups, as ``(m, G)``; where groups are scattered, as ``(m, n)``."""
-        values = values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values.view(1, -1)
-        values = values.expand(self.shape[0], -1)
-        groups = getattr(self.module, "weight_g_idx", None)
-        return values if groups is None or bool((groups < 0).any()) else values[:, groups.data.long()]
+        """Numbers of the tensor, of rows or of groups, as ``(m, G)``."""
+        return values.view(-1, values.shape[-1] if values.ndim > 1 else 1).expand(self.shape[0], -1)
 
     def _unpacked(self, packed: Tensor) -> Tensor:
         if not self.packed:

@@ -33,6 +33,7 @@ class Grid(abc.ABC):
         shape: ``(m, n)``.
         dtype: of the products' results, and of the floating-point tensors around it.
         uniform: whether all codes are equally far apart.
+        rounds_inputs: whether the product rounds activations to 8 bits, each row by itself.
     """
 
     format: ClassVar[str]
@@ -41,6 +42,7 @@ class Grid(abc.ABC):
     shape: torch.Size
     dtype: torch.dtype
     uniform: ClassVar[bool] = True
+    rounds_inputs: bool = False
 
     @property
     @abc.abstractmethod

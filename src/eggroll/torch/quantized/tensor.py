@@ -102,6 +102,17 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor if grid is None else grid.dequantized(grid.dtype)
 
 
+def rounds_inputs(tensor: Tensor) -> bool:
+    """Whether products with a weight round activations, which products with its numbers would not."""
+    grid = grid_of(tensor)
+    return grid is not None and grid.rounds_inputs
+
+
+def precision(tensor: Tensor) -> torch.dtype:
+    """The dtype that rounds as coarsely as products with a weight do: 8 bits are about as many as bfloat16 has."""
+    return torch.bfloat16 if rounds_inputs(tensor) else tensor.dtype
+
+
 def stored(tensor: Tensor) -> Tensor:
     """The memory that an update changes: the codes of a quantized weight, the tensor itself otherwise."""
     grid = grid_of(tensor)
