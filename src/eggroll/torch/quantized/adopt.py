@@ -81,7 +81,7 @@ def released(model: nn.Module) -> Iterator[None]:
         for name, weight in list(module._parameters.items()):
             grid = grid_of(weight)
             if isinstance(grid, ModuleGrid):
-                modules[id(module)] = _original_of(module)
+                modules[id(module)] = _original_of(module, grid)
             elif grid is not None:
                 before.append((module, name, weight))
                 if id(weight) not in originals:  # tied weights stay tied
@@ -125,9 +125,9 @@ def _linear_of(module: Any, weight: nn.Parameter) -> nn.Linear:
     return linear.train(module.training)
 
 
-def _original_of(linear: Any) -> nn.Module:
-    """The library's module, with today's bias."""
-    (module,) = linear.quantized_module
+def _original_of(linear: Any, grid: ModuleGrid) -> nn.Module:
+    """The library's module, with today's codes and bias."""
+    module: Any = grid.restore(linear.quantized_module[0])
     bias = linear._parameters["bias"]
     if "bias" in module._parameters:
         module._parameters["bias"] = bias

@@ -50,14 +50,13 @@ class Bnb8Grid(ModuleGrid):
     def stored(self) -> Tensor:  # noqa: D102
         return self._codes  # type: ignore[no-any-return]
 
-    def original(self) -> Any:
-        """The library's module."""
-        weight, state = self.module.weight, self.module.state
+    def restore(self, module: Any) -> Any:  # noqa: D102
+        weight, state = module.weight, module.state
         weight.data = self._codes
         for place in (weight, state):  # copies of a module hold them twice
             if place.CB is not None:
                 place.CB = self._codes
-        return self.module
+        return module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bnb8Grid:
         return Bnb8Grid(copy.deepcopy(self.original(), memo), self.dtype)
@@ -134,12 +133,11 @@ class Bnb4Grid(ModuleGrid):
     def stored(self) -> Tensor:  # noqa: D102
         return self._bytes.view(torch.uint8)  # type: ignore[no-any-return]
 
-    def original(self) -> Any:
-        """The library's module."""
-        weight = self.module.weight
+    def restore(self, module: Any) -> Any:  # noqa: D102
+        weight = module.weight
         weight.data, weight.quant_state = self._bytes, copy.copy(self.state)
-        self.module.quant_state = weight.quant_state
-        return self.module
+        module.quant_state = weight.quant_state
+        return module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bnb4Grid:
         return Bnb4Grid(copy.deepcopy(self.original(), memo), self.dtype)

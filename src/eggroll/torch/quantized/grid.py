@@ -117,7 +117,11 @@ class ModuleGrid(Grid):
 
     def original(self) -> nn.Module:
         """The library's module."""
-        return self.module  # type: ignore[no-any-return]
+        return self.restore(self.module)
+
+    def restore(self, module: Any) -> nn.Module:
+        """See to it that a module (the grid's, or one whose weight is tied to it) holds this weight as it is now."""
+        return module  # type: ignore[no-any-return]
 
 
 def by_group(values: Tensor, n: int) -> Tensor:
