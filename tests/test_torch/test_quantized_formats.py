@@ -126,7 +126,7 @@ def theirs(name, module):
 
 def by_the_words(module):
     """GPTQ's description, number by number."""
-    bits, (words, m) = 4 if module.qweight.shape[0] == N // 8 else 8, module.qweight.shape
+    bits, m = 4 if module.qweight.shape[0] == N // 8 else 8, module.qweight.shape[1]
     per_word, mask = 32 // bits, 2**bits - 1
     weight = torch.empty(m, N)
     for row in range(N):
