@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eggroll._optional import require
-from eggroll.torch.quantized.grid import ModuleGrid
+from eggroll.torch.quantized.grid import Bits, ModuleGrid
 
 
 def _is(module: Any, *names: str) -> bool:
@@ -94,8 +94,8 @@ class Bnb8Grid(ModuleGrid):
         return out.view(*x.shape[:-1], self.shape[0])
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.stored.nbytes + self.scales.nbytes
+    def bits(self) -> Bits:  # noqa: D102
+        return self._bits(self.scales.nbytes)
 
 
 class Bnb4Grid(ModuleGrid):
@@ -189,9 +189,9 @@ class Bnb4Grid(ModuleGrid):
         return bitsandbytes.matmul_4bit(wide, self._bytes, quant_state=self.state).to(x.dtype)  # type: ignore[no-any-return]
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        state = self.state
-        return self.stored.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    def bits(self) -> Bits:  # noqa: D102
+        nested = self.state.state2.absmax.nbytes if self.state.nested else 0
+        return self._bits(self.state.absmax.nbytes + nested)
 
 
 def _times_blocks(values: Tensor, sizes: Tensor, block: int) -> Tensor:

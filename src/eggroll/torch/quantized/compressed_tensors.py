@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eggroll._optional import require
-from eggroll.torch.quantized.grid import ModuleGrid, by_group
+from eggroll.torch.quantized.grid import Bits, ModuleGrid, by_group
 
 
 class CompressedGrid(ModuleGrid):
@@ -29,10 +29,10 @@ class CompressedGrid(ModuleGrid):
         super().__init__(module, dtype)
         weights = module.quantization_scheme.weights
         self.rounds_inputs = module.quantization_scheme.input_activations is not None
-        self.bits = int(weights.num_bits)
+        self.width = int(weights.num_bits)
         self.packed = hasattr(module, "weight_packed")
-        self.format = f"compressed-tensors int{self.bits}"  # type: ignore[misc]
-        self.low, self.high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        self.format = f"compressed-tensors int{self.width}"  # type: ignore[misc]
+        self.low, self.high = -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1
         if self.packed:
             self.shape = torch.Size(int(size) for size in module.weight_shape)
         else:
@@ -70,7 +70,7 @@ class CompressedGrid(ModuleGrid):
             return None
         if zeros.dtype == torch.int32:
             shape = (self.shape[0], self.module.weight_scale.shape[-1])
-            zeros = _helpers().unpack_from_int32(zeros.data, self.bits, shape, packed_dim=0)
+            zeros = _helpers().unpack_from_int32(zeros.data, self.width, shape, packed_dim=0)
         return self._by_row(zeros.data)
 
     def _by_row(self, values: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class CompressedGrid(ModuleGrid):
     def _unpacked(self, packed: Tensor) -> Tensor:
         if not self.packed:
             return packed
-        return _helpers().unpack_from_int32(packed, self.bits, torch.Size((packed.shape[0], self.shape[1])))  # type: ignore[no-any-return]
+        return _helpers().unpack_from_int32(packed, self.width, torch.Size((packed.shape[0], self.shape[1])))  # type: ignore[no-any-return]
 
     def codes(self) -> Tensor:  # noqa: D102
         return self._unpacked(self.stored).clone()
@@ -89,7 +89,7 @@ class CompressedGrid(ModuleGrid):
         return self._by_row(self.module.weight_scale.data).float()
 
     def set_codes(self, codes: Tensor) -> None:  # noqa: D102
-        self.stored.copy_(_helpers().pack_to_int32(codes.to(torch.int8), self.bits) if self.packed else codes)
+        self.stored.copy_(_helpers().pack_to_int32(codes.to(torch.int8), self.width) if self.packed else codes)
 
     def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:  # noqa: D102
         chosen, n = slice(None) if rows is None else rows, self.shape[1]
@@ -107,8 +107,9 @@ class CompressedGrid(ModuleGrid):
         return super().product(x)
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.stored.nbytes + self.module.weight_scale.nbytes
+    def bits(self) -> Bits:  # noqa: D102
+        zeros = 0 if self._zeros is None else self.module.weight_zero_point.nbytes
+        return self._bits(self.module.weight_scale.nbytes + zeros)
 
 
 def _helpers() -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.errors import ModelError
-from eggroll.torch.quantized.grid import ModuleGrid
+from eggroll.torch.quantized.grid import Bits, ModuleGrid
 
 BITS = (2, 4, 8)
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -52,9 +52,9 @@ class GptqGrid(ModuleGrid):
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
         super().__init__(module, dtype)
         n, m = module.g_idx.numel(), module.scales.shape[1]
-        self.shape, self.bits = torch.Size((m, n)), _bits(module)
-        self.format = f"GPTQ int{self.bits}"  # type: ignore[misc]
-        self.low, self.high = 0, 2**self.bits - 1
+        self.shape, self.width = torch.Size((m, n)), _bits(module)
+        self.format = f"GPTQ int{self.width}"  # type: ignore[misc]
+        self.low, self.high = 0, 2**self.width - 1
         groups = module.g_idx.data.long()
         size = n // module.scales.shape[0]
         in_order = torch.equal(groups, torch.arange(n, device=groups.device) // max(1, size))
@@ -77,22 +77,22 @@ class GptqGrid(ModuleGrid):
         """``(G, m)`` float32 zero points."""
         format_of = getattr(self.module, "qzero_format", None)
         version = format_of() if callable(format_of) else 1
-        zeros = unpacked(self.module.qzeros.data, self.bits, 1)[:, : self.shape[0]]
+        zeros = unpacked(self.module.qzeros.data, self.width, 1)[:, : self.shape[0]]
         return zeros.float() + (1.0 if version == 1 else 0.0)
 
     def codes(self) -> Tensor:  # noqa: D102
-        return unpacked(self.stored, self.bits, 0).t().contiguous()
+        return unpacked(self.stored, self.width, 0).t().contiguous()
 
     def quanta(self) -> Tensor:  # noqa: D102
         scales = self.module.scales.data.float().t()
         return scales.contiguous() if self._groups is None else scales[:, self._groups]
 
     def set_codes(self, codes: Tensor) -> None:  # noqa: D102
-        self.stored.copy_(packed(codes.t(), self.bits, 0))
+        self.stored.copy_(packed(codes.t(), self.width, 0))
 
     def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:  # noqa: D102
         chosen = slice(None) if rows is None else rows
-        codes = unpacked(self.stored[:, chosen], self.bits, 0).float()
+        codes = unpacked(self.stored[:, chosen], self.width, 0).float()
         scales, zeros = self.module.scales.data.float()[:, chosen], self._zeros()[:, chosen]
         if self._groups is None:
             grouped = codes.unflatten(0, (scales.shape[0], -1))
@@ -102,8 +102,8 @@ class GptqGrid(ModuleGrid):
         return values.t().to(dtype)
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return sum(getattr(self.module, name).nbytes for name in TENSORS)
+    def bits(self) -> Bits:  # noqa: D102
+        return self._bits(sum(getattr(self.module, name).nbytes for name in TENSORS[1:]))
 
 
 def _bits(module: Any) -> int:

@@ -101,7 +101,11 @@ class Grid(abc.ABC):
     @property
     def bits(self) -> Bits:
         """Memory for each weight: of its code, and its share of scales and offsets."""
-        return 8 * self.stored.nbytes / self.shape.numel(), 0.0
+        return self._bits(0)
+
+    def _bits(self, shared: int) -> Bits:
+        """:attr:`bits` with so many bytes besides the codes."""
+        return 8 * self.stored.nbytes / self.shape.numel(), 8 * shared / self.shape.numel()
 
 
 class ModuleGrid(Grid):
