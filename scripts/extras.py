@@ -46,6 +46,18 @@ from eggroll.torch import Population
 population = Population(torch.nn.Linear(3, 2).eval(), population_size=4)
 assert population(torch.ones(1, 3)).shape == (4, 1, 2)
 """
+QUANTIZED = """
+import bitsandbytes, torch
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from eggroll.torch import Population
+from eggroll.torch.quantized.adopt import adopt
+four_bits = bitsandbytes.nn.Linear4bit(64, 64, quant_type='nf4').to('cpu')
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()).eval()
+quantize_(model, Int8WeightOnlyConfig())
+model.append(four_bits)
+assert adopt(model) == 2
+assert Population(model, population_size=4).forward(torch.ones(4, 64), generation=0).shape == (4, 64)
+"""
 CHECKS: dict[str, list[str]] = {
     "": ["eggroll --help", "eggroll --version"],
     "torch": ["eggroll pretrain --help", f"python -c {shlex.quote(TORCH)}", f"{PRETRAIN} --report-to none"],
@@ -59,6 +71,7 @@ CHECKS: dict[str, list[str]] = {
     "rl": ["eggroll rl --help", "eggroll rl --list", RL, "eggroll replay policy"],
     "kinetix": ["eggroll rl --list", RL],
     "tasks": ["eggroll eval --help", TINY_LLAMA, "eggroll eval tiny --task countdown --max-tokens 4"],
+    "quantized": [f"python -c {shlex.quote(QUANTIZED)}"],
     "llm,ray": [TINY_LLAMA, f"{TUNE} --workers 1"],
     "torch,report": [f"{PRETRAIN} --report-to none", "eggroll report pretrained", "eggroll runs ."],
     "torch,wandb": [f"{PRETRAIN} --report-to wandb"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import shlex
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,31 @@ DISTRIBUTION = "eggroll-evolve"
 """The name on the package index; the import name and the command are ``eggroll``."""
 FOREIGN = "eggroll-es"
 """Another project's distribution, which has the same import name and the same command."""
+
+_OF_NO_CONCERN = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": " is an Enum subclass ",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "inputs will be cast from",
+}
+"""What libraries of quantized weights log about kernels that another machine would have: logger and words."""
+
+
+def _hush() -> None:
+    """Leave out those lines, and no others; transformers imports these libraries wherever they are installed."""
+    for name, words in _OF_NO_CONCERN.items():
+        logger = logging.getLogger(name)
+        if not any(getattr(kept, "words", None) == words for kept in logger.filters):
+            logger.addFilter(_Without(words))
+
+
+class _Without(logging.Filter):
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.words not in record.getMessage()
 
 
 def install_line(extra: str) -> str:
@@ -45,6 +71,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     Raises:
         MissingExtraError: the module (or one that it needs) is not installed.
     """
+    _hush()
     try:
         return importlib.import_module(module)
     except ImportError as error:

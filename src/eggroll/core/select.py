@@ -119,11 +119,7 @@ def select(
                 )
     if problems:
         raise SelectionError("; ".join(problems))
-    if include is None:
-        chosen = [spec for spec in everything if spec.kind in kinds]
-    else:
-        chosen = [spec for spec in everything if any(matches(spec.name, pattern) for pattern in include)]
-    chosen = [spec for spec in chosen if not any(matches(spec.name, pattern) for pattern in exclude)]
+    chosen = [spec for spec in everything if asked_for(spec, include=include, exclude=exclude, kinds=kinds)]
     unfit, chosen = (
         [spec for spec in chosen if not spec.can_be_perturbed],
         [spec for spec in chosen if spec.can_be_perturbed],
@@ -136,6 +132,15 @@ def select(
             + (f", {len(unfit)} of them of dtypes that cannot be perturbed ({unfit[0].dtype})" if unfit else "")
         )
     return chosen
+
+
+def asked_for(
+    spec: ParameterSpec, *, include: Sequence[str] | None, exclude: Sequence[str], kinds: Sequence[str]
+) -> bool:
+    """Whether patterns and kinds ask for a parameter (see :func:`select`), whether or not it can be perturbed."""
+    if any(matches(spec.name, pattern) for pattern in exclude):
+        return False
+    return spec.kind in kinds if include is None else any(matches(spec.name, pattern) for pattern in include)
 
 
 def _suggest(pattern: str, parameters: Sequence[ParameterSpec]) -> str:

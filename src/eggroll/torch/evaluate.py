@@ -23,6 +23,7 @@ from eggroll.torch.layout.split import Outputs
 from eggroll.torch.layout.watch import Watch
 from eggroll.torch.padding import padding_as_in_plain_models
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.quantized.tensor import precision
 from eggroll.torch.state import StateLostError, random_numbers_kept
 from eggroll.torch.unanimous import Unanimous
 
@@ -277,7 +278,7 @@ def difference(call: Call, out: Any) -> tuple[float, bool]:
 
 def narrowest(model: nn.Module) -> torch.dtype:
     """The floating dtype of a model's parameters that rounds most: some keep their norms in float32."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtypes = {precision(parameter) for parameter in model.parameters() if parameter.is_floating_point()}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,14 +11,17 @@ from torch.nn.parameter import UninitializedParameter
 
 import eggroll.torch.ops  # noqa: F401  (installs the rules of values)
 from eggroll.core.address import member_of
-from eggroll.core.select import KINDS, ParameterSpec, select
+from eggroll.core.select import KINDS, ParameterSpec, asked_for, select
 from eggroll.errors import ConfigError, UnsupportedOperationError
 from eggroll.torch.layout.rows import constants_of
 from eggroll.torch.layout.split import Form, Found
 from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import Site, parameter_sites, parameter_specs, refuse_unready
 from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
+from eggroll.torch.quantized.formats import refuse_raw
 from eggroll.torch.state import Keeper
+
+logger = logging.getLogger(__name__)
 
 
 class Members:
@@ -68,12 +72,22 @@ class Members:
         self.population_size, self.sigma, self.antithetic = population_size, sigma, antithetic
         self.batch_dim = batch_dim
         self.sites: dict[str, list[Site]] = parameter_sites(model)
-        chosen = select(
-            parameter_specs(model),
-            include=[target_modules] if isinstance(target_modules, str) else target_modules,
-            exclude=[exclude] if isinstance(exclude, str) else exclude,
-            kinds=kinds,
-        )
+        include = [target_modules] if isinstance(target_modules, str) else target_modules
+        exclude = [exclude] if isinstance(exclude, str) else exclude
+        specs = parameter_specs(model)
+        refuse_raw(model, include=include, exclude=exclude, kinds=kinds)
+        chosen = select(specs, include=include, exclude=exclude, kinds=kinds)
+        left = [
+            spec
+            for spec in specs
+            if not spec.can_be_perturbed and asked_for(spec, include=include, exclude=exclude, kinds=kinds)
+        ]
+        if left:
+            logger.warning(
+                "%d parameters are left as they are, as noise cannot be added to their dtype: %s",
+                len(left),
+                ", ".join(f"{spec.name} ({spec.dtype})" for spec in left[:3]) + (", ..." if len(left) > 3 else ""),
+            )
         self.specs: list[ParameterSpec] = [spec for spec in chosen if spec.size]  # some models have empty ones
         fixed = [spec.name for spec in self.specs if not self.sites[spec.name]]
         if fixed:

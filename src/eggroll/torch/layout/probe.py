@@ -37,7 +37,7 @@ from eggroll.torch.members import Members
 from eggroll.torch.ops.routed import written_out
 from eggroll.torch.ops.routing import Routing
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
-from eggroll.torch.quantized.tensor import plain
+from eggroll.torch.quantized.tensor import plain, precision, rounds_inputs
 from eggroll.torch.state import State, random_numbers_kept
 from eggroll.torch.swap import place
 
@@ -151,7 +151,10 @@ def plain_values(population: Members, values: Mapping[str, Tensor]) -> dict[str,
     parameters = [population.parameter(spec.name) for spec in population.specs]
     if sum(p.numel() * p.element_size() for p in parameters) > PLAIN_BYTES:
         return dict(values)
-    return {name: v.dense() if isinstance(v, PerturbedWeight) else v for name, v in values.items()}
+    return {
+        name: v.dense() if isinstance(v, PerturbedWeight) and not rounds_inputs(v.base) else v
+        for name, v in values.items()
+    }
 
 
 def refuse_bypassed(names: set[str]) -> None:
@@ -466,7 +469,7 @@ class _Probe:
         """The dtype whose rounding an output has seen: the narrowest of its own and the parameters'."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
-        dtypes = {x.dtype, *(self.population.parameter(spec.name).dtype for spec in self.population.specs)}
+        dtypes = {x.dtype, *(precision(self.population.parameter(spec.name)) for spec in self.population.specs)}
         return min((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: -torch.finfo(dtype).eps)
 
 

@@ -2,7 +2,8 @@
 
 A weight ``(m, n)`` is ``W[i, j] = offset + quantum * code`` with a quantum (and an offset) for each group of columns of
 each row. Training moves codes; quanta and offsets stay. So a format is four things: its product, its codes, its quanta,
-and how a code is moved.
+and how a code is moved. Where the levels are not equally far apart (nf4), codes number them from the smallest to the
+largest, and each weight has a quantum of its own: the distance to its next level.
 
 Shapes: m outputs, n inputs, G groups of ``n / G`` columns.
 """
@@ -13,7 +14,7 @@ import abc
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Bits = tuple[float, float]
@@ -32,6 +33,7 @@ class Grid(abc.ABC):
         shape: ``(m, n)``.
         dtype: of the products' results, and of the floating-point tensors around it.
         uniform: whether all codes are equally far apart.
+        rounds_inputs: whether the product rounds activations to 8 bits, each row by itself.
     """
 
     format: ClassVar[str]
@@ -40,6 +42,7 @@ class Grid(abc.ABC):
     shape: torch.Size
     dtype: torch.dtype
     uniform: ClassVar[bool] = True
+    rounds_inputs: bool = False
 
     @property
     @abc.abstractmethod
@@ -57,7 +60,10 @@ class Grid(abc.ABC):
 
     @abc.abstractmethod
     def quanta(self) -> Tensor:
-        """``(m, G)`` float32: how much a weight changes if its code goes up by one; 0 where nothing can change it."""
+        """``(m, G)`` float32: how much a weight changes if its code goes up by one; 0 where nothing can change it.
+
+        Not uniform: ``(m, n)``, and for the largest code how much it changes if it goes down by one.
+        """
 
     @abc.abstractmethod
     def set_codes(self, codes: Tensor) -> None:
@@ -95,7 +101,31 @@ class Grid(abc.ABC):
     @property
     def bits(self) -> Bits:
         """Memory for each weight: of its code, and its share of scales and offsets."""
-        return 8 * self.stored.nbytes / self.shape.numel(), 0.0
+        return self._bits(0)
+
+    def _bits(self, shared: int) -> Bits:
+        """:attr:`bits` with so many bytes besides the codes."""
+        return 8 * self.stored.nbytes / self.shape.numel(), 8 * shared / self.shape.numel()
+
+
+class ModuleGrid(Grid):
+    """A weight whose library keeps it in a module of its own.
+
+    Args:
+        module: the library's; its codes are changed in place.
+        dtype: of the products' results.
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self.module, self.dtype = module, dtype
+
+    def original(self) -> nn.Module:
+        """The library's module."""
+        return self.restore(self.module)
+
+    def restore(self, module: Any) -> nn.Module:
+        """See to it that a module (the grid's, or one whose weight is tied to it) holds this weight as it is now."""
+        return module  # type: ignore[no-any-return]
 
 
 def by_group(values: Tensor, n: int) -> Tensor:

@@ -65,9 +65,18 @@ class QuantizedTensor(Tensor):
         return f"QuantizedTensor({self.grid.format}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
+def _product(grid: Grid, x: Tensor) -> Tensor:
+    """``x W^T``; under ``vmap`` the libraries' kernels, which have no rule for it, get the batch as rows."""
+    if not torch._C._functorch.is_batchedtensor(x):
+        return grid.product(x)
+    level, dim = torch._C._functorch.maybe_get_level(x), torch._C._functorch.maybe_get_bdim(x)
+    out = _product(grid, torch._C._functorch.get_unwrapped(x).movedim(dim, 0).contiguous())
+    return torch._C._functorch._add_batch_dim(out, 0, level)
+
+
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-    out = weight.grid.product(input)
-    return out if bias is None else out + bias  # type: ignore[no-any-return]
+    out = _product(weight.grid, input)
+    return out if bias is None else out + bias
 
 
 def _embedding(input: Tensor, weight: Any, *_: Any, **__: Any) -> Tensor:
@@ -91,6 +100,17 @@ def plain(tensor: Tensor) -> Tensor:
     """The numbers of a weight, quantized or not."""
     grid = grid_of(tensor)
     return tensor if grid is None else grid.dequantized(grid.dtype)
+
+
+def rounds_inputs(tensor: Tensor) -> bool:
+    """Whether products with a weight round activations, which products with its numbers would not."""
+    grid = grid_of(tensor)
+    return grid is not None and grid.rounds_inputs
+
+
+def precision(tensor: Tensor) -> torch.dtype:
+    """The dtype that rounds as coarsely as products with a weight do: 8 bits are about as many as bfloat16 has."""
+    return torch.bfloat16 if rounds_inputs(tensor) else tensor.dtype
 
 
 def stored(tensor: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ from torch.nn import functional as F
 from eggroll.torch.quantized.grid import Bits, Grid, by_group
 
 
+def _rounding_of_inputs(weight: Any) -> Any:
+    """How activations are rounded before the product; ``None`` if they are not."""
+    return getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None)
+
+
 class TorchaoGrid(Grid):
     """A weight of torchao's ``Int8Tensor`` or ``IntxUnpackedToInt8Tensor``.
 
@@ -29,11 +34,15 @@ class TorchaoGrid(Grid):
         width = int(str(kind).removeprefix("torch.int"))
         self.low, self.high = -(2 ** (width - 1)), 2 ** (width - 1) - 1
         self.format = f"torchao int{width}"  # type: ignore[misc]
+        self.rounds_inputs = _rounding_of_inputs(weight) is not None
 
     @staticmethod
     def takes(weight: Any) -> bool:
         """Whether a tensor is one of torchao's that can be moved."""
-        return type(weight).__name__ in ("Int8Tensor", "IntxUnpackedToInt8Tensor") and weight.ndim == 2
+        if type(weight).__name__ not in ("Int8Tensor", "IntxUnpackedToInt8Tensor") or weight.ndim != 2:
+            return False
+        inputs = getattr(_rounding_of_inputs(weight), "granularity", None)
+        return type(inputs).__name__ != "PerTensor"  # one scale for all rows would mix members
 
     @property
     def stored(self) -> Tensor:  # noqa: D102
