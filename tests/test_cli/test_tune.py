@@ -26,8 +26,8 @@ FLAGS = {
         --population/-p/--population-size/--pop-size --rank --sigma --lr --target-modules --exclude --embeddings
         --head --vectors --group-size --momentum --betas --chat --samples-per-generation --optimizer --lr-schedule
         --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k --weight-decay
-        --fitness-shaping --rounding
-        --quantized-update --residual-decay --residual-generations --move-threshold --batch-size --max-tokens --max-length --temperature --system
+        --quantized-update --residual-decay --residual-generations --move-threshold
+        --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
         --device --backend --accept-changes --report-to --seed --trust-remote-code
