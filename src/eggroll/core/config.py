@@ -22,7 +22,7 @@ from eggroll.errors import ConfigError
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
 Rounding = Literal["auto", "master", "stochastic", "nearest"]
-QuantizedUpdate = Literal["error_feedback", "nearest", "threshold"]
+QuantizedUpdate = Literal["error_feedback", "nearest", "threshold", "scales"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,8 @@ class ESConfig:
     quantized_update: QuantizedUpdate = setting("error_feedback", hidden=True)
     """How updates move the integer codes of quantized weights: ``error_feedback`` keeps what is smaller than one
     quantum for later generations, ``nearest`` rounds each update alone (loses most small steps), ``threshold`` moves
-    codes by one where an estimate stands out (see move_threshold; lr and optimizer play no part in it)."""
+    codes by one where an estimate stands out (see move_threshold; lr and optimizer play no part in it), ``scales``
+    leaves the codes alone and perturbs and moves the scales of their groups (sigma and lr are then relative)."""
     residual_decay: float = setting(1.0, hidden=True)
     """What ``error_feedback`` keeps of its residual from one generation to the next; 1 keeps all of it."""
     residual_generations: int = setting(0, hidden=True)
@@ -132,10 +133,10 @@ class ESConfig:
 
     def _quantized_combinations(self) -> list[str]:
         found = []
-        if self.quantized_update == "threshold" and self.weight_decay:
+        if self.quantized_update in ("threshold", "scales") and self.weight_decay:
             found.append(
-                f'weight_decay (={self.weight_decay}) has no meaning with quantized_update="threshold", whose moves do '
-                'not depend on the weights; use weight_decay=0 or quantized_update="error_feedback"'
+                f'weight_decay (={self.weight_decay}) has no meaning with quantized_update="{self.quantized_update}", '
+                'whose moves do not depend on the weights; use weight_decay=0 or quantized_update="error_feedback"'
             )
         kept = self.residual_generations
         if not kept:

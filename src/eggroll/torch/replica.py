@@ -20,6 +20,7 @@ from eggroll.torch.gradient import es_gradient
 from eggroll.torch.noise import Noise
 from eggroll.torch.population import Mode, Population
 from eggroll.torch.quantized.past import Past
+from eggroll.torch.quantized.scales import clipped
 from eggroll.torch.quantized.tensor import grid_of, stored
 from eggroll.torch.quantized.update import GridRule, Steps
 from eggroll.torch.scores import checked_scores
@@ -81,7 +82,7 @@ class Center:
 
         def steps() -> Iterator[tuple[int, Tensor]]:
             assert self._past is not None
-            memory = torch.empty(spec.shape, dtype=torch.float32, device=self.updater.parameters[name].device)
+            memory = torch.empty(spec.estimate_shape, dtype=torch.float32, device=self.updater.parameters[name].device)
             for generation, weights, lr in self._past.of(name):
                 yield generation, self._gradient(spec, weights, generation, memory).mul_(lr)
 
@@ -91,6 +92,8 @@ class Center:
         self, spec: ParameterSpec, weights: NDArray[np.float32], generation: int, out: Tensor | None = None
     ) -> Tensor:
         device = self.updater.parameters[spec.name].device
+        if spec.scale_groups:
+            weights = clipped(weights)
         return es_gradient(
             self.noise, spec, weights, generation, antithetic=self.config.antithetic, device=device, out=out
         )
@@ -216,6 +219,7 @@ class Replica(Center):
             exclude=config.exclude,
             kinds=kinds,
             mode=mode,
+            scales=config.quantized_update == "scales",
         )
         parameters = {spec.name: self.population.parameter(spec.name) for spec in self.population.specs}
         super().__init__(parameters, self.population.noise, config, factory)

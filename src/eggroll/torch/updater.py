@@ -17,6 +17,7 @@ from eggroll.core.address import parameter_key
 from eggroll.core.config import ESConfig, Rounding
 from eggroll.core.threefry import fold_in
 from eggroll.errors import CheckpointError, ConfigError
+from eggroll.torch.quantized.scales import ScalesUpdater
 from eggroll.torch.quantized.tensor import grid_of
 from eggroll.torch.quantized.threshold import ThresholdUpdater
 from eggroll.torch.quantized.update import GridRule, GridUpdater, Steps, delta_of
@@ -73,7 +74,7 @@ class Updater:
         self._targets: dict[str, Tensor] = {}
         # With stochastic rounding a parameter's float32 form lives for one step only, its optimizer state for all.
         self._kept_states: dict[str, dict[str, Any]] = {}
-        self._grids: dict[str, GridUpdater | ThresholdUpdater] = {}
+        self._grids: dict[str, GridUpdater | ThresholdUpdater | ScalesUpdater] = {}
         self._weight_decay = weight_decay
         for name, parameter in self.parameters.items():
             grid = grid_of(parameter)
@@ -81,6 +82,8 @@ class Updater:
                 rule = grid_rule or GridRule()
                 if rule.name == "threshold":
                     self._grids[name] = ThresholdUpdater(grid, rule)
+                elif rule.name == "scales":
+                    self._grids[name] = ScalesUpdater(grid)
                 else:
                     self._grids[name] = GridUpdater(grid, rule, None if past is None else past(name))
                 continue
@@ -133,6 +136,10 @@ class Updater:
         updater = self._grids[name]
         if isinstance(updater, ThresholdUpdater):
             return updater.step(gradient, generation) if lr else 0.0
+        if isinstance(updater, ScalesUpdater):
+            relative = torch.zeros_like(gradient)
+            self._step_passing(name, relative, gradient=gradient, lr=lr)
+            return updater.step(relative)
         change = functools.partial(self._step_passing, name, gradient=gradient, lr=lr)
         return updater.step(delta_of(change, updater.grid, needs_weights=self._weight_decay), generation)
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from eggroll.torch.ops import shared
+from eggroll.torch.ops import scaled, shared
 from eggroll.torch.ops.arguments import bind
 from eggroll.torch.ops.per_member import into_given, per_member
 from eggroll.torch.ops.registry import METADATA, RULES
 from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.perturbed import set_handler
+from eggroll.torch.scaled import ScaledWeight
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -22,6 +23,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if kwargs.get("out") is not None:
             return into_given(func, args, kwargs)
     for arg in (*args, *kwargs.values()):
+        if type(arg) is ScaledWeight:
+            return scaled.apply(func, args, kwargs)
         if type(arg) is SharedRows or (isinstance(arg, (list, tuple)) and any(type(x) is SharedRows for x in arg)):
             return shared.apply(func, args, kwargs)
     implementation = RULES.get(func)
