@@ -3,7 +3,8 @@
     python scripts/site.py     writes build/site; the status is 1 if a page, a picture or a section is missing
 
 Zensical (strict) renders ``docs/`` as ``mkdocs.yml`` says. Pictures that stand beside the results they show, outside of
-``docs/``, are then copied into the site. At last every ``href`` and ``src`` of every page is followed, sections included.
+``docs/``, are then copied into the site. At last every ``href`` and ``src`` of every page is followed, also to its
+section.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--zensical", default="zensical", help="the program that renders the pages")
     options = parser.parse_args()
-    done = subprocess.run([options.zensical, "build", "--strict", "--clean"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [options.zensical, "build", "--strict", "--clean"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         print(done.stdout, done.stderr, file=sys.stderr, sep="\n")
         return 1

@@ -74,7 +74,7 @@ def factor_draw(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """``A`` of shape ``(*batch, m, r)`` and ``B`` of shape ``(*batch, n, r)``: iid N(0, 1), float32, not scaled."""
     m, n = spec.matrix_shape
-    key = draw_key(seed, spec.name, generation, pair, noise_reuse=noise_reuse)
+    key = draw_key(seed, spec.address, generation, pair, noise_reuse=noise_reuse)
     factors = threefry.normal(key, (*spec.batch_shape, n + m, rank))
     return factors[..., n:, :], factors[..., :n, :]
 

@@ -22,7 +22,7 @@ from eggroll.errors import ConfigError
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
 Rounding = Literal["auto", "master", "stochastic", "nearest"]
-QuantizedUpdate = Literal["error_feedback", "nearest"]
+QuantizedUpdate = Literal["error_feedback", "nearest", "threshold", "scales"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,18 @@ class ESConfig:
     (loses most small steps). ``auto`` is ``master`` for 16-bit weights; 32-bit weights need none of it."""
     quantized_update: QuantizedUpdate = setting("error_feedback", hidden=True)
     """How updates move the integer codes of quantized weights: ``error_feedback`` keeps what is smaller than one
-    quantum for later generations, ``nearest`` rounds each update alone (loses most small steps)."""
+    quantum for later generations, ``nearest`` rounds each update alone (loses most small steps), ``threshold`` moves
+    codes by one where an estimate stands out (see move_threshold; lr and optimizer play no part in it), ``scales``
+    leaves the codes alone and perturbs and moves the scales of their groups (sigma and lr are then relative)."""
     residual_decay: float = setting(1.0, hidden=True)
     """What ``error_feedback`` keeps of its residual from one generation to the next; 1 keeps all of it."""
+    residual_generations: int = setting(0, hidden=True)
+    """0 stores the residual of ``error_feedback``, 2 bytes per weight; K rebuilds it at every update from the scores of
+    the last K generations, which needs no memory but time, ``optimizer="sgd"`` and a residual_decay below 1 (50 and
+    0.9 for example)."""
+    move_threshold: float = setting(3.0, hidden=True)
+    """With ``quantized_update="threshold"``: how many standard deviations from the mean of its weight an entry's step
+    must be to move its code."""
     seed: int = 42
     """Seed of everything random."""
 
@@ -110,6 +119,8 @@ class ESConfig:
             *_choices(self, lr_schedule=ScheduleName, sigma_schedule=ScheduleName),
             *whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0),
             *whole(self, most=None, seed=0),
+            *whole(self, residual_generations=0),
+            *numbers(self, move_threshold=(0.0, False)),
             *numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
             *numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False)),
             *_decay_rates(momentum=(self.momentum,), betas=self.betas),
@@ -118,6 +129,35 @@ class ESConfig:
         ]
         if not (whole(self, population_size=1, group_size=0, elite_k=0) or whole(self, most=None, seed=0)):
             found += self._combinations()
+        return found or self._quantized_combinations()
+
+    def _quantized_combinations(self) -> list[str]:
+        found = []
+        if self.quantized_update in ("threshold", "scales") and self.weight_decay:
+            found.append(
+                f'weight_decay (={self.weight_decay}) has no meaning with quantized_update="{self.quantized_update}", '
+                'whose moves do not depend on the weights; use weight_decay=0 or quantized_update="error_feedback"'
+            )
+        kept = self.residual_generations
+        if not kept:
+            return found
+        given = f"residual_generations (={kept}) rebuilds the residual"
+        if self.quantized_update != "error_feedback":
+            found.append(
+                f'{given} of quantized_update="error_feedback", and {self.quantized_update!r} has none; use '
+                "residual_generations=0"
+            )
+        if self.residual_decay == 1:
+            found.append(
+                f"{given} from the last {kept} generations, so older ones must be forgotten, and residual_decay (=1) "
+                "forgets none; use residual_decay=0.9, or residual_generations=0 to store it"
+            )
+        if self.optimizer != "sgd" or self.weight_decay:
+            other = f'optimizer="{self.optimizer}"' if self.optimizer != "sgd" else f"weight_decay={self.weight_decay}"
+            found.append(
+                f'{given} from scores, and with {other} a step depends on more than those; use optimizer="sgd" with '
+                "weight_decay=0, or residual_generations=0 to store it"
+            )
         return found
 
     def _combinations(self) -> list[str]:

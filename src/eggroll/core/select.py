@@ -31,12 +31,15 @@ class ParameterSpec:
     """A parameter as the noise sees it: name, shape and kind.
 
     ``dtype`` (a name such as ``uint8``; empty if it was not looked at) only says whether it can be perturbed at all.
+    ``scale_groups`` above 0: a quantized matrix ``(m, n)`` is perturbed by its ``(m, scale_groups)`` scales, under an
+    address of their own.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     dtype: str = field(default="", compare=False, repr=False)
+    scale_groups: int = 0
 
     @property
     def can_be_perturbed(self) -> bool:
@@ -52,6 +55,8 @@ class ParameterSpec:
     def matrix_shape(self) -> tuple[int, int]:
         """``(m, n)`` of the matrix that the factors make: of one expert, of the flattened kernel, or of the weight."""
         assert self.low_rank, f"{self.name} is perturbed densely"
+        if self.scale_groups:
+            return self.shape[0], self.scale_groups
         if self.kind == "experts":
             return self.shape[1], self.shape[2]
         return self.shape[0], math.prod(self.shape[1:])
@@ -60,6 +65,16 @@ class ParameterSpec:
     def batch_shape(self) -> tuple[int, ...]:
         """``(E,)`` for experts, ``()`` for everything else: factors have this shape in front."""
         return self.shape[:1] if self.kind == "experts" else ()
+
+    @property
+    def address(self) -> str:
+        """The name that its noise is drawn under."""
+        return f"{self.name}.scale" if self.scale_groups else self.name
+
+    @property
+    def estimate_shape(self) -> tuple[int, ...]:
+        """Of the estimate: the parameter's, or that of its scales."""
+        return self.matrix_shape if self.scale_groups else self.shape
 
     @property
     def size(self) -> int:

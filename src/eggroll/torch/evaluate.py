@@ -230,7 +230,7 @@ def run_vmap(call: Call) -> Any:
         for name, pieces in member_parts.items():
             value = values[name]
             if isinstance(value, PerturbedWeight):
-                own[name] = PerturbedWeight(value.base, *pieces, name=name, kind=value.kind, context=single)
+                own[name] = type(value)(value.base, *pieces, name=name, kind=value.kind, context=single)
             else:
                 own[name] = pieces[0]
         with population.swapped(own), padding_as_in_plain_models(population.model):

@@ -34,7 +34,7 @@ def es_gradient(
     device: torch.device,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The estimate for one parameter: float32, the parameter's shape (EGGROLL section 4).
+    """The estimate for one parameter: float32, of ``spec.estimate_shape`` (EGGROLL section 4).
 
     Args:
         noise: the noise that the members were drawn from.
@@ -43,14 +43,14 @@ def es_gradient(
         generation: the generation of the noise.
         antithetic: whether members come in pairs.
         device: where to compute.
-        out: a float32 buffer of the parameter's shape to write into.
+        out: a float32 buffer of that shape to write into.
 
     The order of the sum depends on the parameter's shape alone, so results do not depend on how members were
     evaluated. Draws whose weight is zero are left out.
     """
     weights = pair_weights(shaped_fitness, antithetic=antithetic)
     pairs = np.flatnonzero(weights)
-    total = torch.zeros(spec.shape, dtype=torch.float32, device=device) if out is None else out.zero_()
+    total = torch.zeros(spec.estimate_shape, dtype=torch.float32, device=device) if out is None else out.zero_()
     if len(pairs) == 0:
         return total
     chosen: Sequence[int] = pairs.tolist()

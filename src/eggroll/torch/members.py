@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -19,6 +20,9 @@ from eggroll.torch.noise import CACHE_BYTES, Noise
 from eggroll.torch.parameters import Site, parameter_sites, parameter_specs, refuse_unready
 from eggroll.torch.perturbed import Layout, MemberContext, MemberTensor, PerturbedWeight, Use
 from eggroll.torch.quantized.formats import refuse_raw
+from eggroll.torch.quantized.grid import Grid
+from eggroll.torch.quantized.tensor import grid_of
+from eggroll.torch.scaled import ScaledWeight
 from eggroll.torch.state import Keeper
 
 logger = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ class Members:
         kinds: Sequence[str] = KINDS,
         batch_dim: int = 0,
         cache_bytes: int = CACHE_BYTES,
+        scales: bool = False,
     ) -> None:
         if antithetic and population_size % 2:
             raise ConfigError(
@@ -97,6 +102,8 @@ class Members:
                 f"(exclude={fixed[:3]})"
             )
         refuse_unready((spec.name, self.parameter(spec.name)) for spec in self.specs)
+        if scales:
+            self.specs = [_of_scales(spec, grid_of(self.parameter(spec.name))) for spec in self.specs]
         self.keeper = Keeper(model)
         self.noise = Noise(self.specs, rank, seed, noise_reuse, cache_bytes)
         self.layouts: dict[Use, Layout] = {}
@@ -160,7 +167,15 @@ class Members:
             b = b.to(center.dtype).index_select(0, index).contiguous().transpose(-1, -2)
             if context.single:
                 a, b = a[0], b[0]
-            return PerturbedWeight(center, a, b, name=spec.name, kind=spec.kind, context=context)
+            value = ScaledWeight if spec.scale_groups else PerturbedWeight
+            return value(center, a, b, name=spec.name, kind=spec.kind, context=context)
         noise = draws.view(-1, *spec.shape)[index] * (signs * sigma).view(-1, *([1] * len(spec.shape)))
         data = (center.to(torch.promote_types(center.dtype, torch.float32)) + noise).to(center.dtype)
         return data[0] if context.single else MemberTensor(data, name=spec.name, context=context)
+
+
+def _of_scales(spec: ParameterSpec, grid: Grid | None) -> ParameterSpec:
+    """A quantized matrix perturbed by its scales; anything else as it is."""
+    if grid is None:
+        return spec
+    return dataclasses.replace(spec, scale_groups=grid.scales()[0].shape[1])

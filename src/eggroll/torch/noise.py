@@ -79,7 +79,7 @@ class Noise:
             if self._holds(generation, part, device):
                 draws = self._cache[spec.name][_rows(part)]
             else:
-                keys = draw_keys(self.seed, spec.name, generation, part, noise_reuse=self.noise_reuse)
+                keys = draw_keys(self.seed, spec.address, generation, part, noise_reuse=self.noise_reuse)
                 draws = normals(keys, spec.draw_size(self.rank), device=device)
             yield slice(start, start + len(part)), draws
 
@@ -101,7 +101,9 @@ class Noise:
             by_size[spec.draw_size(self.rank)].append(spec)
         result: dict[str, Tensor] = {}
         for size, group in by_size.items():
-            keys = [draw_keys(self.seed, spec.name, generation, pairs, noise_reuse=self.noise_reuse) for spec in group]
+            keys = [
+                draw_keys(self.seed, spec.address, generation, pairs, noise_reuse=self.noise_reuse) for spec in group
+            ]
             drawn = normals(np.concatenate(keys), size, device=device).view(len(group), len(pairs), size)
             result.update((spec.name, drawn[index]) for index, spec in enumerate(group))
         return result

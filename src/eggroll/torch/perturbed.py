@@ -177,7 +177,7 @@ class PerturbedWeight(Value):
 
     def like(self, base: Tensor, a: Tensor, b: Tensor, *, kind: Kind | None = None) -> PerturbedWeight:
         """The same parameter with other arrays (a view, a cast, a selection)."""
-        return PerturbedWeight(base, a, b, name=self.parameter, kind=kind or self.kind, context=self.context)
+        return type(self)(base, a, b, name=self.parameter, kind=kind or self.kind, context=self.context)
 
     def chosen(self, index: Tensor) -> PerturbedWeight:
         """The factors of members at ``index`` (a subset, any order)."""
@@ -205,20 +205,25 @@ class PerturbedWeight(Value):
         Raises:
             UnsupportedOperationError: the copies would take more than the context allows.
         """
-        context = self.context
-        if context.members is not None:
-            needed = context.members * self.base.numel() * self.base.element_size()
-            if needed > context.max_dense_bytes:
-                raise UnsupportedOperationError(
-                    f"parameter {self.parameter!r} is used in an operation without a low-rank rule, and "
-                    f"{context.members} materialized copies of {tuple(self.base.shape)} would take "
-                    f"{needed / 2**30:.1f} GiB. " + WAYS_OUT.format(name=self.parameter)
-                )
+        self.check_size()
         wide = torch.promote_types(self.base.dtype, torch.float32)
         noise = (self.a.to(wide) @ self.b.to(wide).transpose(-1, -2)).reshape(
-            *(() if context.single else self.a.shape[:1]), *self.base.shape
+            *(() if self.context.single else self.a.shape[:1]), *self.base.shape
         )
         return (plain(self.base).to(wide) + noise).to(self.base.dtype)
+
+    def check_size(self) -> None:
+        """Refuse materialized members that would take more than the context allows."""
+        context = self.context
+        if context.members is None:
+            return
+        needed = context.members * self.base.numel() * self.base.element_size()
+        if needed > context.max_dense_bytes:
+            raise UnsupportedOperationError(
+                f"parameter {self.parameter!r} is used in an operation without a low-rank rule, and "
+                f"{context.members} materialized copies of {tuple(self.base.shape)} would take "
+                f"{needed / 2**30:.1f} GiB. " + WAYS_OUT.format(name=self.parameter)
+            )
 
 
 def call_materialized(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

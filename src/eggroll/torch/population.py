@@ -48,6 +48,8 @@ class Population(PerturbedModel):
             other (``loop``), or the first of these that works (``auto``).
         batch_dim: the dimension of inputs and outputs that holds the batch: 0, or 1 for time-major models.
         cache_bytes: a generation's draws are kept for its update if they need at most this much memory.
+        scales: perturb quantized matrices by a factor ``1 + sigma * E_p`` on their scales, one for each group of a row
+            (:mod:`eggroll.torch.scaled`), instead of by adding to their weights.
 
     Raises:
         ConfigError: settings that cannot work.
@@ -70,13 +72,14 @@ class Population(PerturbedModel):
         mode: Mode = "auto",
         batch_dim: int = 0,
         cache_bytes: int = CACHE_BYTES,
+        scales: bool = False,
     ) -> None:
         if mode not in get_args(Mode):
             raise ConfigError(f"mode (={mode!r}) must be one of: {', '.join(get_args(Mode))}")
         super().__init__(
             model, population_size=population_size, sigma=sigma, rank=rank, seed=seed, antithetic=antithetic,
             noise_reuse=noise_reuse, target_modules=target_modules, exclude=exclude, kinds=kinds, batch_dim=batch_dim,
-            cache_bytes=cache_bytes,
+            cache_bytes=cache_bytes, scales=scales,
         )  # fmt: skip
         self.mode: Mode = mode
         self._fall_back = self._announced = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from eggroll.core.config import ESConfig
 from eggroll.core.records import UpdateRecord
+from eggroll.core.select import ParameterSpec
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.torch.active import Active
 from eggroll.torch.gradient import es_gradient
 from eggroll.torch.noise import Noise
 from eggroll.torch.population import Mode, Population
-from eggroll.torch.quantized.tensor import stored
-from eggroll.torch.quantized.update import GridRule
+from eggroll.torch.quantized.past import Past
+from eggroll.torch.quantized.scales import clipped
+from eggroll.torch.quantized.tensor import grid_of, stored
+from eggroll.torch.quantized.update import GridRule, Steps
 from eggroll.torch.scores import checked_scores
 from eggroll.torch.updater import OptimizerFactory, Updater, optimizer_factory
 
@@ -54,13 +57,45 @@ class Center:
     ) -> None:
         self.noise, self.config = noise, config
         self.generation = 0
+        self._past: Past | None = None
+        if config.residual_generations and any(grid_of(parameter) is not None for parameter in parameters.values()):
+            if factory is not None:
+                raise ConfigError(
+                    f"residual_generations (={config.residual_generations}) rebuilds the residual from scores, which "
+                    'only the step of optimizer="sgd" depends on alone; give no optimizer of your own, or use '
+                    "residual_generations=0 to store it"
+                )
+            self._past = Past(config.residual_generations, [spec.name for spec in noise.specs])
         self.updater = Updater(
             parameters,
             factory or optimizer_factory(config),
             rounding=config.rounding,
             seed=config.seed,
-            grid_rule=GridRule(config.quantized_update, config.residual_decay),
+            grid_rule=GridRule.of(config),
             weight_decay=config.weight_decay != 0 or factory is not None,
+            past=None if self._past is None else self._steps_of,
+        )
+
+    def _steps_of(self, name: str) -> Steps:
+        """Gives a parameter's steps of the generations that are kept, each in the same memory."""
+        spec = next(spec for spec in self.noise.specs if spec.name == name)
+
+        def steps() -> Iterator[tuple[int, Tensor]]:
+            assert self._past is not None
+            memory = torch.empty(spec.estimate_shape, dtype=torch.float32, device=self.updater.parameters[name].device)
+            for generation, weights, lr in self._past.of(name):
+                yield generation, self._gradient(spec, weights, generation, memory).mul_(lr)
+
+        return steps
+
+    def _gradient(
+        self, spec: ParameterSpec, weights: NDArray[np.float32], generation: int, out: Tensor | None = None
+    ) -> Tensor:
+        device = self.updater.parameters[spec.name].device
+        if spec.scale_groups:
+            weights = clipped(weights)
+        return es_gradient(
+            self.noise, spec, weights, generation, antithetic=self.config.antithetic, device=device, out=out
         )
 
     def apply(self, record: UpdateRecord) -> float:
@@ -87,24 +122,21 @@ class Center:
         """
         squares = 0.0
         for spec in self.noise.specs:
-            gradient = es_gradient(
-                self.noise,
-                spec,
-                weights,
-                generation,
-                antithetic=self.config.antithetic,
-                device=self.updater.parameters[spec.name].device,
-            )
+            gradient = self._gradient(spec, weights, generation)
             own = lr[spec.name] if isinstance(lr, Mapping) else lr
             squares += self.updater.step(spec.name, gradient, lr=own, generation=generation)
             del gradient  # before the next one is made
         self.updater.turning.finish()
+        if self._past is not None:
+            self._past.add(generation, weights, lr)
         self.generation = generation + 1
         return float(squares**0.5)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Evolved parameters, masters and optimizer state, flat: what a checkpoint holds."""
         tensors = {f"parameter/{name}": stored(parameter) for name, parameter in self.updater.parameters.items()}
+        if self._past is not None:
+            tensors |= {f"past/{key}": value for key, value in self._past.state().items()}
         return tensors | self.updater.state_tensors()
 
     @torch.no_grad()
@@ -129,6 +161,9 @@ class Center:
         for name, parameter in self.updater.parameters.items():
             stored(parameter).copy_(tensors[f"parameter/{name}"])
         self.updater.load_state_tensors(tensors)
+        if self._past is not None:
+            past = {key.removeprefix("past/"): value for key, value in tensors.items() if key.startswith("past/")}
+            self._past.load_state(past)
 
 
 def _form(tensor: Tensor) -> str:
@@ -185,6 +220,7 @@ class Replica(Center):
             exclude=config.exclude,
             kinds=kinds,
             mode=mode,
+            scales=config.quantized_update == "scales",
         )
         parameters = {spec.name: self.population.parameter(spec.name) for spec in self.population.specs}
         super().__init__(parameters, self.population.noise, config, factory)

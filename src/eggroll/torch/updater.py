@@ -18,8 +18,10 @@ from eggroll.core.config import ESConfig, Rounding
 from eggroll.core.threefry import fold_in
 from eggroll.core.turning import Turning, stride_of
 from eggroll.errors import CheckpointError, ConfigError
+from eggroll.torch.quantized.scales import ScalesUpdater
 from eggroll.torch.quantized.tensor import grid_of
-from eggroll.torch.quantized.update import GridRule, GridUpdater, delta_of
+from eggroll.torch.quantized.threshold import ThresholdUpdater
+from eggroll.torch.quantized.update import GridRule, GridUpdater, Steps, delta_of
 from eggroll.torch.threefry import random_bits
 
 ROUNDING_STREAM = 0xE66
@@ -51,6 +53,7 @@ class Updater:
         seed: seed of stochastic rounding.
         grid_rule: how steps move the codes of quantized parameters.
         weight_decay: whether a step depends on the weights themselves.
+        past: gives the steps of earlier generations of a parameter, if residuals are rebuilt from them.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Updater:
         seed: int,
         grid_rule: GridRule | None = None,
         weight_decay: bool = False,
+        past: Callable[[str], Steps] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.seed = seed
@@ -72,12 +76,18 @@ class Updater:
         self._targets: dict[str, Tensor] = {}
         # With stochastic rounding a parameter's float32 form lives for one step only, its optimizer state for all.
         self._kept_states: dict[str, dict[str, Any]] = {}
-        self._grids: dict[str, GridUpdater] = {}
+        self._grids: dict[str, GridUpdater | ThresholdUpdater | ScalesUpdater] = {}
         self._weight_decay = weight_decay
         for name, parameter in self.parameters.items():
             grid = grid_of(parameter)
             if grid is not None:
-                self._grids[name] = GridUpdater(grid, grid_rule or GridRule())
+                rule = grid_rule or GridRule()
+                if rule.name == "threshold":
+                    self._grids[name] = ThresholdUpdater(grid, rule)
+                elif rule.name == "scales":
+                    self._grids[name] = ScalesUpdater(grid)
+                else:
+                    self._grids[name] = GridUpdater(grid, rule, None if past is None else past(name))
                 continue
             target = parameter.detach()
             if self.rounding == "stochastic" and parameter.dtype == torch.float16:
@@ -95,7 +105,7 @@ class Updater:
     def step(self, name: str, gradient: Tensor, *, lr: float, generation: int) -> float:
         """One optimizer step of one parameter. ``gradient`` is float32. Returns the squared norm of the change."""
         if name in self._grids:
-            return self._step_on_grid(name, gradient, lr=lr)
+            return self._step_on_grid(name, gradient, lr=lr, generation=generation)
         parameter, target = self.parameters[name], self._targets[name]
         self._follow(name, parameter, target)
         if name not in self._optimizers:
@@ -124,10 +134,16 @@ class Updater:
         optimizer.step()
         target.grad = None
 
-    def _step_on_grid(self, name: str, gradient: Tensor, *, lr: float) -> float:
+    def _step_on_grid(self, name: str, gradient: Tensor, *, lr: float, generation: int) -> float:
         updater = self._grids[name]
+        if isinstance(updater, ThresholdUpdater):
+            return updater.step(gradient, generation) if lr else 0.0
+        if isinstance(updater, ScalesUpdater):
+            relative = torch.zeros_like(gradient)
+            self._step_passing(name, relative, gradient=gradient, lr=lr)
+            return updater.step(relative)
         change = functools.partial(self._step_passing, name, gradient=gradient, lr=lr)
-        return updater.step(delta_of(change, updater.grid, needs_weights=self._weight_decay))
+        return updater.step(delta_of(change, updater.grid, needs_weights=self._weight_decay), generation)
 
     def _step_passing(self, name: str, wide: Tensor, *, gradient: Tensor, lr: float) -> None:
         """One step of the optimizer on a tensor that lives for this step only, unlike the optimizer's state."""

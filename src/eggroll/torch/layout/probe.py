@@ -139,11 +139,16 @@ def _refusal(
 def sigma_for_checks(population: Members) -> float:
     """A sigma whose effect stands out from rounding: a part of the perturbed weights' size."""
     norms = [
-        float(plain(parameter).detach().square().mean(dtype=torch.promote_types(parameter.dtype, torch.float32)).sqrt())
-        for parameter in (population.parameter(spec.name) for spec in population.specs)
-        if parameter.numel()
+        1.0 if spec.scale_groups else _rms(population.parameter(spec.name))
+        for spec in population.specs
+        if population.parameter(spec.name).numel()
     ]
     return SIGMA_SHARE * max(statistics.median(norms), 1e-6)
+
+
+def _rms(parameter: Tensor) -> float:
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return float(plain(parameter).detach().square().mean(dtype=wide).sqrt())
 
 
 def plain_values(population: Members, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

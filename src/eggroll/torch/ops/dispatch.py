@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from eggroll.torch.ops import routed, shared
+from eggroll.torch.ops import routed, scaled, shared
 from eggroll.torch.ops.arguments import bind
 from eggroll.torch.ops.per_member import into_given, per_member
 from eggroll.torch.ops.registry import METADATA, RULES
 from eggroll.torch.ops.routed import RoutedRows
 from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.perturbed import set_handler
+from eggroll.torch.scaled import ScaledWeight
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -25,6 +26,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     for arg in (*args, *kwargs.values()):
         if type(arg) is RoutedRows or (isinstance(arg, (list, tuple)) and any(type(x) is RoutedRows for x in arg)):
             return routed.apply(func, args, kwargs)
+        if type(arg) is ScaledWeight:
+            return scaled.apply(func, args, kwargs)
         if type(arg) is SharedRows or (isinstance(arg, (list, tuple)) and any(type(x) is SharedRows for x in arg)):
             return shared.apply(func, args, kwargs)
     implementation = RULES.get(func)

@@ -24,6 +24,7 @@ from eggroll.torch.low_rank_conv import CONVOLUTIONS, convolution
 from eggroll.torch.ops.per_member import is_write
 from eggroll.torch.ops.registry import METADATA, Rule, name_of
 from eggroll.torch.perturbed import SHARED_INPUT, MemberContext, MemberTensor, PerturbedWeight, Value
+from eggroll.torch.scaled import ScaledWeight
 
 
 class SharedRows(Value):
@@ -64,7 +65,7 @@ def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     in_place = bool(is_write(func) or kwargs.get("inplace"))
-    rule = _RULES.get(func)
+    rule = None if any(type(arg) is ScaledWeight for arg in args) else _RULES.get(func)
     if in_place and args and isinstance(args[0], SharedRows) and not (args[0].owned and rule is not None):
         raise UnsupportedOperationError(
             f"the input that active.expand made is the same for all members and would be changed in place by "

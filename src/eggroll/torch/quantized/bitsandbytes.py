@@ -39,7 +39,7 @@ class Bnb8Grid(ModuleGrid):
         self.shape = module.weight.shape
         self.threshold = float(module.state.threshold)
         held = module.weight.SCB  # it moves with the module's first call
-        self._codes, self.scales = module.weight.data, module.state.SCB if held is None else held
+        self._codes, self.row_scales = module.weight.data, module.state.SCB if held is None else held
 
     @staticmethod
     def takes(module: Any) -> bool:
@@ -65,7 +65,7 @@ class Bnb8Grid(ModuleGrid):
         return self.stored.clone()
 
     def quanta(self) -> Tensor:  # noqa: D102
-        return self.scales.float().view(-1, 1) / 127
+        return self.row_scales.float().view(-1, 1) / 127
 
     def set_codes(self, codes: Tensor) -> None:  # noqa: D102
         self.stored.copy_(codes)
@@ -86,7 +86,7 @@ class Bnb8Grid(ModuleGrid):
         large = x_Rn.abs() >= self.threshold if self.threshold > 0 else None
         inside = x_Rn if large is None else x_Rn.masked_fill(large, 0.0)
         codes, scales, _ = functional.int8_vectorwise_quant(inside.to(torch.float16))
-        out = torch.ops.bitsandbytes.int8_scaled_mm.default(codes, self.stored, scales, self.scales, None, x.dtype)
+        out = torch.ops.bitsandbytes.int8_scaled_mm.default(codes, self.stored, scales, self.row_scales, None, x.dtype)
         if large is not None and bool(large.any()):
             columns = large.any(0).nonzero().view(-1)
             weight = (self.stored[:, columns].float() * self.quanta()).to(x.dtype)
@@ -95,7 +95,7 @@ class Bnb8Grid(ModuleGrid):
 
     @property
     def bits(self) -> Bits:  # noqa: D102
-        return self._bits(self.scales.nbytes)
+        return self._bits(self.row_scales.nbytes)
 
 
 class Bnb4Grid(ModuleGrid):

@@ -97,6 +97,14 @@ class GgufGrid(Grid):
     def quanta(self) -> Tensor:  # noqa: D102
         return self._parts()[1]
 
+    def scales(self) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        return self._parts()[1:]
+
+    def set_scales(self, scales: Tensor, offsets: Tensor | None) -> None:  # noqa: D102
+        header = self.blocks.view(self.shape[0], -1, self.kind.bytes)[..., : self.kind.header]
+        parts = (scales,) if offsets is None else (scales, offsets)
+        header.copy_(torch.stack(parts, dim=-1).to(torch.float16).view(torch.uint8))
+
     def set_codes(self, codes: Tensor) -> None:  # noqa: D102
         packed = self.blocks.view(self.shape[0], -1, self.kind.bytes)[..., self.kind.header :]
         grouped = codes.view(self.shape[0], -1, BLOCK)

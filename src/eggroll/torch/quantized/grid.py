@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eggroll.errors import UnsupportedOperationError
+
 Bits = tuple[float, float]
 """Of a code, and of what a weight's group shares."""
 TILE_BYTES = 2**23
@@ -76,6 +78,21 @@ class Grid(abc.ABC):
     @abc.abstractmethod
     def original(self) -> Any:
         """What the library's own module holds, as it is now: for saving."""
+
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset of each group, ``(m, G)`` float32 copies; ``None`` for the offset if there is none.
+
+        Raises:
+            UnsupportedOperationError: this format does not give them.
+        """
+        raise UnsupportedOperationError(
+            f'quantized_update="scales" moves the scales of quantized weights, and those of {self.format} cannot be '
+            'written; use quantized_update="error_feedback"'
+        )
+
+    def set_scales(self, scales: Tensor, offsets: Tensor | None) -> None:
+        """Write what :meth:`scales` gave, rounded to the format's own dtype."""
+        raise AssertionError(f"{self.format} gives no scales")
 
     def product(self, x: Tensor) -> Tensor:
         """``x W^T`` for ``x (..., n)``, of the dtype of ``x``; unpacked, where it must be, some rows at a time."""

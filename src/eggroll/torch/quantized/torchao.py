@@ -54,6 +54,12 @@ class TorchaoGrid(Grid):
     def quanta(self) -> Tensor:  # noqa: D102
         return self.weight.scale.view(self.shape[0], -1).float()  # type: ignore[no-any-return]
 
+    def scales(self) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        return self.weight.scale.view(self.shape[0], -1).to(torch.float32, copy=True), None
+
+    def set_scales(self, scales: Tensor, offsets: Tensor | None) -> None:  # noqa: D102
+        self.weight.scale.copy_(scales.view_as(self.weight.scale))
+
     def set_codes(self, codes: Tensor) -> None:  # noqa: D102
         self.stored.copy_(codes)
 

@@ -1,0 +1,84 @@
+"""Rules for weights whose scales are perturbed: products and embeddings; anything else gets them materialized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eggroll.torch.layout.rules import layout_of, layout_of_ids
+from eggroll.torch.ops.elementwise import with_rows
+from eggroll.torch.ops.per_member import per_member
+from eggroll.torch.ops.registry import METADATA, RULES, Rule
+from eggroll.torch.perturbed import MemberTensor, Value
+from eggroll.torch.scaled import ScaledWeight
+
+
+def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a torch function one of whose arguments is a :class:`ScaledWeight`."""
+    rule = _RULES.get(func)
+    if rule is not None:
+        result = rule(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    if func in METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    return per_member(func, args, kwargs)
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(weight, ScaledWeight) or (isinstance(bias, Value) and not isinstance(bias, MemberTensor)):
+        return NotImplemented
+    if isinstance(x, MemberTensor):
+        return x.like(_rows(x.data_P.flatten(0, 1), weight, bias).unflatten(0, x.data_P.shape[:2]))
+    if isinstance(x, Value):
+        return NotImplemented
+    if weight.context.single:
+        return weight.times(x, bias)
+    layout = layout_of(weight.context, weight.parameter, "product", x)
+    if layout == "rows":
+        return _rows(x, weight, bias)
+    if layout == "time_major":
+        return _rows(x.transpose(0, 1), weight, bias).transpose(0, 1).contiguous()
+    return MemberTensor(_shared(weight.times, x, weight, bias), name=weight.parameter, context=weight.context)
+
+
+def _rows(x: Tensor, weight: ScaledWeight, bias: Any) -> Tensor:
+    if isinstance(bias, MemberTensor):
+        return with_rows(lambda x, bias: x + bias, weight.times(x), bias)
+    return weight.times(x, bias)
+
+
+def _shared(func: Callable[[Tensor], Tensor], x: Tensor, weight: ScaledWeight, bias: Any = None) -> Tensor:
+    """``(P, *x.shape[:-1], m)`` of an input that is the same for all members."""
+    members = weight.a.shape[0]
+    copies = x.unsqueeze(0).expand(members, *x.shape)
+    if bias is None:
+        return func(copies)
+    assert func == weight.times
+    flat = _rows(copies.reshape(members * max(x[..., 0].numel(), 1), x.shape[-1]), weight, bias)
+    return flat.view(members, *x.shape[:-1], -1)
+
+
+def _embedding(ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:
+    if not isinstance(weight, ScaledWeight) or isinstance(ids, Value) or max_norm is not None:
+        return NotImplemented
+    if weight.context.single:
+        return weight.rows(ids)
+    layout = layout_of_ids(weight.context, weight.parameter, ids)
+    if layout == "rows":
+        return weight.rows(ids)
+    if layout == "time_major":
+        return weight.rows(ids.transpose(0, 1)).transpose(0, 1).contiguous()
+    return MemberTensor(_shared(weight.rows, ids, weight), name=weight.parameter, context=weight.context)
+
+
+_AS_IT_IS = (
+    Tensor.detach, Tensor.contiguous, Tensor.data.__get__, Tensor.requires_grad_, Tensor.__deepcopy__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__, Tensor.grad.__set__,  # type: ignore[attr-defined,union-attr]
+)  # fmt: skip
+_RULES: dict[Any, Rule] = {F.linear: _linear, F.embedding: _embedding} | {func: RULES[func] for func in _AS_IT_IS}
