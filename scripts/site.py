@@ -3,7 +3,7 @@
     python scripts/site.py     writes build/site; fails if a page, a picture or a section is missing
 
 Zensical (strict) renders ``docs/`` as ``mkdocs.yml`` says. Pictures that stand beside the results they show, outside of
-``docs/``, are then copied into the site. At last every ``href`` and ``src`` of every page is followed, sections included.
+``docs/``, are then copied into the site. At last every ``href`` and ``src`` of every page is followed, with sections.
 """
 
 from __future__ import annotations

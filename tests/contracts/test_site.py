@@ -1,8 +1,9 @@
-"""The programs behind `make docs` and the Docker images: broken links are found, and layers hold what extras require."""
+"""The programs behind `make docs` and the Docker images: broken links are found, layers hold what extras require."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_pictures_beside_results_are_brought(script, tmp_path):
 def test_every_page_is_in_the_navigation():
     """Zensical builds pages that no menu leads to without a word."""
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    named = {line.rsplit(": ", 1)[-1].removeprefix("- ").strip() for line in text[text.index("nav:") :].splitlines()}
+    named = {line.strip().removeprefix("- ").rsplit(": ", 1)[-1] for line in text[text.index("nav:") :].splitlines()}
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - named == set()
 
 
@@ -69,7 +70,7 @@ def test_the_layer_of_libraries_has_what_an_extra_requires(script):
         "math-verify>=0.9",
         "reasoning-gym>=0.1.25",
     }
-    with pytest.raises(SystemExit, match="there is no extra 'lm'; there are .*llm"):
+    with pytest.raises(SystemExit, match=r"there is no extra 'lm'; there are .*llm"):
         module.requirements(project, ["lm"])
 
 
@@ -97,3 +98,22 @@ def test_the_steps_of_the_cpu_image(script):
 def test_the_torch_of_the_images_is_the_tested_one():
     pinned = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     assert (ROOT / "Dockerfile").read_text(encoding="utf-8").count(f'"{pinned}') == 2
+
+
+def test_the_workflow_calls_targets_that_there_are():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    called = {line.split()[1] for line in lines if line.startswith("make ")}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert called == {"test", "docs", "notebook"}
+    assert all(f"\n{target}:" in makefile for target in called)
+    targets = {f"--target {stage}" for stage in ("cpu", "cuda")}
+    assert all(any(f"AS {target.split()[1]}" in line for line in (ROOT / "Dockerfile").open()) for target in targets)
+
+
+def test_the_dev_container_builds_the_image_of_the_dockerfile():
+    settings = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    build = settings["build"]
+    assert (ROOT / ".devcontainer" / build["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert f" AS {build['target']}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
