@@ -82,6 +82,9 @@ LEFT_OUT = {
     "grpo": "what it adds is only compared with, in benchmarks/grpo",
     "rwkv": "one package, of which a file is read",
     "dev": "make test",
+    "docs": "make docs",
+    "notebook": "make notebook",
+    "semantic": "tests/test_examples: the extra is a model, and 91 MB",
 }
 HAS_NO_TORCH = ("", "jax", "rl", "kinetix")
 FILES = {

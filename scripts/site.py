@@ -1,10 +1,9 @@
 """Build the documentation's site and check every link in it.
 
-    python scripts/site.py     writes build/site; the status is 1 if a page, a picture or a section is missing
+    python scripts/site.py     writes build/site; fails if a page, a picture or a section is missing
 
 Zensical (strict) renders ``docs/`` as ``mkdocs.yml`` says. Pictures that stand beside the results they show, outside of
-``docs/``, are then copied into the site. At last every ``href`` and ``src`` of every page is followed, also to its
-section.
+``docs/``, are then copied into the site. At last every ``href`` and ``src`` of every page is followed, with sections.
 """
 
 from __future__ import annotations
@@ -83,9 +82,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--zensical", default="zensical", help="the program that renders the pages")
     options = parser.parse_args()
-    done = subprocess.run(
-        [options.zensical, "build", "--strict", "--clean"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [options.zensical, "build", "--strict", "--clean"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout, done.stderr, file=sys.stderr, sep="\n")
         return 1

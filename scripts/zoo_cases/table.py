@@ -99,13 +99,8 @@ def overall(result: Result) -> str:
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
-    return (
-        "\n".join(
-            "| " + " | ".join(str(cell).replace("|", "\\|").replace("][", "]\\[") for cell in row) + " |"
-            for row in rows
-        )
-        + "\n"
-    )
+    escaped = ((str(cell).replace("|", "\\|").replace("][", "]\\[") for cell in row) for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped) + "\n"
 
 
 def summary(families: dict[str, list[Result]]) -> str:

@@ -55,7 +55,6 @@ def test_the_page_on_rewards(tiny):
     fewer = [("population_size=32", "population_size=4"), ("generations=20", "generations=2, max_tokens=8")]
     names = run("docs/tune.md", {"tokenizer": tiny.tokenizer, "model": tiny.model}, changes=fewer)
     assert names["score"]("One two three four five six seven eight.") == 2.0
-    assert names["reward"](["q"], ["It is Paris."], ["Paris"]) == [1.0]
     assert Path("evolved-model/config.json").exists()
 
 
