@@ -41,9 +41,10 @@ MEASURE = "seconds from a kill to what the case names; lost: finished generation
 TARGET = 90.0
 """Seconds. A run that stands still for longer looks dead to whoever waits for it."""
 GENERATIONS = {"pool": 40, "rl": 12}
-PER_KILL = {"pool": 4, "rl": 12}
+PER_KILL = {"pool": 4, "rl": 10}
 """Generations of a run for each kill, so that it is still running at the last of them."""
-RL = ["rl", "--env", "gymnasium/CartPole-v1", "-p", "16", "--episodes", "1", "--report-to", "none"]
+RL = ["rl", "--env", "gymnasium/CartPole-v1", "-p", "16", "--episodes", "1", "--max-steps", "50"]
+RL += ["--report-to", "none"]
 
 
 class Vector:
@@ -142,7 +143,7 @@ class Run:
 
         return _until(reached, timeout, f"{count} generations; {self.output} says why")
 
-    def wait(self, timeout: float = 300.0) -> int:
+    def wait(self, timeout: float = 900.0) -> int:
         """Wait for the end; the exit status."""
         assert self.process is not None
         return self.process.wait(timeout)
