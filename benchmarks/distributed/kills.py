@@ -41,7 +41,7 @@ MEASURE = "seconds from a kill to what the case names; lost: finished generation
 TARGET = 90.0
 """Seconds. A run that stands still for longer looks dead to whoever waits for it."""
 GENERATIONS = {"pool": 40, "rl": 12}
-PER_KILL = {"pool": 4, "rl": 10}
+PER_KILL = {"pool": 4, "rl": 40}
 """Generations of a run for each kill, so that it is still running at the last of them."""
 RL = ["rl", "--env", "gymnasium/CartPole-v1", "-p", "16", "--episodes", "1", "--max-steps", "50"]
 RL += ["--report-to", "none"]
