@@ -41,7 +41,7 @@ MEASURE = "seconds from a kill to what the case names; lost: finished generation
 TARGET = 90.0
 """Seconds. A run that stands still for longer looks dead to whoever waits for it."""
 GENERATIONS = {"pool": 40, "rl": 12}
-PER_KILL = {"pool": 4, "rl": 10}
+PER_KILL = {"pool": 4, "rl": 15}
 """Generations of a run for each kill, so that it is still running at the last of them."""
 RL = ["rl", "--env", "gymnasium/CartPole-v1", "-p", "16", "--episodes", "1", "--max-steps", "50"]
 RL += ["--report-to", "none"]
@@ -286,7 +286,7 @@ def main() -> None:
             kind = "rl" if what == "rl" else "pool"
             generations = max(GENERATIONS[kind], PER_KILL[kind] * kills)
             if kind not in digests:
-                whole = Run(kind, Path(folder, kind), generations)
+                whole = Run(kind, Path(folder, f"{kind}-undisturbed"), generations)
                 whole.start(local=True)
                 assert whole.wait() == 0, whole.output.read_text()
                 digests[kind] = whole.digest()

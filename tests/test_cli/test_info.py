@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from eggroll.cli.main import main
-from eggroll.llm.estimate.machine import gigabytes
+from eggroll.lifecycle.memory import gigabytes
 
 SIZES = {
     "hidden_size": 32,

@@ -13,7 +13,7 @@ def test_a_million_members_are_announced(monkeypatch):
     plan = KIND.plan(RLConfig(env="CartPole-v1", population_size=1_000_000, preset="small", hidden=32, layers=1))
     line = next(line for line in plan.describe(None) if "passes" in line)
     assert line == (
-        "a generation is at most 500,000,000 environment steps in 3,907 passes of 256 members; about 24.2 MB of memory"
+        "a generation is at most 500,000,000 environment steps in 3,907 passes of 256 members; about 224.3 MB of memory"
     )
 
 
@@ -23,9 +23,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(env, monkeypatch):
     config = RLConfig(env=env, population_size=1_000_000, preset="small", members_per_forward=0)
     message = (
         r"a population of 1,000,000 members in .*CartPole-v1 needs \d+\.\d+ GB \(weights and optimizer .*, noise of "
-        r"the members that play together \d.*, their episodes \d.*, returns of all members 24\.0 MB\), "
-        r"and this machine has 1\.00 GB\. "
-        r"Ways out: fewer members at once \(--members-per-forward 256\); a smaller population \(-p\); "
+        r"the members that play together \d.*, their episodes \d.*, compiled programs 200\.0 MB, returns of all "
+        r"members 24\.0 MB\), and this machine has 1\.00 GB\. Ways out: fewer members at once "
     )
     with pytest.raises(MemoryBudgetError, match=message):
         KIND.plan(config)

@@ -115,7 +115,7 @@ def _parameters(estimate: Estimate) -> Table:
 
 
 def _memory(estimate: Estimate, memories: dict[str, Memory]) -> Table:
-    from eggroll.llm.estimate.machine import gigabytes
+    from eggroll.lifecycle.memory import gigabytes
 
     config = estimate.config
     title = f"memory, {config.population_size} members, rank {config.rank}, {config.optimizer}"
@@ -169,7 +169,8 @@ def _work(estimate: Estimate, workloads: dict[str, Workload]) -> Table:
 
 
 def _fit(estimate: Estimate, memories: dict[str, Memory], device: torch.device) -> list[str]:
-    from eggroll.llm.estimate.machine import gigabytes, machine_memory, ways_out
+    from eggroll.lifecycle.memory import gigabytes
+    from eggroll.llm.estimate.machine import machine_memory, ways_out
 
     if device.type not in ("cpu", "cuda"):
         return [f"how much memory {device} has is not known"]

@@ -17,6 +17,10 @@ DEATHS = 3
 """A worker that dies so often in a row without finishing anything ends the run."""
 POLL_S = 1.0
 """Longest wait without looking around, seconds."""
+NUDGE_S = 0.5
+"""After an interrupt, workers are told so often to look whether anybody waits for them, seconds."""
+GIVEN_UP_S = 10.0
+"""A worker that has to answer after an interrupt and still scores then is replaced, seconds."""
 PATIENCE_S = 15.0
 """With no worker placed for so long, say why, seconds."""
 REPLAYED = 20
@@ -94,6 +98,8 @@ class Crew:
         self._sent: dict[Any, Sent] = {}
         self._numbers = 0
         self._refused: MemoryBudgetError | None = None
+        self._taken: set[Any] = set()  # tickets whose answers nobody wants
+        self._nudged = 0.0
 
     # -- who is there
 
@@ -179,6 +185,7 @@ class Crew:
 
         An interrupt may come at any point in here: an answer is then worked off once more, which changes nothing.
         """
+        self._nudge()
         for ticket in self.transport.wait(list(self._sent), timeout):
             sent = self._sent.get(ticket)
             if sent is None:  # its worker was lost with another answer
@@ -201,6 +208,16 @@ class Crew:
             for ticket in seat.busy & self._sent.keys():
                 self._sent[ticket] = Sent(seat, then=lambda _: None, failed=lambda _: None)
                 self.transport.take_back(ticket)
+                self._taken.add(ticket)
+
+    def _nudge(self) -> None:
+        """Workers that still score what nobody waits for: a call that blocks does not look by itself."""
+        self._taken &= self._sent.keys()
+        if self._taken and time.monotonic() - self._nudged > NUDGE_S:
+            self._nudged = time.monotonic()
+            for seat in self.seats():
+                if seat.busy & self._taken:
+                    self.transport.nudge(seat.info)
 
     def ask_lead(self, method: str, *args: Any) -> tuple[Any, Any]:
         """Ask the lead, or whoever leads when it is lost or busy; returns the answer and its ticket."""
@@ -210,8 +227,12 @@ class Crew:
             lead = next((seat for seat in ready if not seat.busy), ready[0])
             answers: list[Any] = []
             ticket = self.send(lead, method, *args, then=answers.append)
+            end = time.monotonic() + GIVEN_UP_S
             while self.has(lead) and not answers:
                 self.pump(POLL_S)
+                if lead.busy & self._taken and time.monotonic() > end:
+                    reason = f"it did not leave what it scored within {GIVEN_UP_S:.0f} s of the interrupt"
+                    self._lost(lead, reason, died=False)
             if answers:
                 return answers[0], ticket
 

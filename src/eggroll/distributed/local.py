@@ -147,6 +147,9 @@ class LocalTransport:
     def take_back(self, ticket: _Ticket) -> None:
         """Nothing is worked off here unless somebody waits for it."""
 
+    def nudge(self, info: dict[str, Any]) -> None:
+        """It is this process, where Ctrl-C has arrived already."""
+
     def keep(self, state: Packed) -> Packed:
         """A state is its own reference."""
         return copy.deepcopy(state)

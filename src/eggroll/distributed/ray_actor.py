@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from eggroll._optional import require
-from eggroll.distributed.host import Factory, Host, StateLostError, TakenBackError, set_threads
+from eggroll.distributed.host import Factory, Host, StateLostError, TakenBackError, check_taken_back, set_threads
 from eggroll.distributed.ray_place import Place, release
 from eggroll.distributed.state import Packed
 from eggroll.distributed.transport import WorkerLostError
@@ -18,6 +21,9 @@ from eggroll.errors import ConfigError, EggrollError, EngineDiedError, RunError
 
 TAIL = 2000
 """Characters of a dead process's output that a message shows."""
+
+NUDGE: signal.Signals | None = getattr(signal, "SIGUSR2", None)
+"""Signal that lets a worker look whether what it scores is still wanted."""
 
 LOOK_S = 5.0
 """While an answer is fetched, look so often whether the cluster is still there, seconds."""
@@ -31,6 +37,9 @@ class WorkerActor:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._host = Host(_fetch, _is_taken_back)
+        if NUDGE is not None and threading.current_thread() is threading.main_thread():
+            # What is being scored may block (a request, a program that is run), and only a signal gets through.
+            signal.signal(NUDGE, lambda number, frame: check_taken_back())
 
     def build(self, factory: bytes) -> None:
         """Make the worker. What the factory needs is imported here, when the number of threads is set.
@@ -177,6 +186,12 @@ class RayTransport:
         with suppress(Exception):  # an answer that is there, a worker that is gone, a Ray that cannot
             self._ray.cancel(ticket)
 
+    def nudge(self, info: dict[str, Any]) -> None:
+        """Signal a worker on this machine; of others, the one that has to answer is replaced after a while."""
+        if NUDGE is not None and info.get("node") == platform.node() and _is_worker(info["pid"]):
+            with suppress(OSError):
+                os.kill(info["pid"], NUDGE)
+
     def _get(self, ticket: Any) -> Any:
         """An answer, which may have to come from another node. Of a cluster that dies meanwhile, it never comes."""
         while True:
@@ -221,6 +236,14 @@ class RayTransport:
         """Kill all actors."""
         for actor, _ in list(self._placed):
             self.stop(actor)
+
+
+def _is_worker(pid: int) -> bool:
+    """Whether a process of this machine is an actor of ours; other machines may have the same name."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::WorkerActor")
+    except OSError:
+        return False
 
 
 def _reason(error: Exception) -> str:

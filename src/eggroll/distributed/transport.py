@@ -52,6 +52,10 @@ class Transport(Protocol):
         """The answer to a message is not wanted any more: if possible, the worker does not work it off."""
         ...
 
+    def nudge(self, info: dict[str, Any]) -> None:
+        """Let a process, given its ``hello``, look at once whether what it works on is still wanted."""
+        ...
+
     def keep(self, state: Packed) -> Any:
         """Put a state where all workers can get it; returns its reference. So is the ticket of a ``state`` message."""
         ...

@@ -18,6 +18,7 @@ from eggroll.loop import Evaluation
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import Corpus
 from eggroll.pretrain.measure import SAMPLES_NAME, lanes_of
+from eggroll.pretrain.memory import FLOAT_MEMBERS
 from eggroll.pretrain.model.floating import FloatModel
 from eggroll.pretrain.worker import PretrainWorker
 from eggroll.torch import Active, Replica
@@ -115,7 +116,7 @@ class FloatWorker(PretrainWorker):
 
 def members_per_forward(options: PretrainOptions) -> int:
     """Members that share a forward pass, which the last bits of results depend on."""
-    return options.members_per_forward or 256
+    return options.members_per_forward or FLOAT_MEMBERS
 
 
 def _bits(logits: Tensor, targets: Tensor) -> Tensor:

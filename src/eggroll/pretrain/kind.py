@@ -17,9 +17,11 @@ from eggroll._command import typed
 from eggroll.distributed.partition import default_range_size
 from eggroll.errors import RunError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting, Trained
+from eggroll.lifecycle.memory import ensure_fits, generation_line
 from eggroll.pretrain.config import PretrainOptions
 from eggroll.pretrain.data import load_corpus
 from eggroll.pretrain.measure import baseline_bits
+from eggroll.pretrain.memory import members_at_once, parts_of, ways_out
 from eggroll.pretrain.worker import IntegerWorker, PretrainWorker
 from eggroll.run.run_dir import RunDir
 
@@ -111,6 +113,8 @@ def _plan(options: PretrainOptions) -> Plan:
     corpus = load_corpus(options.data, text_column=options.text_column)
     corpus.check(options.context + options.tokens + 1)
     title = f"{options.n_layers} layers x {options.hidden}"
+    size, parts = options.population_size, parts_of(options)
+    ensure_fits(f"a population of {size:,} members of {title}", parts, ways_out(options))
     name = re.sub(r"[^A-Za-z0-9.]+", "-", Path(options.data).stem).strip("-").lower()
 
     def describe(worker: Any) -> list[str]:
@@ -122,6 +126,7 @@ def _plan(options: PretrainOptions) -> Plan:
             f"search   {options.population_size:,} members x {options.tokens} bytes, {options.group_size} a window, "
             f"rank {options.rank}, sigma 2^-{options.sigma_shift}, seed {options.seed}",
             f"engine   {engine}",
+            generation_line(f"{size * options.tokens:,} bytes", size, members_at_once(options), sum(parts.values())),
             "[dim]the held-out reward is minus the bits per byte of held-out text[/]",
         ]
 

@@ -20,6 +20,7 @@ from eggroll.core.reading import NUMBER
 from eggroll.core.settings import narrowed
 from eggroll.lifecycle import Opened, Plan, RunKind, Saved, Sitting, Trained
 from eggroll.lifecycle import train as train_kind
+from eggroll.lifecycle.memory import ensure_fits, generation_line
 from eggroll.loop import Listener
 from eggroll.rl.config import RLConfig
 from eggroll.run.run_dir import RunDir
@@ -68,10 +69,13 @@ class _Maker:
 
 
 def _plan(options: RLConfig) -> Plan:
+    from eggroll.rl.memory import parts_of, ways_out
     from eggroll.rl.worker import environment_of, resolved
 
     env = environment_of(options.env)
     config = resolved(narrowed(options, RLConfig), env)
+    size = config.population_size
+    ensure_fits(f"a population of {size:,} members in {config.env}", parts_of(config, env), ways_out(config))
     return Plan(
         options=config,
         config=config.es(),
@@ -107,8 +111,10 @@ def _used_up(budget: int, history: Sequence[dict[str, Any]]) -> bool:
 def _describe(config: RLConfig, env: Environment) -> Sequence[str]:
     import jax
 
+    from eggroll.rl.memory import members_at_once, parts_of
     from eggroll.rl.worker import first_policy
 
+    episodes, most = config.episodes or 1, min(config.max_steps or env.max_steps, env.max_steps)
     es, policy = config.es(), jax.eval_shape(partial(first_policy, config, env))
     return (
         f"[bold]{escape(env.name)}[/]  {env.obs_size} observations, {escape(str(env.actions))}, episodes of at most "
@@ -116,6 +122,12 @@ def _describe(config: RLConfig, env: Environment) -> Sequence[str]:
         f"policy   {sum(leaf.size for leaf in jax.tree.leaves(policy)):,} parameters evolved",
         f"search   population {es.population_size}, rank {es.rank}, sigma {es.sigma:g}, {es.optimizer} lr "
         f"{escape(config.lr_text())}, seed {es.seed}",
+        generation_line(
+            f"{es.population_size * episodes * most:,} environment steps",
+            es.population_size,
+            members_at_once(config),
+            sum(parts_of(config, env).values()),
+        ),
         "[dim]the first generation compiles, which takes some seconds to a minute[/]",
     )
 

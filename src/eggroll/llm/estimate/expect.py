@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from eggroll.llm.estimate.machine import gigabytes
+from eggroll.lifecycle.memory import generation_line, gigabytes
 from eggroll.llm.estimate.memory import Estimate, Workload
 
 SLOW_S = 900.0
@@ -28,10 +28,7 @@ def expectation(estimate: Estimate, workloads: Sequence[Workload], members: int,
     size = estimate.config.population_size
     tokens = size * sum(load.rows * load.length for load in workloads)
     peak = max(estimate.memory(load, members).peak for load in workloads)
-    line = (
-        f"a generation is at most {tokens:,} tokens in {-(-size // members):,} passes of {members} members; "
-        f"about {gigabytes(peak)} of memory"
-    )
+    line = generation_line(f"{tokens:,} tokens", size, members, peak)
     if memory is not None and peak > memory:
         line += f", which is more than the {gigabytes(memory)} there are: lower --members-per-forward or the population"
     return line

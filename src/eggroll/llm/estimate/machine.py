@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from eggroll.errors import MemoryBudgetError
+from eggroll.lifecycle.memory import gigabytes, host_memory
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.estimate.memory import CPU_ROWS_BYTES, Estimate, Workload
 from eggroll.llm.models.outline import Outline
@@ -28,23 +26,7 @@ def machine_memory(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024  # also what the file cache would give back
-    limit, used = (_lines(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit and used and limit[0].isdigit():
-        total = min(total, int(limit[0]))
-        free = min(free, max(0, total - int(used[0])))
-    return total, free
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().split("\n")
-    except OSError:
-        return []
+    return host_memory()
 
 
 def check_memory(
@@ -104,10 +86,3 @@ def ways_out(estimate: Estimate) -> list[str]:
     if config.target_modules is None:
         found.append("target_modules=['q_proj', 'v_proj'] or other patterns that evolve fewer parameters")
     return [*found, "a shorter max_tokens or max_length", "a smaller model"]
-
-
-def gigabytes(size: int) -> str:
-    """A size for people: ``1.50 GB``, ``12.3 MB``."""
-    if size >= 10**9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.1f} MB" if size >= 10**6 else f"{size / 1e3:.1f} kB"
