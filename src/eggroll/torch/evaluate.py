@@ -23,7 +23,7 @@ from eggroll.torch.layout.split import Outputs
 from eggroll.torch.layout.watch import Watch
 from eggroll.torch.padding import padding_as_in_plain_models
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
-from eggroll.torch.quantized.tensor import precision
+from eggroll.torch.quantized.tensor import grid_of, precision
 from eggroll.torch.state import StateLostError, random_numbers_kept
 from eggroll.torch.unanimous import Unanimous
 
@@ -77,7 +77,8 @@ class Call:
     def reference(self, p: int, inputs: Inputs | None = None) -> Any:
         """What joint outputs are compared with: the ``p``-th member with plain weights.
 
-        Where these are large, or would round the perturbation away (16 bit), they are values, if the model takes these.
+        Where these are large or quantized, or would round the perturbation away (16 bit), they are values, if the model
+        takes these.
         """
         inputs = self.own(p) if inputs is None else inputs
         if self.population.plain_loop or not self._takes_values():
@@ -90,7 +91,7 @@ class Call:
     def _takes_values(self) -> bool:
         perturbed = [self.population.parameter(name) for name in self.population.names]
         size = sum(parameter.numel() * parameter.element_size() for parameter in perturbed)
-        return size > PLAIN_BYTES or _is_half(self.population)
+        return size > PLAIN_BYTES or _is_half(self.population) or any(grid_of(p) is not None for p in perturbed)
 
     def watch(self) -> None:
         """Once for each population: refuse a model that uses the parameters themselves instead of the values."""

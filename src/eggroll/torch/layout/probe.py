@@ -37,7 +37,7 @@ from eggroll.torch.members import Members
 from eggroll.torch.ops.routed import written_out
 from eggroll.torch.ops.routing import Routing
 from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
-from eggroll.torch.quantized.tensor import plain, precision, rounds_inputs
+from eggroll.torch.quantized.tensor import grid_of, plain, precision
 from eggroll.torch.state import State, random_numbers_kept
 from eggroll.torch.swap import place
 
@@ -152,12 +152,15 @@ def _rms(parameter: Tensor) -> float:
 
 
 def plain_values(population: Members, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One member's weights as plain tensors, if they are small enough: what code sees that asks for their type."""
+    """One member's weights as plain tensors, if they are small enough: what code sees that asks for their type.
+
+    Quantized ones stay values: numbers of their own would take several times their memory.
+    """
     parameters = [population.parameter(spec.name) for spec in population.specs]
     if sum(p.numel() * p.element_size() for p in parameters) > PLAIN_BYTES:
         return dict(values)
     return {
-        name: v.dense() if isinstance(v, PerturbedWeight) and not rounds_inputs(v.base) else v
+        name: v.dense() if isinstance(v, PerturbedWeight) and grid_of(v.base) is None else v
         for name, v in values.items()
     }
 

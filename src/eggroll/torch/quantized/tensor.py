@@ -102,15 +102,10 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor if grid is None else grid.dequantized(grid.dtype)
 
 
-def rounds_inputs(tensor: Tensor) -> bool:
-    """Whether products with a weight round activations, which products with its numbers would not."""
-    grid = grid_of(tensor)
-    return grid is not None and grid.rounds_inputs
-
-
 def precision(tensor: Tensor) -> torch.dtype:
     """The dtype that rounds as coarsely as products with a weight do: 8 bits are about as many as bfloat16 has."""
-    return torch.bfloat16 if rounds_inputs(tensor) else tensor.dtype
+    grid = grid_of(tensor)
+    return torch.bfloat16 if grid is not None and grid.rounds_inputs else tensor.dtype
 
 
 def stored(tensor: Tensor) -> Tensor:
