@@ -82,7 +82,7 @@ def run(options: InfoOptions) -> int:
 
 
 def _architecture(outline: Outline, dtype: torch.dtype) -> Table:
-    from eggroll.llm.estimate.machine import gigabytes
+    from eggroll.lifecycle.memory import gigabytes
 
     rows = {"layers": f"{outline.layers}", "width": f"{outline.width}"}
     rows["inner width"] = f"{outline.inner}{' (gated)' if outline.gated else ''}"
