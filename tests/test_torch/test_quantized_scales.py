@@ -240,3 +240,20 @@ def test_what_cannot_work_is_refused():
     saved = state(Replica(quantized_model("GGUF Q8_0"), es_config(quantized_update="nearest")))
     with pytest.raises(CheckpointError, match="the checkpoint has no scales of the quantized weights"):
         Replica(quantized_model("GGUF Q8_0"), es_config()).load_state_tensors(saved)
+
+
+@pytest.mark.parametrize("kind", ["GGUF Q8_0", "GGUF Q4_1"])
+def test_scales_learn_what_scales_can(kind):
+    """A teacher whose groups are louder or softer, by a fifth."""
+    layer = quantized_model(kind, (64, 16))[0]
+    grid, generator = layer.weight.grid, torch.Generator().manual_seed(0)
+    x = torch.randn(64, 64, generator=generator)
+    factors = 1 + 0.2 * torch.randn(16, 2, generator=generator)
+    y = x @ (grid.dequantized() * factors.repeat_interleave(32, dim=1)).T
+    config = es_config(population_size=32, rank=1, sigma=0.05, lr=0.1, fitness_shaping="normalized")
+    replica, codes = Replica(layer, config, mode="rows"), grid.codes()
+    start = float((layer(x) - y).square().mean())
+    for _ in range(100):
+        replica.step(lambda model, active: -(active.split(model(active.expand(x))) - y).square().mean(dim=(1, 2)))
+    assert float((layer(x) - y).square().mean()) < 0.3 * start
+    assert torch.equal(grid.codes(), codes)

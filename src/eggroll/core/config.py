@@ -90,7 +90,7 @@ class ESConfig:
     """0 stores the residual of ``error_feedback``, 2 bytes per weight; K rebuilds it at every update from the scores of
     the last K generations, which needs no memory but time, ``optimizer="sgd"`` and a residual_decay below 1 (50 and
     0.9 for example)."""
-    move_threshold: float = setting(3.0, hidden=True)
+    move_threshold: float = setting(2.5, hidden=True)
     """With ``quantized_update="threshold"``: how many standard deviations from the mean of its weight an entry's step
     must be to move its code."""
     seed: int = 42

@@ -60,7 +60,7 @@ class EggrollConfig(GenerationOptions, ForwardOptions, ESConfig):
     quantized_update: QuantizedUpdate = setting("error_feedback")
     residual_decay: float = setting(1.0)
     residual_generations: int = setting(0)
-    move_threshold: float = setting(3.0)
+    move_threshold: float = setting(2.5)
     samples_per_prompt: int = 1
     """Completions of each prompt that a member is scored on; more than one needs a temperature above 0."""
     pass_at: int = 0

@@ -47,7 +47,7 @@ class GridRule:
     name: QuantizedUpdate = "error_feedback"
     decay: float = 1.0
     generations: int = 0
-    threshold: float = 3.0
+    threshold: float = 2.5
     betas: tuple[float, float] = (0.9, 0.999)
 
     @classmethod
