@@ -19,6 +19,7 @@ RUN_ELSEWHERE = {
     "docs/start.md", "docs/resume.md",
 }  # fmt: skip
 RUN_HERE = {"docs/tune.md", "docs/tasks.md", "docs/from-trl.md", "docs/serve.md", "docs/rl.md", "docs/rwkv7.md"}
+RUN_HERE |= {"docs/report.md", "docs/quantised.md"}
 
 
 def blocks(page):
@@ -66,6 +67,12 @@ def test_the_page_on_scripts_for_trl(tiny):
     ]
     run("docs/from-trl.md", {}, changes=fewer)
     assert Path("short-answers/config.json").exists()
+
+
+def test_the_pages_on_reports_and_quantized_models():
+    score = run("docs/report.md", {})["reward"]
+    assert score(["?", "?"], ["A cat.", "no end"]) == [1.0, 0.0]
+    assert run("docs/quantised.md", {})["y"].shape == (8, 5, 8)
 
 
 def test_the_page_on_serving(tiny, capsys):

@@ -30,17 +30,17 @@ FLAGS = {
         --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
-        --device --backend --accept-changes --report-to --seed --trust-remote-code
+        --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code
     """,
     "eval": """
         MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
-        --output/-o --dtype --device --seed --trust-remote-code
+        --output/-o --dtype --device --quantize --seed --trust-remote-code
     """,
     # All settings of tune, so that its command line can be pasted, and the length of a prompt.
     "info": """
         MODEL --population/-p/--population-size/--pop-size --rank --target-modules --exclude --embeddings --head
         --vectors --optimizer --sampling --batch-size --prompt-tokens --max-tokens --max-length --batch-members
-        --dtype --device --trust-remote-code --betas --chat --checkpoint-every --elite-k --eval-every
+        --dtype --device --quantize --trust-remote-code --betas --chat --checkpoint-every --elite-k --eval-every
         --fitness-shaping --generations/-g --group-size --lr --lr-decay --lr-schedule --members-per-forward
         --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
         --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay

@@ -17,8 +17,9 @@ from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.active import PerturbedModel
 from eggroll.torch.compare import largest_difference
 from eggroll.torch.layout.outputs import Places, written_out
-from eggroll.torch.layout.probe import FAILURES, PLAIN_BYTES, originals_of, refuse_bypassed, sigma_for_checks
+from eggroll.torch.layout.probe import FAILURES, originals_of, refuse_bypassed
 from eggroll.torch.layout.rows import Inputs, count_rows, cut, member_dims
+from eggroll.torch.layout.single import PLAIN_BYTES, sigma_for_checks
 from eggroll.torch.layout.split import Outputs
 from eggroll.torch.layout.watch import Watch
 from eggroll.torch.padding import padding_as_in_plain_models

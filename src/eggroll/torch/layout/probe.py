@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import statistics
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,24 +30,20 @@ from eggroll.torch.draws import Draws, global_state
 from eggroll.torch.layout.outputs import Places
 from eggroll.torch.layout.rows import Inputs, addresses, cut, fewer_rows, member_data, member_dim
 from eggroll.torch.layout.rules import address, learn
+from eggroll.torch.layout.single import plain_values, sigma_for_checks
 from eggroll.torch.layout.split import Found, form_of
 from eggroll.torch.layout.watch import Originals, Watch
 from eggroll.torch.members import Members
 from eggroll.torch.ops.routed import written_out
 from eggroll.torch.ops.routing import Routing
-from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight, Value
-from eggroll.torch.quantized.tensor import grid_of, plain, precision
+from eggroll.torch.perturbed import MemberContext, MemberTensor, Value
+from eggroll.torch.quantized.tensor import precision
 from eggroll.torch.state import State, random_numbers_kept
 from eggroll.torch.swap import place
 
 # Whatever goes wrong with other inputs than the model is called with is no reason to refuse those.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
-SIGMA_SHARE = 0.05
-"""sigma of the check relative to the size of the weights: effects that stand out from rounding."""
-
-PLAIN_BYTES = 2**30
-"""Members are checked with plain weights if these take at most this much memory, with low-rank values otherwise."""
 
 ALTERED_READS = 8
 """How many numbers that a model reads are tried with another value; with more, all of them count as used."""
@@ -134,35 +129,6 @@ def _refusal(
         if refusal is None or not has_run:
             break
     return refusal, has_run, picked
-
-
-def sigma_for_checks(population: Members) -> float:
-    """A sigma whose effect stands out from rounding: a part of the perturbed weights' size."""
-    norms = [
-        1.0 if spec.scale_groups else _rms(population.parameter(spec.name))
-        for spec in population.specs
-        if population.parameter(spec.name).numel()
-    ]
-    return SIGMA_SHARE * max(statistics.median(norms), 1e-6)
-
-
-def _rms(parameter: Tensor) -> float:
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return float(plain(parameter).detach().square().mean(dtype=wide).sqrt())
-
-
-def plain_values(population: Members, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One member's weights as plain tensors, if they are small enough: what code sees that asks for their type.
-
-    Quantized ones stay values: numbers of their own would take several times their memory.
-    """
-    parameters = [population.parameter(spec.name) for spec in population.specs]
-    if sum(p.numel() * p.element_size() for p in parameters) > PLAIN_BYTES:
-        return dict(values)
-    return {
-        name: v.dense() if isinstance(v, PerturbedWeight) and grid_of(v.base) is None else v
-        for name, v in values.items()
-    }
 
 
 def refuse_bypassed(names: set[str]) -> None:
