@@ -80,8 +80,8 @@ class Members:
         include = [target_modules] if isinstance(target_modules, str) else target_modules
         exclude = [exclude] if isinstance(exclude, str) else exclude
         specs = parameter_specs(model)
-        refuse_raw(model, include=include, exclude=exclude, kinds=kinds)
-        chosen = select(specs, include=include, exclude=exclude, kinds=kinds)
+        others = refuse_raw(model, include=include, exclude=exclude, kinds=kinds)
+        chosen = select([*specs, *others], include=include, exclude=exclude, kinds=kinds)
         left = [
             spec
             for spec in specs

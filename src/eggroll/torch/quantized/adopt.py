@@ -40,6 +40,11 @@ def adopt(model: nn.Module, dtype: torch.dtype | None = None) -> int:
             f"cannot be moved; known: {known()}. Load a checkpoint in one of these, or one that is not quantized, with "
             "quantize='none' or a format of its own (quantize='int8', 'int4')"
         )
+    if any(layer.module is model and layer.format is not None and layer.format.in_module for layer in found):
+        raise UnsupportedOperationError(
+            f"the model itself is a quantized {type(model).__name__}; put it into a module (nn.Sequential(layer)), so "
+            "that another can take its place"
+        )
     taken: dict[int, nn.Parameter] = {}
     modules: dict[int, nn.Module] = {}
     for layer in found:
@@ -52,11 +57,6 @@ def adopt(model: nn.Module, dtype: torch.dtype | None = None) -> int:
             modules[id(layer.module)] = _linear_of(layer.module, taken[key])
         else:
             layer.module._parameters[layer.attribute] = taken[key]
-    if id(model) in modules:
-        raise UnsupportedOperationError(
-            f"the model itself is a quantized {type(model).__name__}; put it into a module (nn.Sequential(layer)), so "
-            "that another can take its place"
-        )
     _replace(model, modules)
     _keep_packed(model)
     return len(taken)

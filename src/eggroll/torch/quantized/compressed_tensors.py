@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eggroll._optional import require
-from eggroll.torch.quantized.grid import Bits, ModuleGrid, by_group
+from eggroll.torch.quantized.grid import Bits, ModuleGrid
 
 
 class CompressedGrid(ModuleGrid):
@@ -92,11 +92,12 @@ class CompressedGrid(ModuleGrid):
         self.stored.copy_(_helpers().pack_to_int32(codes.to(torch.int8), self.width) if self.packed else codes)
 
     def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:  # noqa: D102
-        chosen, n = slice(None) if rows is None else rows, self.shape[1]
-        codes = self._unpacked(self.stored[chosen]).float()
+        chosen = slice(None) if rows is None else rows
+        quanta = self.quanta()[chosen].unsqueeze(-1)
+        values = self._unpacked(self.stored[chosen]).float().view(*quanta.shape[:2], -1)
         if self._zeros is not None:
-            codes = codes - by_group(self._zeros[chosen].float(), n)
-        return (codes * by_group(self.quanta()[chosen], n)).to(dtype)
+            values -= self._zeros[chosen].float().unsqueeze(-1)
+        return (values * quanta).to(dtype).flatten(1)
 
     def product(self, x: Tensor) -> Tensor:  # noqa: D102
         inputs = self.module.quantization_scheme.input_activations

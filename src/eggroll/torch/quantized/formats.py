@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eggroll.core.select import ParameterSpec, asked_for
+from eggroll.core.select import Kind, ParameterSpec, asked_for
 from eggroll.errors import UnsupportedOperationError
 from eggroll.torch.quantized.bitsandbytes import Bnb4Grid, Bnb8Grid
 from eggroll.torch.quantized.compressed_tensors import CompressedGrid
@@ -106,15 +106,21 @@ def find(model: nn.Module) -> list[Layer]:
 
 def refuse_raw(
     model: nn.Module, *, include: Sequence[str] | None, exclude: Sequence[str], kinds: Sequence[str]
-) -> None:
+) -> list[ParameterSpec]:
     """Refuse a population of quantized weights that were not taken over: their libraries' kernels know no members.
+
+    Returns:
+        Those that are no parameters of their modules, so that patterns can name them.
 
     Raises:
         UnsupportedOperationError: patterns and kinds ask for one of them.
     """
+    nameless = []
     for layer in find(model):
-        kind = "embedding" if isinstance(layer.module, nn.Embedding) else "matrix"
-        spec = ParameterSpec(layer.parameter, (), kind)  # type: ignore[arg-type]
+        kind: Kind = "embedding" if isinstance(layer.module, nn.Embedding) else "matrix"
+        spec = ParameterSpec(layer.parameter, (), kind, dtype=layer.what)
+        if layer.weight is None:
+            nameless.append(spec)
         if asked_for(spec, include=include, exclude=exclude, kinds=kinds):
             way = (
                 f"cannot be moved; known: {known()}. Load the model in one of these, or not quantized"
@@ -125,6 +131,7 @@ def refuse_raw(
                 f"parameter {layer.parameter!r} is quantized ({layer.what}), and such weights {way}; or leave them out "
                 f"(exclude=[{layer.parameter!r}])"
             )
+    return nameless
 
 
 def _layers_of(name: str, module: nn.Module) -> Iterator[Layer]:
