@@ -115,6 +115,27 @@ def test_time_major_layers_and_biases_of_each_member():
     assert (together[:2] - together[2:4]).abs().max() > 0.01
 
 
+def test_an_input_without_members_and_one_that_has_only_them():
+    class WithConstants(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = quantized_model("GGUF Q4_0")
+            self.layers[0].bias.data.normal_(generator=torch.Generator().manual_seed(0))
+            for name, shape in (("table", (5, 32)), ("one", (32,))):
+                self.register_buffer(name, torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+        def forward(self, x):
+            return self.layers(x) + self.layers(self.table) * self.layers(self.one)
+
+    model = WithConstants().eval()
+    x = torch.randn(6 * 2, 5, 32, generator=torch.Generator().manual_seed(0))
+    together, alone = (
+        population_of(model, kinds=("matrix", "vector"), mode=mode).forward(x, generation=0)
+        for mode in ("rows", "loop")
+    )
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
 def test_any_other_use_gets_the_members_written_out():
     class Norms(nn.Module):
         def __init__(self):

@@ -209,7 +209,7 @@ def test_a_rebuilt_residual_is_the_stored_one_cut_off_at_k(generations):
     stored = GridUpdater(plain_grid(), GridRule(decay=0.9))
     for t, step in kept:
         stored.step(in_weights(step), t)
-    rebuilt = GridUpdater(PlainGrid(stored.grid.codes(), QUANTA), GridRule(decay=0.9, generations=generations), past)
+    rebuilt = GridUpdater(PlainGrid(stored.grid.codes(), QUANTA), GridRule(decay=0.9), past)
     t, step = steps[-1]
     assert rebuilt.state() == {}
     assert torch.equal(rebuilt._rebuilt(QUANTA, rebuilt.grid.codes().to(torch.int16)), stored.residual)

@@ -129,7 +129,9 @@ class ESConfig:
         ]
         if not (whole(self, population_size=1, group_size=0, elite_k=0) or whole(self, most=None, seed=0)):
             found += self._combinations()
-        return found or self._quantized_combinations()
+        if not whole(self, residual_generations=0):
+            found += self._quantized_combinations()
+        return found
 
     def _quantized_combinations(self) -> list[str]:
         found = []

@@ -34,7 +34,7 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(weight, ScaledWeight) or (isinstance(bias, Value) and not isinstance(bias, MemberTensor)):
         return NotImplemented
     if isinstance(x, MemberTensor):
-        return x.like(_rows(x.data_P.flatten(0, 1), weight, bias).unflatten(0, x.data_P.shape[:2]))
+        return x.like(_rows(x.data_P, weight, bias))
     if isinstance(x, Value):
         return NotImplemented
     if weight.context.single:
@@ -44,24 +44,23 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return _rows(x, weight, bias)
     if layout == "time_major":
         return _rows(x.transpose(0, 1), weight, bias).transpose(0, 1).contiguous()
-    return MemberTensor(_shared(weight.times, x, weight, bias), name=weight.parameter, context=weight.context)
+    return _of_members(_rows(_copies(x, weight), weight, bias), weight)
 
 
 def _rows(x: Tensor, weight: ScaledWeight, bias: Any) -> Tensor:
+    """Rows ``(P * B, ..., n)``; the member axis of ``(P, ..., n)`` serves as well."""
     if isinstance(bias, MemberTensor):
         return with_rows(lambda x, bias: x + bias, weight.times(x), bias)
     return weight.times(x, bias)
 
 
-def _shared(func: Callable[[Tensor], Tensor], x: Tensor, weight: ScaledWeight, bias: Any = None) -> Tensor:
-    """``(P, *x.shape[:-1], m)`` of an input that is the same for all members."""
-    members = weight.a.shape[0]
-    copies = x.unsqueeze(0).expand(members, *x.shape)
-    if bias is None:
-        return func(copies)
-    assert func == weight.times
-    flat = _rows(copies.reshape(members * max(x[..., 0].numel(), 1), x.shape[-1]), weight, bias)
-    return flat.view(members, *x.shape[:-1], -1)
+def _copies(x: Tensor, weight: ScaledWeight) -> Tensor:
+    """An input that is the same for all members, for each of them: ``(P, *x.shape)``."""
+    return x.unsqueeze(0).expand(weight.a.shape[0], *x.shape)
+
+
+def _of_members(data_P: Tensor, weight: ScaledWeight) -> MemberTensor:
+    return MemberTensor(data_P, name=weight.parameter, context=weight.context)
 
 
 def _embedding(ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:
@@ -74,7 +73,7 @@ def _embedding(ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = N
         return weight.rows(ids)
     if layout == "time_major":
         return weight.rows(ids.transpose(0, 1)).transpose(0, 1).contiguous()
-    return MemberTensor(_shared(weight.rows, ids, weight), name=weight.parameter, context=weight.context)
+    return _of_members(weight.rows(_copies(ids, weight)), weight)
 
 
 _AS_IT_IS = (

@@ -39,27 +39,19 @@ class GridRule:
     Attributes:
         name: the rule.
         decay: what is left of a residual after each generation; 1 loses nothing.
-        generations: from which a residual is rebuilt; 0 stores it.
         threshold: of ``threshold``: standard deviations from which an entry moves.
         betas: of ``threshold``: decay of the two moments.
     """
 
     name: QuantizedUpdate = "error_feedback"
     decay: float = 1.0
-    generations: int = 0
     threshold: float = 2.5
     betas: tuple[float, float] = (0.9, 0.999)
 
     @classmethod
     def of(cls, config: ESConfig) -> Self:
         """The rule that a configuration names."""
-        return cls(
-            config.quantized_update,
-            config.residual_decay,
-            config.residual_generations,
-            config.move_threshold,
-            config.betas,
-        )
+        return cls(config.quantized_update, config.residual_decay, config.move_threshold, config.betas)
 
 
 class GridUpdater:
