@@ -83,12 +83,16 @@ def learn_and_check(
     if picked and not population.picks:
         # A mixture of experts, perhaps: once more, with rows that know their members wherever they are put. Also where
         # nothing was wrong, as other inputs will have rows picked by other experts.
+        learned, found = dict(population.layouts), dict(population.found)
         population.picks = context.picks = True
         again, runs, _ = _refusal(population, context, members, placed, module, inputs)
         if again is None and runs:
             refusal, has_run = None, True
         else:
             population.picks = context.picks = False
+            population.layouts.clear()
+            population.layouts.update(learned)
+            population.found = found
     if refusal is not None:
         raise refusal
     return has_run
