@@ -27,17 +27,26 @@ static inline float half(const uint8_t *p) {
 }
 #endif
 
+/* Sixteen numbers at a time, in the vectors of GCC and Clang, which become the machine's. */
+typedef uint8_t bytes __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(64)));
+/* by way of 32 bits, as GCC makes single numbers of the direct way */
+#define FLOATS(codes) __builtin_convertvector(__builtin_convertvector(codes, ints), floats)
+
 #ifdef BF16
 typedef uint16_t number;
-static inline number rounded(float value) {
-    uint32_t word;
-    __builtin_memcpy(&word, &value, 4);
-    return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+static inline void store(number *to, floats values) {
+    const words bits = (words)values;
+    const halves cut = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
+    __builtin_memcpy(to, &cut, sizeof cut);
 }
 #define NAME eggroll_gguf_bf16
 #else
 typedef float number;
-static inline number rounded(float value) { return value; }
+static inline void store(number *to, floats values) { __builtin_memcpy(to, &values, sizeof values); }
 #define NAME eggroll_gguf_f32
 #endif
 
@@ -52,15 +61,26 @@ static void some(number *out, const uint8_t *blocks, const int64_t *rows, int64_
             const float scale = half(block);
             const uint8_t *codes = block + header;
             if (kind == 0) {
-                for (int j = 0; j < 32; j++) to[j] = rounded((float)(int8_t)codes[j] * scale);
-            } else if (kind == 1) {
-                for (int j = 0; j < 16; j++) to[j] = rounded((float)((int)(codes[j] & 15) - 8) * scale);
-                for (int j = 0; j < 16; j++) to[j + 16] = rounded((float)((int)(codes[j] >> 4) - 8) * scale);
+                for (int j = 0; j < 32; j += 16) {
+                    bytes code; /* shifted to 0..255 and back: GCC has no vectors for signed ones */
+                    __builtin_memcpy(&code, codes + j, 16);
+                    store(to + j, (FLOATS(code ^ 128) - 128.0f) * scale);
+                }
+                continue;
+            }
+            bytes both;
+            __builtin_memcpy(&both, codes, 16);
+            floats low = FLOATS(both & 15), high = FLOATS(both >> 4);
+            if (kind == 1) {
+                low = (low - 8.0f) * scale;
+                high = (high - 8.0f) * scale;
             } else {
                 const float offset = half(block + 2);
-                for (int j = 0; j < 16; j++) to[j] = rounded((float)(codes[j] & 15) * scale + offset);
-                for (int j = 0; j < 16; j++) to[j + 16] = rounded((float)(codes[j] >> 4) * scale + offset);
+                low = low * scale + offset;
+                high = high * scale + offset;
             }
+            store(to, low);
+            store(to + 16, high);
         }
     }
 }

@@ -16,7 +16,7 @@ from eggroll.torch.kernels import compile_c
 from eggroll.torch.kernels.native import thread_entry
 
 SOURCE = Path(__file__).with_name("gguf.c")
-FLAGS = ("-O3", "-ffp-contract=off")  # product and sum are rounded one by one, as plain operations do
+FLAGS = ("-Wno-psabi", "-ffp-contract=off")  # product and sum are rounded one by one, as plain operations do
 KINDS = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2}
 PARALLEL_FROM = 1 << 16
 """Calls that make at least this many numbers are shared out to threads."""
