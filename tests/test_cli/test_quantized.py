@@ -82,4 +82,18 @@ def test_refusals(eggroll, sources):
     assert "has no GGUF file; give a .gguf file" in " ".join(refused.err.split())
     refused = eggroll("tune", sources / "plain", *SETTINGS, "--quantize", "int8", "--backend", "vllm", "-g", "1")
     assert refused.status == 1
-    assert "quantize (='int8') needs backend='torch'" in " ".join(refused.err.split())
+    assert "are quantized (quantize='int8'), which needs backend='torch'" in " ".join(refused.err.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "form"), [("tiny.gguf", "auto"), ("plain", "int8")])
+def test_workers_end_with_the_same_codes(eggroll, sources, model, form):
+    pytest.importorskip("ray", reason="ray is not installed")
+    settings = [sources / model, *SETTINGS, "--quantize", form, "-g", "2"]
+    assert eggroll("tune", *settings, "-o", "alone").status == 0
+    assert eggroll("tune", *settings, "--workers", "1", "-o", "apart").status == 0
+    alone, apart = (
+        grids(llm.load(str(eggroll.work / run / "model"), dtype="float32").model) for run in ("alone", "apart")
+    )
+    assert alone.keys() == apart.keys()
+    assert all(torch.equal(alone[name].codes(), apart[name].codes()) for name in alone)

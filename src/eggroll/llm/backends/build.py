@@ -90,16 +90,16 @@ class WorkerFactory:
 
     def _vllm(self) -> LanguageWorker:
         config, trust, arguments = self.config, self.trust_remote_code, dict(self.engine_args)
-        if self.quantize not in ("auto", "none"):
+        found = look_up(self.model, dtype=self.dtype, trust_remote_code=trust, quantize=self.quantize)
+        if found.outline.bits:
             raise ConfigError(
-                f"quantize (={self.quantize!r}) needs backend='torch': updates move the codes of quantized weights, "
-                "which vLLM repacks for its kernels and does not give out"
+                f"the weights of {self.model} are quantized (quantize={self.quantize!r}), which needs backend='torch': "
+                "updates move their codes, and vLLM repacks these for its kernels and does not give them out"
             )
         if self.train is not None:
             arguments = {"max_loras": default_range_size(config.population_size), **worker_engine_args(arguments)}
         if trust:
             arguments = {"trust_remote_code": True, **arguments}
-        found = look_up(self.model, dtype=self.dtype, trust_remote_code=trust)
         around = load_surroundings(self.model, trust_remote_code=trust)
         tokenizer, reward = around.tokenizer, as_reward(self.reward, around.tokenizer)
         specs = check_vllm(config, found.outline, reward)

@@ -97,10 +97,7 @@ def load(
             model = load_gguf(Path(located.path) / located.gguf, about.config, about.auto, about.dtype, place)
         else:
             model = about.auto.from_pretrained(located.path, dtype=about.dtype, **about.arguments, **weights)
-        if about.config.model_type == "rwkv7":
-            tokenizer: Any = _rwkv7().load_tokenizer(None if located.pth else located.path)
-        else:
-            tokenizer = _transformers().AutoTokenizer.from_pretrained(located.path, **about.arguments)
+        tokenizer = _tokenizer_of(located, about.config, about.arguments)
         drop_quantization(model)
         model = model.requires_grad_(False).to(place).eval()
         take_over(model, form, source)
@@ -153,34 +150,48 @@ class Surroundings:
     generation_config: Any
 
 
-def load_surroundings(source: str, *, trust_remote_code: bool = False) -> Surroundings:
+def load_surroundings(
+    source: str, *, trust_remote_code: bool = False, weights_elsewhere: bool = True, gguf: bool = False
+) -> Surroundings:
     """Everything that an engine which loads the weights itself leaves to be loaded.
 
+    Args:
+        source: as for :func:`load`.
+        trust_remote_code: run code that comes with the model.
+        weights_elsewhere: another library loads the weights, and not :func:`load` in a worker.
+        gguf: take an alias's GGUF file.
+
     Raises:
-        ModelError: there is no such model, or it is a GGUF file, which other engines read in ways of their own.
+        ModelError: there is no such model, or only :func:`load` reads its files.
     """
-    located = locate(source)
-    if located.pth:
-        raise ModelError(f"{source} is an RWKV-7 model, which this backend does not serve; use backend='torch'")
-    if located.gguf is not None:
-        raise ModelError(
-            f"{source} is a GGUF file; this backend takes a directory or a hub id. Convert it once: "
-            f"eggroll.llm.load({source!r}) and .model.save_pretrained(directory), or use backend='torch'"
-        )
+    located = locate(source, gguf=gguf)
+    if weights_elsewhere:
+        _refuse_own_files(located)
     transformers = _transformers()
+    arguments = {"trust_remote_code": trust_remote_code}
     with located.reading():
-        _rwkv7()
-        config = transformers.AutoConfig.from_pretrained(located.path, trust_remote_code=trust_remote_code)
-        check_layers(config)
-        if config.model_type == "rwkv7":
+        config = _config_of(located, arguments)
+        if weights_elsewhere and config.model_type == "rwkv7":
             raise ModelError(f"{source} is an RWKV-7 model, which this backend does not serve; use backend='torch'")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(located.path, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer_of(located, config, arguments)
         try:
             generation = transformers.GenerationConfig.from_pretrained(located.path)
         except OSError:  # many models have none, or have it in their configuration
             generation = transformers.GenerationConfig.from_model_config(config)
     prepare_tokenizer(tokenizer)
     return Surroundings(located.path, tokenizer, config, generation)
+
+
+def _refuse_own_files(located: Located) -> None:
+    source = located.source
+    if located.pth:
+        raise ModelError(f"{source} is an RWKV-7 model, which this backend does not serve; use backend='torch'")
+    if located.gguf is not None:
+        raise ModelError(
+            f"{source} is a GGUF file; this backend takes a directory or a hub id. Convert it once: "
+            f"eggroll.llm.load({source!r}, quantize='none') and .model.save_pretrained(directory), or use "
+            "backend='torch'"
+        )
 
 
 def prepare_tokenizer(tokenizer: Any, model: Any = None) -> None:
@@ -232,14 +243,7 @@ class _About:
 def _read_config(located: Located, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool) -> _About:
     transformers = _transformers()
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if located.gguf is not None:
-        arguments["gguf_file"] = located.gguf
-    if located.pth:
-        config: Any = _rwkv7().config_of_pth(located.path)
-    else:
-        _rwkv7()
-        config = transformers.AutoConfig.from_pretrained(located.path, **arguments)
-    check_layers(config)
+    config = _config_of(located, arguments)
     notes: tuple[str, ...] = ()
     if dtype is None:
         dtype, reason = choose_dtype(device, *typical_shape(config))
@@ -248,6 +252,25 @@ def _read_config(located: Located, dtype: torch.dtype | None, device: torch.devi
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     auto = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
     return _About(config, auto, dtype, (*notes, *mended), arguments, bool(mended))
+
+
+def _config_of(located: Located, arguments: dict[str, Any]) -> Any:
+    """A model's configuration; ``arguments`` of ``from_pretrained`` learn of a GGUF file."""
+    if located.gguf is not None:
+        arguments["gguf_file"] = located.gguf
+    if located.pth:
+        config: Any = _rwkv7().config_of_pth(located.path)
+    else:
+        _rwkv7()
+        config = _transformers().AutoConfig.from_pretrained(located.path, **arguments)
+    check_layers(config)
+    return config
+
+
+def _tokenizer_of(located: Located, config: Any, arguments: dict[str, Any]) -> Any:
+    if config.model_type == "rwkv7":
+        return _rwkv7().load_tokenizer(None if located.pth else located.path)
+    return _transformers().AutoTokenizer.from_pretrained(located.path, **arguments)
 
 
 def _drop_unknown_pad_token(config: Any) -> list[str]:
