@@ -31,6 +31,7 @@ FLAGS = {
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
         --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code --config
+        --push-to-hub --hub-model-id --hub-private
     """,
     "eval": """
         MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size

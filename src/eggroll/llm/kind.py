@@ -25,6 +25,7 @@ from eggroll.llm.data.fingerprint import data_fingerprint
 from eggroll.llm.models.export import load_line, save_pretrained
 from eggroll.llm.models.fingerprint import model_fingerprint
 from eggroll.llm.models.locate import check_place
+from eggroll.llm.models.push import check_push
 from eggroll.llm.options import TuneOptions
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.columns import check_columns
@@ -107,6 +108,7 @@ def look(options: TuneOptions) -> Reward:
         partial(as_reward, what or "perplexity", None),
         partial(check_place, options.model),
         *(partial(check_source, source) for source in sources),
+        *([partial(check_push, options.hub_model_id)] if options.push_to_hub else []),
     ]
     for one in looks:
         try:
