@@ -15,7 +15,7 @@ from eggroll.errors import ConfigError, RunError
 from eggroll.llm.backends.build import BackendName, WorkerFactory, worker_of
 from eggroll.llm.backends.pool import PoolWorker
 from eggroll.llm.backends.worker import ModelWorker
-from eggroll.llm.config import EggrollConfig, Quantize
+from eggroll.llm.config import Attention, EggrollConfig, Quantize
 from eggroll.llm.models.push import check_push, later, push
 from eggroll.loop import Listener, Loop
 from eggroll.run.lock import locked
@@ -67,6 +67,8 @@ class EggrollTrainer:
         engine_args: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         quantize: Quantize = "auto",
+        revision: str | None = None,
+        attn_implementation: Attention | None = None,
         **placement: Any,
     ) -> Self:
         """A trainer of a model that is loaded here, in a vLLM engine, or in worker processes.
@@ -82,7 +84,7 @@ class EggrollTrainer:
             config: the settings.
             reward: as for the class, or a name for :func:`~eggroll.llm.rewards.load.load_reward`.
             workers: number of processes that score members; ``None`` uses this process alone.
-            backend, dtype, device, engine_args, trust_remote_code, quantize: see
+            backend, dtype, device, engine_args, trust_remote_code, quantize, revision, attn_implementation: see
                 :class:`~eggroll.llm.backends.build.WorkerFactory`.
             **placement: of workers, see :class:`~eggroll.llm.backends.pool.PoolWorker`.
 
@@ -93,6 +95,7 @@ class EggrollTrainer:
         factory = WorkerFactory(
             model=model, config=config, reward=reward, backend=backend, dtype=dtype, device=device,
             engine_args=engine_args or {}, trust_remote_code=trust_remote_code, quantize=quantize,
+            revision=revision, attn_implementation=attn_implementation,
         )  # fmt: skip
         if placement and workers is None:
             raise ConfigError(f"{', '.join(placement)}: these place workers; say how many with workers=N")

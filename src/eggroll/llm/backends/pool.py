@@ -50,8 +50,11 @@ class PoolWorker(ModelWorker):
         self.workers = workers
         model, config, trust = factory.model, factory.config, factory.trust_remote_code
         place = "cpu" if factory.device == "auto" else factory.device  # of this process, which may have no GPU
-        found = look_up(model, dtype=factory.dtype, device=place, trust_remote_code=trust, quantize=factory.quantize)
-        around = load_surroundings(model, trust_remote_code=trust)
+        found = look_up(
+            model, dtype=factory.dtype, device=place, trust_remote_code=trust, quantize=factory.quantize,
+            revision=factory.revision,
+        )  # fmt: skip
+        around = load_surroundings(model, trust_remote_code=trust, revision=factory.revision)
         tokenizer = around.tokenizer
         reward = as_reward(factory.reward, tokenizer)
         vllm = factory.backend == "vllm"
@@ -61,6 +64,7 @@ class PoolWorker(ModelWorker):
             config, reward, tokenizer, tuple(specs), found.name, found.outline.size, found.dtype,
             f"{workers} worker{'s' if workers != 1 else ''}", found.notes, model, trust,
             generation_notes(reward, defaults, vllm=vllm),
+            revision=factory.revision,
         )  # fmt: skip
         self.factory = dataclasses.replace(factory, dtype=found.dtype)
         self._notes = found.notes
