@@ -87,7 +87,10 @@ def test_the_example_of_the_readme_runs(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
-def test_command_lines_are_understood(line):
+def test_command_lines_are_understood(line, tmp_path, monkeypatch):
+    settings = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/tune.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "run.yaml").write_text(settings[1])
+    monkeypatch.chdir(tmp_path)
     _, command, *arguments = shlex.split(line, comments=True)
     if command == "recipe":
         name, *arguments = arguments

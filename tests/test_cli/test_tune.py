@@ -31,10 +31,11 @@ FLAGS = {
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
         --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code
+        --config --revision --attn-implementation --push-to-hub --hub-model-id --hub-private
     """,
     "eval": """
         MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
-        --output/-o --dtype --device --quantize --seed --trust-remote-code
+        --output/-o --dtype --device --quantize --seed --trust-remote-code --config --revision --attn-implementation
     """,
     # All settings of tune, so that its command line can be pasted, and the length of a prompt.
     "info": """
@@ -44,7 +45,8 @@ FLAGS = {
         --fitness-shaping --generations/-g --group-size --lr --lr-decay --lr-schedule --members-per-forward
         --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
         --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
-        --quantized-update --residual-decay --residual-generations --move-threshold
+        --quantized-update --residual-decay --residual-generations --move-threshold --config --revision
+        --attn-implementation
     """,
     "replay": "RUN --to --output/-o --trust-remote-code --allow-difference",
     "report": "RUN -o/--output",

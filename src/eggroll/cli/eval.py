@@ -119,12 +119,15 @@ def _answers(
     from eggroll.llm.generation.defaults import GenerationDefaults
     from eggroll.llm.measure.evaluate import evaluate as answer
     from eggroll.llm.models import loading
+    from eggroll.llm.models.locate import is_hub_id
 
     with console.status(f"loading {escape(model)} ..."):
         trust = options.trust_remote_code
         loaded = loading.load(
-            model, dtype=dtype, device=options.device, trust_remote_code=trust, quantize=options.quantize
-        )
+            model, dtype=dtype, device=options.device, trust_remote_code=trust, quantize=options.quantize,
+            revision=options.revision if is_hub_id(model) or not any(map(is_hub_id, options.models)) else None,
+            attn_implementation=options.attn_implementation,
+        )  # fmt: skip
     for note in GenerationDefaults.of(loaded.model.generation_config, config.temperature).notes():
         console.print(f"[dim]{escape(model)}: {escape(note)}[/]")
     with _Bar(model, len(problems), console) as bar:

@@ -51,6 +51,8 @@ def run(options: InfoOptions) -> int:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         quantize=options.quantize,
+        revision=options.revision,
+        attn_implementation=options.attn_implementation,
     )
     estimate = Estimate.of(found.outline, options, found.dtype)
     prompts = options.prompts_per_generation

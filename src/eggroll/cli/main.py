@@ -16,6 +16,8 @@ from typing import Any
 from eggroll import _environment
 from eggroll._command import typed
 from eggroll._optional import missing
+from eggroll.cli.config_file import COMMANDS as CONFIGURED
+from eggroll.cli.config_file import parse_with_file
 from eggroll.cli.parse import parse
 from eggroll.cli.watch import option_given
 from eggroll.errors import EggrollError, raised_at
@@ -175,8 +177,11 @@ def load(name: str) -> ModuleType:
 
 def options_of(command: ModuleType, arguments: Sequence[str], *, prog: str) -> Any:
     """What a command line says to a command."""
-    default = command.default_options(arguments) if hasattr(command, "default_options") else None
-    return parse(command.OPTIONS, arguments, prog=prog, description=command.run.__doc__ or "", default=default)
+    description, defaults = command.run.__doc__ or "", getattr(command, "default_options", None)
+    if command.__name__.rpartition(".")[2] in CONFIGURED:
+        return parse_with_file(command.OPTIONS, arguments, prog=prog, description=description, default_options=defaults)
+    default = None if defaults is None else defaults(arguments)
+    return parse(command.OPTIONS, arguments, prog=prog, description=description, default=default)
 
 
 @contextlib.contextmanager

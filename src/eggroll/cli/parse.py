@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
@@ -26,26 +26,48 @@ ON_THE_COMMAND_LINE = {
     "use None for all matrices": "leave it out for all matrices",
 }
 """Words of the settings in Python whose advice is another one here."""
+CONFIG = "config"
+"""The option that names a file of settings, see :mod:`eggroll.cli.config_file`."""
+CONFIG_TEXT = "Settings from a YAML or JSON file, or from a run's config.json; flags count more."
 
 
 def parse(
-    kind: type[Options], arguments: Sequence[str], *, prog: str, description: str, default: Options | None = None
+    kind: type[Options],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default: Options | None = None,
+    given: Mapping[str, Any] | None = None,
+    config: str | None = None,
 ) -> Options:
-    """The options that a command line gives, in the place of those of ``default``.
+    """The options that a command line gives, in the place of ``given`` and of those of ``default``.
+
+    Args:
+        kind: the options' dataclass.
+        arguments: the command line.
+        prog: the command as it is typed.
+        description: for ``--help``.
+        default: the options of a command line that says nothing; ``None`` takes the fields' defaults.
+        given: values of the file that ``--config`` names; ``None`` for a command without that option.
+        config: that file.
 
     Raises:
         SystemExit: --help was asked for, or the command line is wrong, which has been said then.
         ConfigError: settings that cannot work.
     """
-    command = command_type(cast(Any, kind))
+    command = command_type(cast(Any, kind), given is not None)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    absent: Any = tyro.MISSING_NONPROP
-    shown = {} if default is None else {name: _printable(getattr(default, name)) for name in names}
-    if default is not None:
-        absent = command(**shown)
-    given = tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
-    found = {name: getattr(given, name) for name in names}
-    found |= {name: getattr(default, name) for name, value in shown.items() if found[name] == value}
+    known = {} if default is None else {name: getattr(default, name) for name in names}
+    if given:
+        known = _defaults(kind) | known | dict(given)
+    shown = {name: _printable(value) for name, value in known.items()}
+    absent: Any = command(**shown) if shown else tyro.MISSING_NONPROP
+    typed = tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
+    if given is not None and getattr(typed, CONFIG) != config:
+        raise ConfigError(f"{prog} takes one --{CONFIG} FILE, given once and with its whole name")
+    found = {name: getattr(typed, name) for name in names}
+    found |= {name: known[name] for name, value in shown.items() if found[name] == value}
     # Checked here, so that what cannot work is said in the words of the settings.
     try:
         return kind(**found)
@@ -56,6 +78,14 @@ def parse(
         raise type(error)(text) from None
 
 
+def _defaults(kind: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found[field.name] = tyro.MISSING_NONPROP if value is dataclasses.MISSING else value
+    return found
+
+
 def _printable(value: Any) -> Any:
     """A default as the parser shows it: it may come from a run's directory, see :mod:`eggroll.run.terminal`."""
     if isinstance(value, tuple | list):
@@ -64,8 +94,8 @@ def _printable(value: Any) -> Any:
 
 
 @cache
-def command_type(kind: Any) -> Any:
-    """A dataclass with the fields of ``kind``, annotated for tyro, that checks nothing."""
+def command_type(kind: Any, takes_config: bool = False) -> Any:
+    """A dataclass with the fields of ``kind`` (and ``--config``), annotated for tyro, that checks nothing."""
     hints: dict[str, Any] = get_type_hints(kind, include_extras=True)
     texts = field_texts(kind)
     namespace: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__, "__module__": kind.__module__}
@@ -84,6 +114,10 @@ def command_type(kind: Any) -> Any:
         namespace[field.name] = dataclasses.field(
             default=field.default, default_factory=field.default_factory, metadata=field.metadata
         )  # type: ignore[call-overload]
+    if takes_config:
+        argument = tyro.conf.arg(help=CONFIG_TEXT)
+        namespace["__annotations__"][CONFIG] = Annotated[str | None, argument]
+        namespace[CONFIG] = None
     return dataclasses.dataclass(frozen=True, kw_only=True)(type(kind.__name__, (), namespace))
 
 

@@ -7,12 +7,13 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from eggroll.cli.config_file import parse_with_file
 from eggroll.cli.kinds import RECIPES, load_recipe
-from eggroll.cli.parse import parse
 from eggroll.cli.watch import resumed_options, run_command
 from eggroll.core.settings import setting
 from eggroll.run.terminal import Terminal
@@ -32,9 +33,13 @@ def recipe(arguments: Sequence[str]) -> int:
         print(f"eggroll recipe: there is no recipe {name!r}{hint}\n\n{usage()}", end="", file=sys.stderr)
         return 2
     module = load_recipe(name)
-    default = resumed_options(module.KIND, rest) if hasattr(module, "KIND") else None
-    options = parse(
-        options_type(module), rest, prog=f"eggroll recipe {name}", description=module.__doc__ or "", default=default
+    defaults = partial(resumed_options, module.KIND) if hasattr(module, "KIND") else None
+    options = parse_with_file(
+        options_type(module),
+        rest,
+        prog=f"eggroll recipe {name}",
+        description=module.__doc__ or "",
+        default_options=defaults,
     )
     return run(module, options)
 
@@ -70,7 +75,7 @@ class AllOptions:
 def run_all(arguments: Sequence[str]) -> int:
     """Every recipe, one after the other."""
     about = run_all.__doc__ or ""
-    options = parse(AllOptions, arguments, prog="eggroll recipe all", description=about)
+    options = parse_with_file(AllOptions, arguments, prog="eggroll recipe all", description=about)
     given = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
     planned = []
     for name in RECIPES:

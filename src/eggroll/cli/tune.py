@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -12,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run_command
+from eggroll.errors import ModelError
 from eggroll.llm.options import LEARNING_RATES, TuneOptions
 from eggroll.run.terminal import Terminal, printable
 
@@ -97,6 +100,30 @@ def _show(console: Console, trained: Trained) -> None:
         Terminal(highlight=False).print(table)
     console.print(f"\nmodel    {escape(str(run.path / MODEL))}")
     console.print(f"load it  [bold]{escape(str(KIND.load_line(run)))}[/]")
+    if trained.plan.options.push_to_hub and not trained.interrupted:
+        _push(console, run.path / MODEL, trained.plan.options)
+
+
+def _push(console: Console, directory: Path, options: TuneOptions) -> None:
+    """Push the saved model; whatever comes in between, the run is complete."""
+    from eggroll.llm.models.push import later, push
+
+    name = options.hub_model_id or repository_name(directory.absolute().parent.name)
+    try:
+        with console.status(f"pushing to {escape(name)} ..."):
+            address = push(directory, name, private=options.hub_private)
+    except ModelError as error:
+        console.print(f"[bold red]not pushed:[/] {escape(str(error))}")
+    except KeyboardInterrupt:
+        command = later(directory, name, private=options.hub_private)
+        console.print(f"[bold red]not pushed:[/] interrupted. The run is complete; push it later: {escape(command)}")
+    else:
+        console.print(f"pushed   {escape(address)}")
+
+
+def repository_name(folder: str) -> str:
+    """A name that the hub takes, from a folder's."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", re.sub(r"[-.]{2,}", "-", folder)).strip("-.")[:96] or "eggroll-model"
 
 
 def _text(sample: Any) -> tuple[str, float | None]:

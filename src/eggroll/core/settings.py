@@ -113,7 +113,7 @@ def from_json_values(kind: type[Any], stored: Mapping[str, Any], *, ignored: Seq
     older = ((field.name, about(kind, field.name).get("absent")) for field in dataclasses.fields(kind))
     values = {name: value for name, value in older if value is not None}
     values |= {names[name]: value for name, value in stored.items() if name in names}
-    wrong = _wrong_types(kind, values)
+    wrong = wrong_types(kind, values)
     if wrong:
         raise ConfigError.from_problems(f"{source} cannot be read as settings", wrong)
     try:
@@ -122,7 +122,7 @@ def from_json_values(kind: type[Any], stored: Mapping[str, Any], *, ignored: Seq
         raise ConfigError(f"{source} cannot be read as settings: {error}") from None
 
 
-def _wrong_types(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
+def wrong_types(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
     """A sentence for each value of JSON that is not of its field's type."""
     try:
         hints = typing.get_type_hints(kind)

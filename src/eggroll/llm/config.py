@@ -11,6 +11,7 @@ from eggroll.core.settings import setting
 from eggroll.run.options import DeviceOptions
 
 Quantize = Literal["auto", "none", "int8", "int4", "gguf"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -23,6 +24,10 @@ class ModelOptions(DeviceOptions):
     quantize: Quantize = setting("auto", absent="none")
     """auto keeps quantized weights (GGUF, a quantized checkpoint) in their format; none expands a GGUF file; int8 and
     int4 quantize plain weights; gguf takes the GGUF file of smollm2-135m."""
+    revision: str | None = None
+    """Revision of a hub id: a branch, a tag, or a commit, which cannot change."""
+    attn_implementation: Attention | None = None
+    """How attention is computed, in transformers' words (default: the model's choice, mostly sdpa)."""
     trust_remote_code: bool = setting(False, runs_code=bool, always_ask=True)
     """Run code that comes with the model."""
 

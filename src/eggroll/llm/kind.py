@@ -25,6 +25,7 @@ from eggroll.llm.data.fingerprint import data_fingerprint
 from eggroll.llm.models.export import load_line, save_pretrained
 from eggroll.llm.models.fingerprint import model_fingerprint
 from eggroll.llm.models.locate import check_place
+from eggroll.llm.models.push import check_push
 from eggroll.llm.options import TuneOptions
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.columns import check_columns
@@ -105,8 +106,9 @@ def look(options: TuneOptions) -> Reward:
     problems: list[EggrollError] = []
     looks: list[Callable[[], Any]] = [
         partial(as_reward, what or "perplexity", None),
-        partial(check_place, options.model),
+        partial(check_place, options.model, options.revision),
         *(partial(check_source, source) for source in sources),
+        *([partial(check_push, options.hub_model_id)] if options.push_to_hub else []),
     ]
     for one in looks:
         try:
@@ -146,6 +148,8 @@ def make_worker(options: TuneOptions, reward: Reward | None = None) -> ModelWork
         engine_args=engine_args(options),
         trust_remote_code=options.trust_remote_code,
         quantize=options.quantize,
+        revision=options.revision,
+        attn_implementation=options.attn_implementation,
         **placement,
     )
     return trainer.worker
@@ -214,7 +218,7 @@ def _plan(options: TuneOptions) -> Plan:
 
 
 def _fingerprints(options: TuneOptions, train: list[Example], heldout: list[Example] | None) -> dict[str, str]:
-    model = model_fingerprint(options.model)
+    model = model_fingerprint(options.model, options.revision)
     return {
         "data_fingerprint": data_fingerprint(train),
         **({} if heldout is None else {"heldout_data_fingerprint": data_fingerprint(heldout)}),
@@ -254,7 +258,7 @@ def count(parameters: int) -> str:
 def _base(options: TuneOptions, run: RunDir) -> ModelWorker:
     return WorkerFactory(
         model=options.model, config=narrowed(options, EggrollConfig), reward=lambda text: 0.0, dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code, quantize=options.quantize,
+        trust_remote_code=options.trust_remote_code, quantize=options.quantize, revision=options.revision,
     )()  # fmt: skip
 
 

