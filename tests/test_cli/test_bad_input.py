@@ -120,10 +120,10 @@ BAD = {
         *lines(EVAL + " -o {}", WRITTEN[1:-1]),
     ],
     "chat": [
-        "chat", "chat tiny -q ''", "chat tiny", "chat tiny -q a --only before", "chat tiny -q a --only middle",
+        "chat", "chat tiny -q ''", "chat tiny -q a --only before", "chat tiny -q a --only middle",
         "chat tiny -q a more", *lines("chat {} -q a", [*PATHS, *RUNS, "hollow", "binary.gguf"]),
         *numbers("chat tiny -q a", "--max-tokens", "--max-length", "--seed"),
-        *numbers("chat tiny -q a", "--temperature", wrong=FRACTIONS), "chat tiny -q a --system $\\udcff",
+        *numbers("chat tiny -q a", "--temperature", wrong=FRACTIONS), "chat tiny -q a --system $'\\udcff'",
     ],
     "generate": [
         "generate", "generate tiny", "generate tiny prompts.txt --only before",
@@ -133,7 +133,8 @@ BAD = {
             "object.json", "types.jsonl", "mixed.jsonl", "binary.parquet", "a/b/c", "unreadable.txt",
         ]),
         *lines("generate tiny prompts.txt --max-tokens 1 -o {}", [*WRITTEN[1:-1], "empty", "prompts.txt"]),
-        *numbers("generate tiny prompts.txt", "--batch-size", "--max-tokens"),
+        *numbers("generate tiny prompts.txt", "--max-tokens"),
+        *numbers("generate tiny prompts.txt", "--batch-size", wrong=("-1", "0", "x")),
     ],
     "info": [
         "info", *lines("info {}", [*PATHS, "hollow", "binary.gguf"]),

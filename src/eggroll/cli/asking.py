@@ -176,8 +176,8 @@ def _result_of(run: RunDir, command: str) -> str:
         rebuilt, quoted = shlex.quote(str(run.path / "so-far")), shlex.quote(str(run.path))
         raise RunError(
             f"{run.path} has no model yet: it is written when the run ends. Rebuild the weights as they are now and "
-            f"ask these: {typed()} replay {quoted} -o {rebuilt} && {typed()} {command} {rebuilt}; or ask the model that it "
-            "started from: --only before"
+            f"ask these: {typed()} replay {quoted} -o {rebuilt} && {typed()} {command} {rebuilt}; or ask the model "
+            "that it started from: --only before"
         )
     return str(place)
 

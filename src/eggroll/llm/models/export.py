@@ -209,7 +209,7 @@ def _answer_lines(place: str, auto: str, gguf: bool, details: Mapping[str, Any])
         ]
     longest = settings.get("max_tokens", 128)
     lines.append(f"answer = model.generate(**ids, max_new_tokens={longest}, do_sample=False)")
-    new = "answer[0]" if auto == "AutoModelForSeq2SeqLM" else 'answer[0, ids["input_ids"].shape[1] :]'
+    new = "answer[0, 1:]" if auto == "AutoModelForSeq2SeqLM" else 'answer[0, ids["input_ids"].shape[1] :]'
     lines.append(f"print(tokenizer.decode({new}, skip_special_tokens=True))")
     return "\n".join(lines)
 
