@@ -119,6 +119,23 @@ BAD = {
             "--temperature", wrong=FRACTIONS),
         *lines(EVAL + " -o {}", WRITTEN[1:-1]),
     ],
+    "chat": [
+        "chat", "chat tiny -q ''", "chat tiny -q a --only before", "chat tiny -q a --only middle",
+        "chat tiny -q a more", *lines("chat {} -q a", [*PATHS, *RUNS, "hollow", "binary.gguf"]),
+        *numbers("chat tiny -q a", "--max-tokens", "--max-length", "--seed"),
+        *numbers("chat tiny -q a", "--temperature", wrong=FRACTIONS), "chat tiny -q a --system $'\\udcff'",
+    ],
+    "generate": [
+        "generate", "generate tiny", "generate tiny prompts.txt --only before",
+        *lines("generate {} prompts.txt", [*PATHS, *RUNS, "hollow"]),
+        *lines("generate tiny {} -o new", [
+            *(path for path in PATHS if path != "file.txt"), "empty.txt", "blank.txt", "latin.txt", "bad.jsonl",
+            "object.json", "types.jsonl", "mixed.jsonl", "binary.parquet", "a/b/c", "unreadable.txt",
+        ]),
+        *lines("generate tiny prompts.txt --max-tokens 1 -o {}", [*WRITTEN[1:-1], "empty", "prompts.txt"]),
+        *numbers("generate tiny prompts.txt", "--max-tokens"),
+        *numbers("generate tiny prompts.txt", "--batch-size", wrong=("-1", "0", "x")),
+    ],
     "info": [
         "info", *lines("info {}", [*PATHS, "hollow", "binary.gguf"]),
         *numbers("info tiny", "-p", "--prompt-tokens", "--max-tokens", "--rank"), "info tiny --target-modules nothing",

@@ -37,6 +37,14 @@ FLAGS = {
         MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
         --output/-o --dtype --device --quantize --seed --trust-remote-code --config --revision --attn-implementation
     """,
+    "chat": """
+        MODEL --question/-q --only --max-tokens --max-length --temperature --system --chat --seed --dtype --device
+        --quantize --trust-remote-code
+    """,
+    "generate": """
+        MODEL FILE --output/-o --batch-size --only --max-tokens --max-length --temperature --system --chat --seed
+        --dtype --device --quantize --trust-remote-code
+    """,
     # All settings of tune, so that its command line can be pasted, and the length of a prompt.
     "info": """
         MODEL --population/-p/--population-size/--pop-size --rank --target-modules --exclude --embeddings --head
@@ -97,7 +105,7 @@ def test_the_flags_are_frozen(command, eggroll, monkeypatch):
         entry = line.strip("│ ").split("  ")[0]
         if entry.startswith("-"):
             found |= {word for word in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", entry) if not word.startswith("--no-")}
-        elif entry.split(" ")[0] in ("MODEL", "RUN", "FOLDER"):
+        elif entry.split(" ")[0] in ("MODEL", "RUN", "FOLDER", "FILE"):
             found.add(entry.split(" ")[0])
     assert found - {"-h", "--help"} == {flag for group in FLAGS[command].split() for flag in group.split("/")}
 
@@ -189,7 +197,10 @@ def test_what_a_person_reads(eggroll):
     assert any(line.startswith("held-out reward  -") and " before, " in line for line in out)
     assert "that changed, with their rewards" in done.out
     assert "model    run/model" in out
-    assert 'load it  AutoModelForCausalLM.from_pretrained("run/model")' in out
+    assert "ask it   eggroll chat run" in out
+    assert 'model = AutoModelForCausalLM.from_pretrained("run/model")' in out
+    assert 'tokenizer = AutoTokenizer.from_pretrained("run/model")' in out
+    assert 'chat = [{"role": "user", "content": "What is rain?"}]' in out
     assert done.err == ""
 
 

@@ -10,8 +10,12 @@ import torch
 import transformers
 
 from eggroll.errors import ModelError
-from eggroll.llm.models.export import load_line, save_pretrained
+from eggroll.llm.config import EggrollConfig
+from eggroll.llm.data.examples import Example
+from eggroll.llm.measure.answers import Writer
+from eggroll.llm.models.export import answer_lines, load_line, save_pretrained, settings_of
 from eggroll.llm.models.hub import drop_quantization
+from eggroll.llm.models.loading import load
 
 METADATA = {
     "base_model": "owner/base",
@@ -64,6 +68,54 @@ def test_card_and_details(tiny_model, tiny_tokenizer, tmp_path):
     ):
         assert text in body
     assert load_line("x") == 'AutoModelForCausalLM.from_pretrained("x")'
+
+
+NO_SYSTEM = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}<|assistant|>"
+)
+
+
+@pytest.mark.parametrize("form", ["chat", "chat without system", "text", "not chat"])
+def test_the_printed_lines_give_the_answer_of_the_training(build_model, tiny_tokenizer, tmp_path, capsys, form):
+    """Word for word what an evaluation in the run would write: system prompt, template, number of tokens."""
+    template = {"chat without system": NO_SYSTEM, "text": None}.get(form, tiny_tokenizer.chat_template)
+    settings = {"system": 'Say "yes".', "max_tokens": 5, "chat": False if form == "not chat" else None}
+    tiny_tokenizer.chat_template = template
+    saved = save_pretrained(build_model("llama"), tiny_tokenizer, tmp_path / "out", metadata={"config": settings})
+    exec(answer_lines(saved), {})
+    loaded = load(str(saved), dtype="float32")
+    (wanted,), _ = Writer(loaded, EggrollConfig(**settings)).write([Example("What is rain?")], 0)
+    assert capsys.readouterr().out == f"{wanted}\n"
+    (plain,), _ = Writer(loaded, EggrollConfig(**{**settings, "system": None})).write([Example("What is rain?")], 0)
+    assert plain != wanted
+
+
+def test_the_printed_lines_for_encoders_and_for_what_cannot_be_asked(build_model, tiny_tokenizer, tmp_path, capsys):
+    saved = save_pretrained(build_model("t5"), tiny_tokenizer, tmp_path / "t5", metadata={"config": {"max_tokens": 4}})
+    exec(answer_lines(saved), {})
+    (wanted,), _ = Writer(load(str(saved), dtype="float32"), EggrollConfig(max_tokens=4)).write(
+        [Example("What is rain?")], 0
+    )
+    assert capsys.readouterr().out == f"{wanted}\n"
+    saved = save_pretrained(build_model("llama"), None, tmp_path / "bare", metadata={})
+    assert answer_lines(saved) == (
+        f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{saved}")'
+    )
+    (saved / "eggroll.json").write_text('{"auto_class": "AutoModelForCausalLM"}')  # of an older version
+    assert answer_lines(saved).endswith(f'tokenizer = AutoTokenizer.from_pretrained("{saved}")')
+
+
+def test_what_a_model_says_of_itself_runs_no_code(tmp_path):
+    evil = {"system": '"); evil("\n', "max_tokens": "evil()", "chat": 1}
+    details = {"prompt_form": "chat", "config": evil}
+    (tmp_path / "eggroll.json").write_text(json.dumps(details))
+    lines = answer_lines(tmp_path)
+    assert '"content": "\\"); evil(\\"\\n"}' in lines
+    assert "max_new_tokens=128" in lines
+    assert settings_of(tmp_path) == {"system": evil["system"]}
+    (tmp_path / "eggroll.json").write_text(json.dumps({"prompt_form": "evil()", "config": 5}))
+    assert "evil" not in answer_lines(tmp_path)
 
 
 def test_base_model_that_is_no_hub_id_is_not_in_the_header(tiny_model, tmp_path):

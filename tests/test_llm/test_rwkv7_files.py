@@ -185,8 +185,9 @@ def test_other_backends_are_refused(tmp_path):
 
 def test_the_printed_line_loads_a_saved_model(tmp_path, monkeypatch):
     """In a process that has imported nothing of eggroll, transformers does not know the model."""
-    model = tiny_rwkv7()
-    save_pretrained(model, RWKV7Tokenizer(), tmp_path / "saved", metadata={})
+    model = tiny_rwkv7(vocab_size=65536, width=32, head_dim=16, layers=1)
+    settings = {"system": "Be brief.", "max_tokens": 3}
+    save_pretrained(model, RWKV7Tokenizer(), tmp_path / "saved", metadata={"config": settings})
     line = load_line(tmp_path / "saved")
     assert line == f'eggroll.llm.load("{tmp_path}/saved").model'
     loaded = eval(line, {"eggroll": eggroll})
@@ -197,6 +198,9 @@ def test_the_printed_line_loads_a_saved_model(tmp_path, monkeypatch):
     names = {}
     exec(card.split("```python\n")[1].split("```")[0], names)
     assert type(names["tokenizer"]) is RWKV7Tokenizer
+    shown = names["tokenizer"].decode(names["ids"]["input_ids"][0])
+    assert shown == "System: Be brief.\n\nUser: What is rain?\n\nAssistant:"
+    assert names["answer"].shape[1] - names["ids"]["input_ids"].shape[1] in range(1, 4)
 
 
 def test_a_missing_vocabulary_names_the_extra(monkeypatch):

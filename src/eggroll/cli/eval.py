@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from eggroll.cli.asking import check_output
 from eggroll.core.settings import setting
 from eggroll.errors import ConfigError
 from eggroll.llm.config import EggrollConfig, GenerationOptions, ModelOptions
@@ -90,7 +91,7 @@ def run(options: EvalOptions) -> int:
         config = options.config(task)
         problems = draw_problems(task, options.samples, options.seed)
     if options.output is not None:
-        _check_output(Path(options.output))
+        check_output(Path(options.output), "eval.json")
     console.print(f"[bold]{escape(task.name)}[/]  {escape(task.description)} {len(problems)} test problems, "
                   f"{config.max_tokens} tokens at most, seed {options.seed}")  # fmt: skip
     results: list[Result] = []
@@ -219,16 +220,6 @@ def _percent(interval: Interval, sign: str = "") -> str:
 def _number(interval: Interval, sign: str = "") -> str:
     values = (f"{value:{sign}.3f}" for value in (interval.value, interval.low, interval.high))
     return "{} \\[{}, {}]".format(*values)
-
-
-def _check_output(path: Path) -> None:
-    """Find out before the work, not after it, that there is no place for its results."""
-    if path.is_dir():
-        raise ConfigError(
-            f"--output {path} is a directory; give the name of a file in it, such as {path / 'eval.json'}"
-        )
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--output {path}: the directory {path.absolute().parent} does not exist")
 
 
 def _write(

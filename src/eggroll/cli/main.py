@@ -24,12 +24,15 @@ from eggroll.errors import EggrollError, raised_at
 from eggroll.run.console import forgive
 from eggroll.run.terminal import Terminal, printable
 
-COMMANDS = ("tune", "eval", "info", "replay", "report", "runs", "rl", "pretrain")
+COMMANDS = ("tune", "eval", "chat", "generate", "info", "replay", "report", "runs", "rl", "pretrain")
 """Each is a module of this package with ``OPTIONS`` (a dataclass), ``run(options)``, and perhaps
 ``default_options(arguments)``: defaults that depend on what is typed, such as those of the run that --resume names."""
 NAMED = {"rl": "--env", "pretrain": "--data"}
 """Commands without positional arguments, and what one is likely to be."""
-EXTRAS = {"tune": "llm", "eval": "llm", "info": "llm", "pretrain": "llm", "rl": "rl", "recipe": "recipes"}
+EXTRAS = {
+    "tune": "llm", "eval": "llm", "chat": "llm", "generate": "llm", "info": "llm", "pretrain": "llm", "rl": "rl",
+    "recipe": "recipes",
+}  # fmt: skip
 """The extra that brings all that a command needs."""
 BROUGHT = {
     "torch": "llm", "transformers": "llm", "safetensors": "llm", "tokenizers": "llm", "datasets": "llm", "jax": "rl",
@@ -40,6 +43,8 @@ USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its option
 
   tune MODEL     evolve a language model on a reward
   eval MODEL     measure a model on a task, or compare two
+  chat RUN       ask a run's model questions, before and after side by side; or any model
+  generate RUN   write a model's completions of the prompts in a file
   recipe NAME    run a published result: cartpole, mnist, mnist_cnn, profile, hyperscale, or all
   rl --env NAME  evolve a policy on a JAX or Gymnasium environment (--list shows them)
   pretrain       train a language model from scratch in int8 (--data FILE), or sample from one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from eggroll._command import typed
 from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run_command
 from eggroll.errors import ModelError
 from eggroll.llm.options import LEARNING_RATES, TuneOptions
@@ -99,7 +101,9 @@ def _show(console: Console, trained: Trained) -> None:
             table.add_row(_cell(row.prompt, None), _cell(*_text(row.before)), _cell(*_text(row.after)))
         Terminal(highlight=False).print(table)
     console.print(f"\nmodel    {escape(str(run.path / MODEL))}")
-    console.print(f"load it  [bold]{escape(str(KIND.load_line(run)))}[/]")
+    console.print(f"ask it   [bold]{escape(f'{typed()} chat {shlex.quote(str(run.path))}')}[/]")
+    # Without an indent, so that it can be copied into Python.
+    console.print(f"in Python:\n\n[bold]{escape(str(KIND.load_line(run)))}[/]\n")
     if trained.plan.options.push_to_hub and not trained.interrupted:
         _push(console, run.path / MODEL, trained.plan.options)
 

@@ -94,14 +94,29 @@ def check_replayed(options: Any, run: RunDir, to: int | None, *, trust_remote_co
     Raises:
         RunError: the run had such code and it is not allowed; the message has the command that allows it.
     """
+    end = "" if to is None else f" --to {to}"
+    command = f"{typed()} replay {_quoted(str(run.path))}{end}"
+    return without_reward(options, command, trust_remote_code=trust_remote_code)
+
+
+def without_reward(options: Any, command: str, *, trust_remote_code: bool) -> Any:
+    """The options for what needs a run's model and no reward, without code that is not needed for that.
+
+    Args:
+        options: of the run.
+        command: what was typed, for the message.
+        trust_remote_code: code that cannot be done without is allowed.
+
+    Raises:
+        RunError: the run had such code and it is not allowed; the message has the command that allows it.
+    """
     code = code_of(options)
     needed = [name for name in code if about(type(options), name).get("always_ask")]
     if needed and not trust_remote_code:
         used = " and ".join(_words(name, code[name]) for name in needed)
-        end = "" if to is None else f" --to {to}"
         raise RunError(
             f"this run used {used}, which runs code, and a run's directory is not trusted with that. If you trust the "
-            f"code, add --trust-remote-code: {typed()} replay {_quoted(str(run.path))}{end} --trust-remote-code"
+            f"code, add --trust-remote-code: {command} --trust-remote-code"
         )
     return without(options, set(code) - set(needed))
 

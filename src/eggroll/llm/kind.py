@@ -22,7 +22,7 @@ from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, check_source, load_examples
 from eggroll.llm.data.fingerprint import data_fingerprint
-from eggroll.llm.models.export import load_line, save_pretrained
+from eggroll.llm.models.export import answer_lines, load_line, save_pretrained
 from eggroll.llm.models.fingerprint import model_fingerprint
 from eggroll.llm.models.locate import check_place
 from eggroll.llm.models.push import check_push
@@ -263,12 +263,13 @@ def _base(options: TuneOptions, run: RunDir) -> ModelWorker:
 
 
 def _save(worker: ModelWorker, directory: Path, generation: int) -> Saved:
-    save_pretrained(worker.model(), worker.setup.tokenizer, directory, metadata={"replayed_generations": generation})
+    about = {"config": worker.setup.config.to_dict(), "replayed_generations": generation}
+    save_pretrained(worker.model(), worker.setup.tokenizer, directory, metadata=about)
     return Saved("model", directory, [load_line(directory)])
 
 
 def _load_line(run: RunDir) -> str | None:
-    return load_line(run.path / MODEL) if (run.path / MODEL).exists() else None
+    return answer_lines(run.path / MODEL) if (run.path / MODEL).exists() else None
 
 
 KIND = RunKind(name="tune", options=TuneOptions, plan=_plan, base=_base, save=_save, load_line=_load_line)

@@ -5,25 +5,22 @@ Answers are made and scored as a run makes and scores those to its held-out prom
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from eggroll.errors import ConfigError
-from eggroll.llm.backends.torch import TorchEvaluator
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import batches
 from eggroll.llm.data.examples import Example, columns_of, load_examples, prompts_of
+from eggroll.llm.measure.answers import Writer
 from eggroll.llm.measure.intervals import Interval, mcnemar, mean_interval, paired_proportions, wilson
 from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.rewards import FunctionReward
 from eggroll.llm.tasks import SOLVED, Task
-from eggroll.torch import Population
 
 __all__ = ["Comparison", "Result", "compare", "draw_problems", "evaluate", "solved"]
 
@@ -111,16 +108,12 @@ def evaluate(
     Raises:
         RewardError: the reward fails.
     """
-    config = dataclasses.replace(config, population_size=2, rank=1)
     reward = FunctionReward(task.reward, tokenizer=loaded.tokenizer, name=task.name)
-    population = Population(loaded.model, population_size=2, rank=1)  # its center is the model; no member is made
-    evaluator = TorchEvaluator(population, loaded.tokenizer, reward, config)
+    writer = Writer(loaded, config)
     result, start = Result(), time.perf_counter()
     for first in range(0, len(problems), batch_size):
         batch = problems[first : first + batch_size]
-        with torch.no_grad():
-            # the first row's number in the place of a generation: no two rows get the same random numbers
-            completions, tokens = evaluator.complete(batch, None, first, range(1))
+        completions, tokens = writer.write(batch, first)
         result.scores += reward.score(prompts_of(batch), completions, columns_of(batch))
         result.completions += completions
         result.tokens += tokens

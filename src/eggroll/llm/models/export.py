@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from eggroll._optional import DISTRIBUTION, require
-from eggroll.errors import ModelError
+from eggroll.errors import DataError, ModelError
+from eggroll.llm.generation.chat import apply_template, templates_in_time
 from eggroll.llm.models.gguf_file import save_gguf
 from eggroll.llm.models.hub import drop_quantization, quiet_progress
 from eggroll.torch.quantized.adopt import released
@@ -44,7 +45,7 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
             ``heldout_before``, ``heldout_after`` and ``config`` are shown in the card.
 
     Returns:
-        The directory. The line of :func:`load_line` loads it.
+        The directory. The line of :func:`load_line` loads it, those of :func:`answer_lines` ask it something.
 
     Raises:
         ModelError: it cannot be written.
@@ -66,6 +67,7 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
             else:  # one file with everything in it
                 save_gguf(model, staging / GGUF_FILE)
         details = {"eggroll_version": _version(), "auto_class": auto_class(model), **metadata}
+        details["prompt_form"] = prompt_form(tokenizer, trained_with(details))
         (staging / METADATA_FILE).write_text(json.dumps(details, indent=2, default=str) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(_card(model, target, details), encoding="utf-8")
         target.mkdir(exist_ok=True)
@@ -122,6 +124,96 @@ def _load_line(auto: str, directory: str | Path, gguf: bool = False) -> str:
     return f'{auto}.from_pretrained("{directory}"' + (f', gguf_file="{GGUF_FILE}")' if gguf else ")")
 
 
+PROMPT_FORMS = ("chat", "chat without system", "text")
+"""How a question is put: by the chat template; by one that knows no system role; as it is."""
+KEPT = {"system": str, "chat": bool, "max_tokens": int, "max_length": int, "temperature": (int, float)}
+"""The settings that a model answers with, and their types in ``eggroll.json``, which may come from anyone."""
+QUESTION = "What is rain?"
+"""What the printed lines ask."""
+
+
+def trained_with(details: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of :data:`KEPT` that a model was trained with, from the contents of its ``eggroll.json``."""
+    config = details.get("config")
+    found = config if isinstance(config, Mapping) else {}
+    return {
+        name: found[name]
+        for name, kind in KEPT.items()
+        if isinstance(found.get(name), kind) and (kind is bool or not isinstance(found[name], bool))
+    }
+
+
+def settings_of(directory: str | Path) -> dict[str, Any]:
+    """:func:`trained_with` for a directory; empty for a model that eggroll did not save."""
+    return trained_with(_read_json(Path(directory) / METADATA_FILE))
+
+
+def prompt_form(tokenizer: Any, settings: Mapping[str, Any]) -> str | None:
+    """Which of :data:`PROMPT_FORMS` a model was trained with; ``None`` without a tokenizer.
+
+    Args:
+        tokenizer: the model's.
+        settings: of :func:`trained_with`.
+    """
+    if tokenizer is None:
+        return None
+    has_template, chat = bool(getattr(tokenizer, "chat_template", None)), settings.get("chat")
+    if not has_template or chat is False:
+        return "text"
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    try:
+        with templates_in_time(1):
+            apply_template(tokenizer, turns, {})
+    except DataError:
+        return "chat without system"
+    return "chat"
+
+
+def answer_lines(directory: str | Path) -> str:
+    """The whole way from a saved model to an answer, in Python: tokenizer, system prompt and template included.
+
+    What cannot be asked in words (a classifier, a model without a tokenizer) is only loaded.
+    """
+    folder = Path(directory)
+    details = _read_json(folder / METADATA_FILE)
+    config = _read_json(folder / "config.json")
+    own, gguf = config.get("model_type") in OWN_MODELS, (folder / GGUF_FILE).exists()
+    auto = "" if own else load_line(directory).partition(".")[0]
+    return _answer_lines(str(directory), auto, gguf, details)
+
+
+def _answer_lines(place: str, auto: str, gguf: bool, details: Mapping[str, Any]) -> str:
+    """As :func:`answer_lines`; ``auto`` is empty for :data:`OWN_MODELS`."""
+    form = details.get("prompt_form", "not noted")  # by an older version
+    if auto:
+        names = auto if form is None else f"{auto}, AutoTokenizer"
+        lines = [f"from transformers import {names}", "", f"model = {_load_line(auto, place, gguf)}"]
+        lines += [] if form is None else [f"tokenizer = {_load_line('AutoTokenizer', place, gguf)}"]
+    else:
+        lines = ["import eggroll.llm", "", f'loaded = eggroll.llm.load("{place}")']
+        lines += ["model, tokenizer = loaded.model, loaded.tokenizer"]
+    if form not in PROMPT_FORMS or auto not in ("", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        return "\n".join(lines)
+    settings = trained_with(details)
+    system = settings.get("system") or ""
+    device = "" if auto else ".to(model.device)"
+    question = f"{system}\n\n{QUESTION}" if system and form != "chat" else QUESTION
+    if form == "text":
+        lines.append(f'ids = tokenizer({json.dumps(question)}, return_tensors="pt"){device}')
+    else:
+        turns = [{"role": "system", "content": system}] if system and form == "chat" else []
+        lines += [
+            f"chat = {json.dumps([*turns, {'role': 'user', 'content': question}])}",
+            f"ids = tokenizer.apply_chat_template(\n"
+            f'    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True\n){device}',
+        ]
+    longest = settings.get("max_tokens", 128)
+    lines.append(f"answer = model.generate(**ids, max_new_tokens={longest}, do_sample=False)")
+    new = "answer[0, 1:]" if auto == "AutoModelForSeq2SeqLM" else 'answer[0, ids["input_ids"].shape[1] :]'
+    lines.append(f"print(tokenizer.decode({new}, skip_special_tokens=True))")
+    return "\n".join(lines)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -152,8 +244,11 @@ def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         head.append(f"base_model: {json.dumps(base)}")
     head += [f"pipeline_tag: {'text2text-generation' if encoder_decoder else 'text-generation'}", "---"]
+    own = getattr(model.config, "model_type", None) in OWN_MODELS
+    gguf = getattr(model, "gguf_source", None) is not None
+    code = _answer_lines(target.name, "" if own else str(details["auto_class"]), gguf, details)
     started = f", starting from `{base}`" if base else ""
-    lines = [
+    parts = [
         f"# {target.name}",
         f"This model was trained by [EGGROLL](https://arxiv.org/abs/2511.16652), evolution strategies with low-rank "
         f"perturbations, that is without gradients{started}. It was written by eggroll {details['eggroll_version']}.",
@@ -164,27 +259,14 @@ def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
                 if key in details
             }
         ),
-        "## Load it",
-        f"```python\n{_load_lines(model, target.name, details['auto_class'])}\n```",
+        "## Ask it" if details.get("prompt_form") else "## Load it",
+        f"```python\n{code}\n```",
     ]
     config = details.get("config")
     if isinstance(config, Mapping):
-        lines += ["## How it was trained", *_table(config)]
-    lines.append(f"All details are in `{METADATA_FILE}`.")
-    return "\n".join(head) + "\n\n" + "\n\n".join(lines) + "\n"
-
-
-def _load_lines(model: Any, name: str, auto: str) -> str:
-    """The lines of Python that load a saved model and its tokenizer."""
-    if getattr(model.config, "model_type", None) in OWN_MODELS:
-        load = f'import eggroll.llm\n\nloaded = eggroll.llm.load("{name}")\n'
-        return load + "model, tokenizer = loaded.model, loaded.tokenizer"
-    gguf = getattr(model, "gguf_source", None) is not None
-    return (
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f"model = {_load_line(auto, name, gguf)}\n"
-        f"tokenizer = {_load_line('AutoTokenizer', name, gguf)}"
-    )
+        parts += ["## How it was trained", *_table(config)]
+    parts.append(f"All details are in `{METADATA_FILE}`.")
+    return "\n".join(head) + "\n\n" + "\n\n".join(parts) + "\n"
 
 
 def card_for_hub(directory: Path, repo_id: str) -> str:
