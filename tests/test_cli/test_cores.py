@@ -83,7 +83,7 @@ def test_waiting(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     _environment.wait_passively()
-    assert [os.environ[name] for name in _environment.WAITING] == ["passive", "0", "0"]
+    assert [os.environ[name] for name in _environment.WAITING] == ["passive", "0", "1000"]
     for name in _environment.WAITING:
         monkeypatch.delenv(name)
     monkeypatch.setenv("KMP_BLOCKTIME", "200")

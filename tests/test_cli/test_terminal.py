@@ -109,7 +109,7 @@ def test_a_large_run_says_what_it_takes(eggroll, monkeypatch):
     monkeypatch.setattr("eggroll.run.disk.LARGE", 100_000)
     done = eggroll.tune("-g", "2", "--checkpoint-every", "1", "-o", "run")
     assert re.search(
-        r"^disk     \d+ kB, \d+ kB of it checkpoints, from which the run can be continued$", done.out, re.M
+        r"^disk     \d+\.\d MB, \d+ kB of it checkpoints, from which the run can be continued$", done.out, re.M
     )
     assert [path.name for path in (eggroll.work / "run/checkpoints").iterdir()] == ["generation-000002"]
     assert eggroll("tune", "--resume", "run", "-g", "3", "--report-to", "none").status == 0

@@ -126,7 +126,7 @@ def _load_line(auto: str, directory: str | Path, gguf: bool = False) -> str:
 
 PROMPT_FORMS = ("chat", "chat without system", "text")
 """How a question is put: by the chat template; by one that knows no system role; as it is."""
-KEPT = {"system": str, "chat": bool, "max_tokens": int, "max_length": int, "temperature": (int, float)}
+KEPT: dict[str, Any] = {"system": str, "chat": bool, "max_tokens": int, "max_length": int, "temperature": (int, float)}
 """The settings that a model answers with, and their types in ``eggroll.json``, which may come from anyone."""
 QUESTION = "What is rain?"
 """What the printed lines ask."""
