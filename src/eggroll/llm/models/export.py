@@ -126,7 +126,7 @@ def _load_line(auto: str, directory: str | Path, gguf: bool = False) -> str:
 
 PROMPT_FORMS = ("chat", "chat without system", "text")
 """How a question is put: by the chat template; by one that knows no system role; as it is."""
-KEPT = {"system": str, "chat": bool, "max_tokens": int, "max_length": int, "temperature": (int, float)}
+KEPT: Mapping[str, type] = {"system": str, "chat": bool, "max_tokens": int, "max_length": int}
 """The settings that a model answers with, and their types in ``eggroll.json``, which may come from anyone."""
 QUESTION = "What is rain?"
 """What the printed lines ask."""
@@ -136,11 +136,7 @@ def trained_with(details: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of :data:`KEPT` that a model was trained with, from the contents of its ``eggroll.json``."""
     config = details.get("config")
     found = config if isinstance(config, Mapping) else {}
-    return {
-        name: found[name]
-        for name, kind in KEPT.items()
-        if isinstance(found.get(name), kind) and (kind is bool or not isinstance(found[name], bool))
-    }
+    return {name: found[name] for name, kind in KEPT.items() if type(found.get(name)) is kind}
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:
