@@ -13,7 +13,7 @@ from rich.markup import escape
 from eggroll._command import typed
 from eggroll.core.settings import setting
 from eggroll.errors import ConfigError, ModelError, RunError
-from eggroll.llm.config import EggrollConfig, ModelOptions
+from eggroll.llm.config import Dtype, EggrollConfig, ModelOptions
 
 if TYPE_CHECKING:
     from eggroll.llm.measure.answers import Writer
@@ -25,11 +25,17 @@ MARKS = ("updates.jsonl", "metrics.jsonl", "environment.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskOptions(ModelOptions):
-    """Which model is asked, and how it answers."""
+class Asked:
+    """Which model is asked."""
 
     model: str = setting(positional="MODEL")
     """A run's directory; or a model: hub id, local directory, .gguf file, or smollm2-135m."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering(Asked):
+    """How it answers."""
+
     max_tokens: int | None = None
     """Longest answer, in tokens (default: that of the training; 128 if it is not known)."""
     max_length: int | None = None
@@ -42,6 +48,14 @@ class AskOptions(ModelOptions):
     """Whether questions go through the chat template (default: as in the training)."""
     seed: int = 42
     """Of sampled tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(ModelOptions, Answering):
+    """Which model is asked, how it answers, and how it is loaded. Options of a command go before these in --help."""
+
+    dtype: Dtype = "auto"
+    """Weights' dtype; auto takes a run's own, or the faster of float32 and bfloat16 on this machine."""
 
 
 @dataclass(frozen=True)

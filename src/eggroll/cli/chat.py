@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from eggroll.cli.asking import AskOptions, Subject, subjects, writer
+from eggroll.cli.asking import Asked, AskOptions, Subject, subjects, writer
 from eggroll.core.settings import setting
 from eggroll.errors import DataError
 from eggroll.run.terminal import Terminal, printable
@@ -26,13 +26,18 @@ NEW, EXIT = "/new", ("/exit", "/quit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(AskOptions):
-    """Everything that ``eggroll chat`` can be told."""
+class Questions(Asked):
+    """What is asked of which models."""
 
     question: str | None = setting(None, flags=("-q",))
     """Ask this and leave (default: what is typed, or each line of standard input)."""
     only: Literal["after", "before"] | None = None
     """Of a run, ask the trained model (after) or the one that it started from (before) alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(AskOptions, Questions):
+    """Everything that ``eggroll chat`` can be told."""
 
 
 OPTIONS = ChatOptions

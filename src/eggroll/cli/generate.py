@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from eggroll.cli.asking import AskOptions, check_output, subjects, writer
+from eggroll.cli.asking import Asked, AskOptions, check_output, subjects, writer
 from eggroll.core.settings import setting
 from eggroll.errors import ConfigError
 from eggroll.run.terminal import Terminal, printable
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(AskOptions):
-    """Everything that ``eggroll generate`` can be told."""
+class Prompts(Asked):
+    """What is completed, and where that is written."""
 
     file: str = setting(positional="FILE")
     """Prompts: .jsonl, .txt (one a line), .csv, .parquet, a folder, or a hub id, as for eggroll tune --prompts."""
@@ -37,6 +37,11 @@ class GenerateOptions(AskOptions):
     """Prompts answered together."""
     only: Literal["after", "before"] = "after"
     """Of a run: the trained model (after), or the one that it started from (before)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(AskOptions, Prompts):
+    """Everything that ``eggroll generate`` can be told."""
 
 
 OPTIONS = GenerateOptions

@@ -126,7 +126,7 @@ def _load_line(auto: str, directory: str | Path, gguf: bool = False) -> str:
 
 PROMPT_FORMS = ("chat", "chat without system", "text")
 """How a question is put: by the chat template; by one that knows no system role; as it is."""
-KEPT: dict[str, Any] = {"system": str, "chat": bool, "max_tokens": int, "max_length": int, "temperature": (int, float)}
+KEPT: Mapping[str, type] = {"system": str, "chat": bool, "max_tokens": int, "max_length": int}
 """The settings that a model answers with, and their types in ``eggroll.json``, which may come from anyone."""
 QUESTION = "What is rain?"
 """What the printed lines ask."""
@@ -136,11 +136,7 @@ def trained_with(details: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of :data:`KEPT` that a model was trained with, from the contents of its ``eggroll.json``."""
     config = details.get("config")
     found = config if isinstance(config, Mapping) else {}
-    return {
-        name: found[name]
-        for name, kind in KEPT.items()
-        if isinstance(found.get(name), kind) and (kind is bool or not isinstance(found[name], bool))
-    }
+    return {name: found[name] for name, kind in KEPT.items() if type(found.get(name)) is kind}
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:
@@ -267,16 +263,6 @@ def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
         parts += ["## How it was trained", *_table(config)]
     parts.append(f"All details are in `{METADATA_FILE}`.")
     return "\n".join(head) + "\n\n" + "\n\n".join(parts) + "\n"
-
-
-def card_for_hub(directory: Path, repo_id: str) -> str:
-    """The card of a saved model with the lines that load it from a repository of the hub."""
-    name = directory.name
-    text = (directory / "README.md").read_text(encoding="utf-8")
-    text = text.replace(f"\n# {name}\n", f"\n# {repo_id.rpartition('/')[2]}\n", 1)
-    for call in ("from_pretrained", "eggroll.llm.load"):
-        text = text.replace(f'{call}("{name}"', f'{call}("{repo_id}"')
-    return text
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:
