@@ -49,7 +49,9 @@ def test_the_last_generation_by_default(eggroll):
     done = eggroll("replay", "run")
     assert done.status == 0
     assert "generation 2 of 2, equal to its checkpoint, bit for bit" in done.out
-    assert json.loads((eggroll.work / "run/replay-2/eggroll.json").read_text())["replayed_generations"] == 2
+    details = json.loads((eggroll.work / "run/replay-2/eggroll.json").read_text())
+    assert details["replayed_generations"] == 2
+    assert details["config"]["max_tokens"] == 4  # with which `eggroll chat` asks it
 
 
 def test_without_usable_checkpoints(eggroll):
