@@ -49,6 +49,20 @@ def test_a_push_that_fails_loses_nothing(eggroll, hub):
     assert ("team/short", "model.safetensors") in hub.files
 
 
+def test_a_run_of_someone_else_pushes_nothing(eggroll, hub, monkeypatch):
+    assert eggroll.tune("-g", "1", "-o", "run", "--push-to-hub").status == 0
+    hub.files.clear()
+    environment = eggroll.work / "run/environment.json"
+    facts = json.loads(environment.read_text())
+    del facts["code_seal"]
+    environment.write_text(json.dumps(facts))
+    done = eggroll("tune", "--config", "run/config.json", "-r", "score.py", "-o", "other")
+    assert "used --push-to-hub, which runs code or acts in your name" in done.err
+    done = eggroll("tune", "--resume", "run", "-r", "score.py")
+    assert "the run in run used --push-to-hub, which is not taken from a run's directory" in done.out + done.err
+    assert not hub.files
+
+
 REFUSED = [
     ({"HF_TOKEN": None}, (), "pushing to the Hugging Face hub needs a token that may write: "),
     ({"HF_TOKEN": "hf_other"}, (), "the hub does not take the token ("),

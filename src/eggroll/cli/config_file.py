@@ -64,8 +64,8 @@ def parse_with_file(
     if lacking:
         words = " and ".join(_flag(name, value) for name, value in lacking.items())
         raise ConfigError(
-            f"the run of {path} used {words}, which runs code, and a run's directory is not trusted with that: it may "
-            f"come from someone else. If you trust the code, add to the command: "
+            f"the run of {path} used {words}, which runs code or acts in your name, and a run's directory is not "
+            f"trusted with that: it may come from someone else. If you trust it, add to the command: "
             f"{' '.join(_flag(name, value) for name, value in lacking.items())}"
         )
     return options

@@ -75,7 +75,7 @@ def check_resumed(before: Any, options: Any, run: RunDir, command: str) -> None:
     for name in optional:
         warnings.warn(
             f"the run in {run.path} used {_words(name, had[name])}, which is not taken from a run's directory, as it "
-            "may run code: add it to the command if it is still wanted",
+            "may run code or act in your name: add it to the command if it is still wanted",
             stacklevel=3,
         )
     needed = [name for name in missing if name not in optional]

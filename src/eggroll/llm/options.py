@@ -63,7 +63,8 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
     engine_args: str | None = setting(None, resume=True, runs_code=bool)
     """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""
 
-    push_to_hub: bool = setting(False, resume=True)
+    # It acts with the token of whoever runs it, so it is not taken from a run of someone else, as little as code is.
+    push_to_hub: bool = setting(False, resume=True, runs_code=bool)
     """Push the saved model and its card to the Hugging Face hub when the run has ended."""
     hub_model_id: str | None = setting(None, resume=True)
     """Repository for --push-to-hub (default: the run directory's name, under your account)."""
