@@ -265,6 +265,16 @@ def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
     return "\n".join(head) + "\n\n" + "\n\n".join(parts) + "\n"
 
 
+def card_for_hub(directory: Path, repo_id: str) -> str:
+    """The card of a saved model with the lines that load it from a repository of the hub."""
+    name = directory.name
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    text = text.replace(f"\n# {name}\n", f"\n# {repo_id.rpartition('/')[2]}\n", 1)
+    for call in ("from_pretrained", "eggroll.llm.load"):
+        text = text.replace(f'{call}("{name}"', f'{call}("{repo_id}"')
+    return text
+
+
 def _table(values: Mapping[str, Any]) -> list[str]:
     if not values:
         return []
