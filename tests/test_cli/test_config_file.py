@@ -110,10 +110,13 @@ WRONG = [
     ("report_to: no", "report_to (=false) must be text"),
     ("target_modules: q_proj", 'target_modules (="q_proj") must be a list or null'),
     ("optimizer: adan", "optimizer (='adan') must be one of: sgd, momentum, adam, adamw; did you mean 'adam'?"),
+    ("attn-implementation: fast", "attn_implementation (='fast') must be one of: eager, sdpa"),
+    ("seed: 2026-11-30", 'seed (="2026-11-30") must be a whole number'),
+    ("betas: &a [*a]", "is not YAML that holds settings: Circular reference detected"),
     ("population: 4\npopulation-size: 6", "population-size gives population_size a second time"),
     ("resume: there", "resume is about one command; give --resume on the command line"),
     ("- a", "must hold settings by name, such as 'sigma: 0.01', one a line; it holds a list"),
-    ("a: [", "--config run.yaml is not valid YAML: "),
+    ("a: [", "--config run.yaml is not YAML that holds settings: "),
     ("sigma: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
 ]
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -122,8 +123,11 @@ def _content(path: Path) -> Mapping[str, Any]:
         yaml: Any = require("yaml", extra="llm")
         try:
             found = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+            json.dumps(found, default=str)  # lists within themselves and keys that are no names end here
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"--config {path} is not YAML that holds settings: {' '.join(str(error).split())}"
+            ) from None
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -153,14 +157,22 @@ def _values(content: Mapping[str, Any], kind: type[Any], path: str, passed_over:
             values[name] = _number(value, hints[name])
     problems += wrong_types(kind, values)
     for name, value in values.items():
-        choices = typing.get_args(hints[name])
-        if typing.get_origin(hints[name]) is typing.Literal and isinstance(value, str) and value not in choices:
+        choices = _choices(hints[name])
+        if choices and isinstance(value, str) and value not in choices:
             close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             problems.append(f"{name} (={value!r}) must be one of: {', '.join(choices)}{hint}")
     if problems:
         raise ConfigError.from_problems(f"--config {path}", problems)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words that a type allows, be it that or null; empty for other types."""
+    literals = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal]
+    others = set(typing.get_args(hint)) - set(literals) - {types.NoneType}
+    words = typing.get_args(literals[0]) if len(literals) == 1 else ()
+    return words if literals[:1] == [hint] or not others else ()
 
 
 def _names(kind: type[Any]) -> dict[str, str]:

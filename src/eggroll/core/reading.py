@@ -93,7 +93,7 @@ def shown(value: Any, limit: int = 60) -> str:
     """A value of JSON for a message, cut where it is long."""
     if isinstance(value, float) and not math.isfinite(value):
         return "a number out of range"
-    text = json.dumps(value, ensure_ascii=True)
+    text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

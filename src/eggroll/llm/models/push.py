@@ -75,7 +75,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, advice: 
     hub, folder = _hub(), Path(directory)
     try:
         api = hub.HfApi(endpoint=hub.constants.ENDPOINT)
-        with quiet_progress(), _no_bars(hub):
+        with quiet_progress(), _NoBars(hub):
             made = api.create_repo(repo_id, private=private or None, exist_ok=True)
             files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
             add = hub.CommitOperationAdd
@@ -95,7 +95,7 @@ def later(directory: str | Path, repo_id: str, *, private: bool = False) -> str:
     return " ".join([typed("hf"), *map(shlex.quote, words)])
 
 
-class _no_bars:
+class _NoBars:
     """No progress bars of the hub's client, which are on or off for the process."""
 
     def __init__(self, hub: Any) -> None:
