@@ -39,11 +39,11 @@ FLAGS = {
     """,
     "chat": """
         MODEL --question/-q --only --max-tokens --max-length --temperature --system --chat --seed --dtype --device
-        --quantize --trust-remote-code
+        --quantize --trust-remote-code --revision --attn-implementation
     """,
     "generate": """
         MODEL FILE --output/-o --batch-size --only --max-tokens --max-length --temperature --system --chat --seed
-        --dtype --device --quantize --trust-remote-code
+        --dtype --device --quantize --trust-remote-code --revision --attn-implementation
     """,
     # All settings of tune, so that its command line can be pasted, and the length of a prompt.
     "info": """

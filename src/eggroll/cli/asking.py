@@ -65,13 +65,14 @@ class Subject:
     Attributes:
         label: ``before`` or ``after`` for a run's, else what was typed.
         model: as :func:`eggroll.llm.load` takes it.
-        dtype, quantize: how it is loaded.
+        dtype, quantize, revision: how it is loaded.
     """
 
     label: str
     model: str
     dtype: Any
     quantize: Any
+    revision: str | None = None
 
 
 def subjects(options: AskOptions, command: str, labels: tuple[str, ...]) -> tuple[list[Subject], EggrollConfig]:
@@ -95,7 +96,7 @@ def subjects(options: AskOptions, command: str, labels: tuple[str, ...]) -> tupl
                 f"--only before asks the model that a run started from, and {options.model} is not a run's directory"
             )
         known = settings_of(Path(options.model).expanduser())
-        found = [Subject(options.model, options.model, options.dtype, options.quantize)]
+        found = [Subject(options.model, options.model, options.dtype, options.quantize, options.revision)]
         return found, _config(options, known, command)
     wanted = labels or (BEFORE, AFTER)
     trained = _options_of(run, options, command)
@@ -103,7 +104,7 @@ def subjects(options: AskOptions, command: str, labels: tuple[str, ...]) -> tupl
     found = []
     if BEFORE in wanted:
         quantize = trained.quantize if options.quantize == "auto" else options.quantize
-        found.append(Subject(BEFORE, trained.model, dtype, quantize))
+        found.append(Subject(BEFORE, trained.model, dtype, quantize, options.revision or trained.revision))
     if AFTER in wanted:
         found.append(Subject(AFTER, _result_of(run, command), dtype, options.quantize))
     known = {name: getattr(trained, name) for name in ("system", "chat", "max_tokens", "max_length")}
@@ -136,7 +137,8 @@ def writer(subject: Subject, config: EggrollConfig, options: AskOptions, console
         try:
             loaded = loading.load(
                 subject.model, dtype=subject.dtype, device=options.device, quantize=subject.quantize,
-                trust_remote_code=options.trust_remote_code,
+                trust_remote_code=options.trust_remote_code, revision=subject.revision,
+                attn_implementation=options.attn_implementation,
             )  # fmt: skip
         except ModelError as error:
             if subject.label == BEFORE:
