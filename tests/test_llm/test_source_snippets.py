@@ -191,5 +191,5 @@ def test_command_lines(places, capsys, case):
     (run,) = (places / "runs").iterdir()
     transformers.AutoModelForCausalLM.from_pretrained(run / "model")
     said = {"reward file": "evolved in 4 tensors", "full model access": "members are evaluated one at a time"}
-    assert said.get(case, "load it") in out
+    assert said.get(case, "in Python:") in out
     assert ("no --prompts given: the lines of wikitext-2 are the prompts" in out) == (case != "perplexity")
