@@ -156,8 +156,7 @@ def test_records_of_a_larger_population(restored):
     assert [text in said for said in texts_of(Path("base"))] == [False, False, True, True]
 
 
-def test_curves_of_numbers_that_nobody_expects(restored, monkeypatch):
-    monkeypatch.undo()
+def test_curves_of_numbers_that_nobody_expects(restored):
     path = restored() / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line, value in zip(lines, (1e308, -1e308, 5e-324, 0.0), strict=True):
