@@ -147,7 +147,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the runs are, and go on from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=[variant.name for variant in VARIANTS])
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="do not start another run after this many minutes"
+    )
     parser.add_argument("--write", action="store_true", help="write the result file and the picture")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of every run")
     options = parser.parse_args()

@@ -82,7 +82,7 @@ def test_a_blocking_reward_is_left_at_a_signal():
 
 
 class Deaf:
-    """A transport to one worker, which scores on whatever it is told."""
+    """A transport to one worker that keeps scoring, whatever it is told."""
 
     sent_bytes = received_bytes = 0
 

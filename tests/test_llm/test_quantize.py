@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import write_gguf, write_llama
+from transformers import modeling_gguf_pytorch_utils as gguf_names
 
 from eggroll import llm
 from eggroll.errors import ConfigError, ModelError
@@ -117,9 +118,44 @@ def test_a_format_that_cannot_be_moved_is_expanded_and_said(tmp_path):
     assert loaded.model.gguf_source.expanded == {"Q5_0": 8}
     assert save_gguf(loaded.model, tmp_path / "same.gguf").read_bytes() == path.read_bytes()
     with torch.no_grad():
-        loaded.model.model.layers[0].mlp.up_proj.weight.add_(0.1)
-    with pytest.raises(ModelError, match=r"up_proj\.weight' is Q5_0 in the GGUF file, which cannot be written"):
+        loaded.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-5  # less than bfloat16 could show
+    with pytest.raises(ModelError, match=r"up_proj\.weight' is in a form in the GGUF file that cannot be written"):
         save_gguf(loaded.model, tmp_path / "other.gguf")
+    saved = save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved", metadata={})
+    assert "gguf" not in load_line(saved)
+    assert torch.equal(logits(llm.load(str(saved), dtype="float32").model), logits(loaded.model))
+
+
+def test_a_mixed_file_is_saved_expanded_once_more_than_its_blocks_changed(tmp_path):
+    loaded = llm.load(str(write_gguf(tmp_path / "mixed.gguf", "Q4_1")), dtype="float32")
+    weight = loaded.model.model.layers[0].input_layernorm.weight
+    loaded.model.gguf_source.fixed["model.layers.0.input_layernorm.weight"] = b"as of a form that is not written"
+    with torch.no_grad():
+        weight.add_(0.5)
+    assert bump(loaded.model)
+    held, moved = grids(loaded.model), logits(loaded.model)
+    saved = save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved", metadata={})
+    assert grids(loaded.model) == held  # saving left everything as it was
+    again = llm.load(str(saved), dtype="float32").model
+    assert not grids(again)
+    torch.testing.assert_close(logits(again), moved, rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_that_are_merged_are_expanded(tmp_path, monkeypatch):
+    """As experts are, whose processors want to know the parameters that are made so far."""
+
+    class Merging(gguf_names.LlamaTensorProcessor):
+        def process(self, weights, name, **kwargs):
+            assert kwargs["parsed_parameters"] is not None
+            return super().process(weights, name, **kwargs)
+
+    path = str(write_gguf(tmp_path / "tiny.gguf"))
+    plain = llm.load(path, dtype="float32", quantize="none")
+    monkeypatch.setitem(gguf_names.TENSOR_PROCESSORS, "llama", Merging)
+    loaded = llm.load(path, dtype="float32")
+    assert not grids(loaded.model)
+    assert any("is made of several tensors of" in note and "expanded" in note for note in loaded.notes)
+    assert torch.equal(logits(loaded.model), logits(plain.model))
 
 
 def test_bad_combinations(directory, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 from eggroll._optional import DISTRIBUTION, require
 from eggroll.errors import DataError, ModelError
 from eggroll.llm.generation.chat import apply_template, templates_in_time
-from eggroll.llm.models.gguf_file import save_gguf
+from eggroll.llm.models.gguf_file import changed_beyond, expanded, save_gguf
 from eggroll.llm.models.hub import drop_quantization, quiet_progress
 from eggroll.torch.quantized.adopt import released
 
@@ -59,8 +59,9 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         with quiet_progress():
-            if getattr(model, "gguf_source", None) is None:
-                with released(model):
+            if not _saved_as_gguf(model):
+                kept = hasattr(model, "gguf_source")
+                with expanded(model) if kept else released(model):
                     model.save_pretrained(staging)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(staging)
@@ -80,6 +81,11 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _saved_as_gguf(model: Any) -> bool:
+    """Whether a model came from a GGUF file that can hold it as it is now."""
+    return getattr(model, "gguf_source", None) is not None and not changed_beyond(model)
 
 
 def auto_class(model: Any) -> str:
@@ -241,7 +247,7 @@ def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
         head.append(f"base_model: {json.dumps(base)}")
     head += [f"pipeline_tag: {'text2text-generation' if encoder_decoder else 'text-generation'}", "---"]
     own = getattr(model.config, "model_type", None) in OWN_MODELS
-    gguf = getattr(model, "gguf_source", None) is not None
+    gguf = _saved_as_gguf(model)
     code = _answer_lines(target.name, "" if own else str(details["auto_class"]), gguf, details)
     started = f", starting from `{base}`" if base else ""
     parts = [

@@ -7,8 +7,10 @@ other.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,14 @@ from eggroll.errors import ModelError
 from eggroll.llm.models.locate import Located
 from eggroll.torch.quantized.gguf import TYPES, GgufGrid
 from eggroll.torch.quantized.grid import Bits
-from eggroll.torch.quantized.tensor import as_parameter, grid_of
+from eggroll.torch.quantized.tensor import as_parameter, grid_of, plain
 
 PLAIN = ("F32", "F16", "BF16")
 """Formats of GGUF that hold plain numbers."""
+
+
+class MergedTensorsError(ModelError):
+    """A model's parameters are made of several tensors of its GGUF file each, so their blocks cannot be kept."""
 
 
 @dataclass
@@ -37,12 +43,14 @@ class GgufSource:
         tensors: the model's name of a parameter to the file's.
         orders: for parameters whose rows the file has in another order: the file's row of each of the model's rows.
         expanded: the file's formats of tensors that could not be kept, and how many of each.
+        fixed: digests, as loaded, of parameters that the file cannot take back.
     """
 
     path: Path
     tensors: dict[str, str] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     expanded: dict[str, int] = field(default_factory=dict)
+    fixed: dict[str, bytes] = field(default_factory=dict)
 
 
 def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
@@ -60,6 +68,7 @@ def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype, device: to
 
     Raises:
         ModelError: the file holds tensors that the model has no place for, or not all of the model's.
+        MergedTensorsError: transformers merges tensors (experts), so blocks cannot be kept.
     """
     gguf: Any = require("gguf", extra="llm")
     accelerate: Any = require("accelerate", extra="llm")
@@ -77,7 +86,10 @@ def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype, device: to
         if name is None:
             continue  # tables that belong to the file (rotary frequencies)
         source.tensors[name] = tensor.name
-        contents, kind = _read(tensor, name, processor, dtype, source)
+        try:
+            contents, kind = _read(tensor, name, processor, dtype, source)
+        except (KeyError, TypeError, AttributeError) as error:  # it asks for the parameters that are made so far
+            raise MergedTensorsError(f"{name} is made of several tensors of {path}") from error
         _place(model, name, contents.to(device), kind)
     model.tie_weights()
     empty = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
@@ -119,6 +131,12 @@ def save_gguf(model: Any, target: str | Path) -> Path:
     source: GgufSource | None = getattr(model, "gguf_source", None)
     if source is None:
         raise ModelError("only a model that was loaded from a GGUF file, with its weights kept, can be saved as one")
+    changed = changed_beyond(model)
+    if changed:
+        raise ModelError(
+            f"parameter {changed[0]!r} is in a form in the GGUF file that cannot be written; it was expanded and "
+            "trained. Leave it out of training (exclude), or save a Hugging Face directory"
+        )
     gguf: Any = require("gguf", extra="llm")
     target = Path(target)
     shutil.copyfile(source.path, target)
@@ -127,6 +145,35 @@ def save_gguf(model: Any, target: str | Path) -> Path:
             file.seek(int(tensor.data_offset))
             file.write(contents)
     return target
+
+
+def changed_beyond(model: Any) -> list[str]:
+    """Parameters that changed since they were loaded, and that the GGUF file which they came from cannot take back."""
+    source: GgufSource = model.gguf_source
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name, digest in source.fixed.items() if _digest(parameters[name].detach().cpu()) != digest]
+
+
+@contextmanager
+def expanded(model: nn.Module) -> Iterator[None]:
+    """Within the block, quantized weights are plain numbers: for saving where GGUF cannot hold the model."""
+    before = [(module, name, weight) for module in model.modules() for name, weight in module._parameters.items()]
+    before = [entry for entry in before if grid_of(entry[2]) is not None]
+    # tied weights once
+    numbers = {
+        id(weight): nn.Parameter(plain(weight), requires_grad=False) for _, _, weight in before if weight is not None
+    }
+    try:
+        for module, name, weight in before:
+            module._parameters[name] = numbers[id(weight)]
+        yield
+    finally:
+        for module, name, weight in before:
+            module._parameters[name] = weight
+
+
+def _digest(values: Tensor) -> bytes:
+    return hashlib.blake2b(values.contiguous().view(torch.uint8).numpy().data).digest()
 
 
 def _read(tensor: Any, name: str, processor: Any, dtype: torch.dtype, source: GgufSource) -> tuple[Tensor, str | None]:
@@ -143,9 +190,11 @@ def _read(tensor: Any, name: str, processor: Any, dtype: torch.dtype, source: Gg
     numbers = processor.process(weights=gguf.quants.dequantize(data, tensor.tensor_type), name=tensor.name).weights
     if order is not None and not np.array_equal(order, np.arange(len(order))):
         source.orders[name] = torch.from_numpy(order)
-    elif order is None:
-        source.tensors.pop(name)  # its numbers are not those of the file, so it cannot be written back
-    return torch.from_numpy(np.array(numbers)).to(dtype), None
+    held = torch.from_numpy(np.array(numbers)).to(dtype)
+    if kind not in PLAIN or order is None:  # in a format that is not written, or with other numbers than the file's
+        source.tensors.pop(name)
+        source.fixed[name] = _digest(held)
+    return held, None
 
 
 def _row_order(tensor: Any, processor: Any) -> np.ndarray[Any, Any] | None:
@@ -204,14 +253,3 @@ def _contents(model: Any, source: GgufSource, reader: Any) -> Iterator[tuple[Any
             yield tensor, held.half().contiguous().cpu().numpy().tobytes()
         elif tensor.tensor_type.name == "BF16":
             yield tensor, held.bfloat16().contiguous().view(torch.int16).cpu().numpy().tobytes()
-        elif not _unchanged(tensor, held):
-            raise ModelError(
-                f"parameter {name!r} is {tensor.tensor_type.name} in the GGUF file, which cannot be written; it was "
-                "expanded and trained. Leave it out of training (exclude), or save a Hugging Face directory"
-            )
-
-
-def _unchanged(tensor: Any, held: Tensor) -> bool:
-    gguf: Any = require("gguf", extra="llm")
-    before = torch.from_numpy(gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type))
-    return torch.equal(before.view(held.shape).to(torch.bfloat16), held.to(torch.bfloat16))

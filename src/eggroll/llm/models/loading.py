@@ -12,7 +12,7 @@ from eggroll._optional import require
 from eggroll.errors import ConfigError, ModelError
 from eggroll.llm.config import Attention, Quantize
 from eggroll.llm.models.dtype import choose_dtype, parse_dtype, typical_shape
-from eggroll.llm.models.gguf_file import load_gguf
+from eggroll.llm.models.gguf_file import MergedTensorsError, load_gguf
 from eggroll.llm.models.hub import dense_gguf, drop_quantization
 from eggroll.llm.models.locate import Located, locate
 from eggroll.llm.models.quantize import (
@@ -95,20 +95,27 @@ def load(
         weights: dict[str, Any] = {} if located.gguf is None else dict(dense_gguf())
         weights |= {"config": about.config} if about.changed else {}
         weights |= torchao_arguments(form)
+        merged: list[str] = []
         weights |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model: Any = None
         if located.pth:
-            model: Any = _rwkv7().load_pth(located.path, about.config, about.dtype)
+            model = _rwkv7().load_pth(located.path, about.config, about.dtype)
         elif form == "gguf":
             assert located.gguf is not None
-            model = load_gguf(Path(located.path) / located.gguf, about.config, about.auto, about.dtype, place)
-        else:
+            try:
+                model = load_gguf(Path(located.path) / located.gguf, about.config, about.auto, about.dtype, place)
+            except MergedTensorsError as error:
+                merged = [f"{error}, so its weights are expanded to floating point"]
+        if model is None:
             model = about.auto.from_pretrained(located.path, dtype=about.dtype, **about.arguments, **weights)
         tokenizer = _tokenizer_of(located, about.config, about.arguments)
         drop_quantization(model)
         model = model.requires_grad_(False).to(place).eval()
         take_over(model, form, source)
     prepare_tokenizer(tokenizer, model)
-    return LoadedModel(model, tokenizer, source, located.name, about.dtype, place, (*about.notes, *notes_of(model)))
+    return LoadedModel(
+        model, tokenizer, source, located.name, about.dtype, place, (*about.notes, *merged, *notes_of(model))
+    )
 
 
 def load_skeleton(

@@ -23,7 +23,9 @@ PARALLEL_FROM = 1 << 16
 _NAMES = {torch.float32: "eggroll_gguf_f32", torch.bfloat16: "eggroll_gguf_bf16"}
 
 
-def unpack(blocks: Tensor, kind: str, dtype: torch.dtype, rows: slice | Tensor | None) -> Tensor | None:
+def unpack(
+    blocks: Tensor, kind: str, block_bytes: int, dtype: torch.dtype, rows: slice | Tensor | None
+) -> Tensor | None:
     """Rows ``(k, n)`` of blocks ``(m, bytes)``, in order or by number; ``None`` where C cannot be used."""
     if dtype not in _NAMES or not blocks.is_cpu or not blocks.is_contiguous():
         return None
@@ -39,7 +41,7 @@ def unpack(blocks: Tensor, kind: str, dtype: torch.dtype, rows: slice | Tensor |
     else:
         first, stop, _ = (slice(None) if rows is None else rows).indices(blocks.shape[0])
         count = max(0, stop - first)
-    groups = blocks.shape[1] // {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}[kind]
+    groups = blocks.shape[1] // block_bytes
     out = torch.empty((count, 32 * groups), dtype=dtype)
     threads = torch.get_num_threads()
     parts = 1 if out.numel() < PARALLEL_FROM or threads == 1 else min(count, 4 * threads)

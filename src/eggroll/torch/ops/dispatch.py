@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from eggroll.torch.ops import routed, scaled, shared
+from eggroll.torch.ops import routed, shared
 from eggroll.torch.ops.arguments import bind
 from eggroll.torch.ops.per_member import into_given, per_member
 from eggroll.torch.ops.registry import METADATA, RULES
 from eggroll.torch.ops.routed import RoutedRows
+from eggroll.torch.ops.scaled import SCALED_RULES
 from eggroll.torch.ops.shared import SharedRows
 from eggroll.torch.perturbed import set_handler
 from eggroll.torch.scaled import ScaledWeight
@@ -23,14 +24,16 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         args, kwargs = bind(func, args, kwargs)
         if kwargs.get("out") is not None:
             return into_given(func, args, kwargs)
+    rules = RULES
     for arg in (*args, *kwargs.values()):
         if type(arg) is RoutedRows or (isinstance(arg, (list, tuple)) and any(type(x) is RoutedRows for x in arg)):
             return routed.apply(func, args, kwargs)
         if type(arg) is ScaledWeight:
-            return scaled.apply(func, args, kwargs)
+            rules = SCALED_RULES
+            break
         if type(arg) is SharedRows or (isinstance(arg, (list, tuple)) and any(type(x) is SharedRows for x in arg)):
             return shared.apply(func, args, kwargs)
-    implementation = RULES.get(func)
+    implementation = rules.get(func)
     if implementation is not None:
         result = implementation(*args, **kwargs)
         if result is not NotImplemented:

@@ -28,7 +28,7 @@ from eggroll.torch.perturbed import MemberContext, MemberTensor, PerturbedWeight
 
 ROUTED = "rows that the model picked by their numbers"
 GATHERED_BYTES = 2**26
-"""Factors are gathered for so many rows at once that they take at most this much memory."""
+"""The most memory that factors gathered at once may take."""
 
 
 class RoutedRows(Value):

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eggroll.torch.layout.rules import layout_of, layout_of_ids
 from eggroll.torch.ops.elementwise import with_rows
-from eggroll.torch.ops.per_member import per_member
-from eggroll.torch.ops.registry import METADATA, RULES, Rule
+from eggroll.torch.ops.registry import RULES, Rule
 from eggroll.torch.perturbed import MemberTensor, Value
 from eggroll.torch.scaled import ScaledWeight
-
-
-def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a torch function one of whose arguments is a :class:`ScaledWeight`."""
-    rule = _RULES.get(func)
-    if rule is not None:
-        result = rule(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-    if func in METADATA:
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-    return per_member(func, args, kwargs)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -80,4 +64,4 @@ _AS_IT_IS = (
     Tensor.detach, Tensor.contiguous, Tensor.data.__get__, Tensor.requires_grad_, Tensor.__deepcopy__,  # type: ignore[attr-defined]
     Tensor.requires_grad.__set__, Tensor.grad.__set__,  # type: ignore[attr-defined,union-attr]
 )  # fmt: skip
-_RULES: dict[Any, Rule] = {F.linear: _linear, F.embedding: _embedding} | {func: RULES[func] for func in _AS_IT_IS}
+SCALED_RULES: dict[Any, Rule] = {F.linear: _linear, F.embedding: _embedding} | {func: RULES[func] for func in _AS_IT_IS}

@@ -113,7 +113,8 @@ class Grid(abc.ABC):
 
     def move(self, delta: Tensor) -> None:
         """Add ``delta (m, n)``, whole numbers, to the codes; the caller sees to it that they stay in range."""
-        self.set_codes((self.codes().to(torch.int16) + delta.to(torch.int16)).to(self.codes().dtype))
+        codes = self.codes()
+        self.set_codes((codes.to(torch.int16) + delta.to(torch.int16)).to(codes.dtype))
 
     @property
     def bits(self) -> Bits:
@@ -121,7 +122,7 @@ class Grid(abc.ABC):
         return self._bits(0)
 
     def _bits(self, shared: int) -> Bits:
-        """:attr:`bits` with so many bytes besides the codes."""
+        """:attr:`bits`, where scales and offsets take ``shared`` bytes."""
         return 8 * self.stored.nbytes / self.shape.numel(), 8 * shared / self.shape.numel()
 
 
