@@ -45,6 +45,7 @@ def environment(command: list[str] | None = None) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": cores(),
         "threads": threads(),
+        "block_bytes": block_bytes(),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
     }
@@ -115,6 +116,12 @@ def threads() -> int | None:
     """Threads that torch computes with; ``None`` if it is not loaded."""
     torch = sys.modules.get("torch")
     return None if torch is None else torch.get_num_threads()
+
+
+def block_bytes() -> int | None:
+    """Bytes of a block of rows in low-rank products, which is chosen by the processor; ``None`` without PyTorch."""
+    low_rank = sys.modules.get("eggroll.torch.low_rank")
+    return None if low_rank is None else int(low_rank.BLOCK_BYTES)
 
 
 def memory_bytes() -> int | None:

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from eggroll._environment import FUSED_LINEAR, is_on
 from eggroll.torch.kernels import low_rank_c
+from eggroll.torch.kernels.cache import block_bytes
 from eggroll.torch.quantized.tensor import QuantizedTensor
 
-BLOCK_BYTES = 2**22
+BLOCK_BYTES = block_bytes()
 """Inputs and outputs of a block of members, which are still in cache when the term is added to the base product."""
 
 
