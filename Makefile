@@ -6,7 +6,7 @@
 #   make test-vllm  the tests of the vLLM backend, with vLLM's CPU build in an environment of its own (.venv-vllm)
 #   make test-extras  each extra in a clean environment: install, --help, a tiny run (half an hour; EXTRAS="rl jax" for some)
 #   make lint     the same without the tests
-#   make bench    every script in benchmarks/; results go to benchmarks/results/
+#   make bench    every script in benchmarks/; results and one table per machine go to benchmarks/results/
 #   make docs     the documentation's site in build/site; a broken link is an error
 #   make notebook   run examples/eggroll.ipynb and keep its outputs (EGGROLL_NOTEBOOK_FAST=1: shorter, for a check)
 #   make docker-check   lint the Dockerfile, and run the steps of its CPU target in a clean folder
@@ -68,6 +68,7 @@ bench: $(VENV)/.installed-dev
 		case $$script in *_cuda.py) nvidia-smi -L > /dev/null 2>&1 || { echo "== $$script: no GPU here, left out"; continue; };; esac; \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; \
 	done
+	@$(BIN)/python benchmarks/summary.py && $(BIN)/python benchmarks/summary.py --moved
 
 docs: $(VENV)/.installed-dev
 	@$(BIN)/python scripts/site.py --zensical $(BIN)/zensical

@@ -79,6 +79,11 @@ def hardware(device: str = "cpu") -> str:
     return f"{short_cpu(cpu_model())}, {cores()} core{'s' if cores() > 1 else ''}"
 
 
+def capability() -> str:
+    """The widest instructions that a CPU has for products: ``AVX2``, ``AVX512``, ``AMX``."""
+    return "AMX" if torch.cpu._is_amx_tile_supported() else torch.backends.cpu.get_cpu_capability()
+
+
 def short_cpu(name: str) -> str:
     """A CPU's name without what says nothing: ``Intel(R) Xeon(R) CPU @ 2.20GHz`` is ``Intel Xeon``."""
     name = re.sub(r"\((R|TM)\)|@.*|\b\d+-Core\b|\b(CPU|Processor)\b", " ", name, flags=re.IGNORECASE)
@@ -217,7 +222,7 @@ def finish(
         "measure": measure,
         "hardware": hardware(args.device),
         "device": args.device,
-        "cpu": {"model": cpu_model(), "cores": cores(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {"model": cpu_model(), "cores": cores(), "capability": capability()},
         "threads": threads,
         "load_average_before": args.load_before,
         "date": date,

@@ -142,10 +142,57 @@ def test_the_summary_takes_the_newest_and_says_by_how_much_a_target_is_missed(lo
     page = summary.page(results)
     assert len(results) == 1
     assert "outdated" not in page
-    assert "| Noise: slow | ≥ 1 | 0.500 (0.500 to 0.500) | **missed** by 50% |" in page
-    assert "| Noise: fast | ≥ 1 | 1.000 (1.000 to 1.000) | met |" in page
-    assert "| aside | 0.123 (0.123 to 0.123) |" in page
+    assert "| Noise: slow | ≥ 1 | 0.500 (0.500 to 0.500) **missed** by 50% |" in page
+    assert "| Noise: fast | ≥ 1 | 1.000 (1.000 to 1.000) met |" in page
     assert "The reason is known." in page
+    [name] = {summary.machine(result) for result in results}
+    own = summary.page_of(name, results)
+    assert f"| {name} | 1 of 2 | [all its figures]" in page
+    assert "| Noise: slow | ≥ 1 | 0.500 (0.500 to 0.500) | **missed** by 50% |" in own
+    assert "| Noise: aside | – | 0.123 (0.123 to 0.123) |" in own
+
+
+def test_machines_stand_side_by_side(load, common):
+    summary = load("summary")
+    facts = {
+        "what": "noise",
+        "measure": "a / b",
+        "device": "cpu",
+        "threads": 2,
+        "date": "2001-01-01",
+        "why": "it is so",
+    }
+
+    def result(kind, value):
+        rows = [common.row("slow", common.spread([value]), target=1.0)]
+        cpu = {"model": "C", "cores": 2, "capability": kind}
+        return {**facts, "hardware": "C, 2 cores", "cpu": cpu, "rows": rows}
+
+    page = summary.page([result("AVX2", 1.5), result("AMX", 0.5)])
+    assert "| what | target | C, 2 cores, AMX | C, 2 cores, AVX2 |" in page
+    assert "| Noise: slow | ≥ 1 | 0.500 (0.500 to 0.500) **missed** by 50% | 1.500 (1.500 to 1.500) met |" in page
+    assert "- Noise, C, 2 cores, AMX: it is so" in page
+
+
+def test_only_what_moved_beyond_the_spread_is_said(load, common):
+    summary = load("summary")
+    ranges = {"same": ([0.9, 1.0, 1.1], [1.0, 1.1, 1.2]), "up": ([1.0, 1.1, 1.2], [1.3, 1.4, 1.5])}
+    ranges |= {"down": ([1.0, 1.1, 1.2], [0.7, 0.8, 0.9]), "time": ([1.0, 1.1, 1.2], [0.7, 0.8, 0.9])}
+    series = [
+        {
+            "what": "noise",
+            "date": f"2001-01-0{when + 1}",
+            "rows": [
+                common.row(case, common.spread(values[when]), lower_is_better=case == "time")
+                for case, values in ranges.items()
+            ],
+        }
+        for when in (0, 1)
+    ]
+    lines = summary.moved(series)
+    assert [line.split("Noise: ")[1].split(":")[0] for line in lines] == ["up", "down", "time"]
+    assert [line.split()[0] for line in lines] == ["better", "WORSE", "better"]
+    assert summary.moved(series[:1]) == []
 
 
 def test_a_summary_of_nothing_says_so(load, monkeypatch, tmp_path):
