@@ -147,7 +147,7 @@ def test_the_summary_takes_the_newest_and_says_by_how_much_a_target_is_missed(lo
     assert "The reason is known." in page
     [name] = {summary.machine(result) for result in results}
     own = summary.page_of(name, results)
-    assert f"| {name} | 1 of 2 | [all its figures]" in page
+    assert f"| {name} | 1 of 2 | `benchmarks/results/" in page
     assert "| Noise: slow | ≥ 1 | 0.500 (0.500 to 0.500) | **missed** by 50% |" in own
     assert "| Noise: aside | – | 0.123 (0.123 to 0.123) |" in own
 
