@@ -137,7 +137,8 @@ def test_thresholds_fit_into_the_search():
 COMPILED = [(256, 256, 6, 1, 4096), (50, 100, 1, 0, 3)]
 
 
-def test_every_variant_compiles_for_a_gpu():
+@pytest.mark.parametrize(("capability", "own"), [(90, "wgmma.mma_async"), (100, "kind::i8")])
+def test_every_variant_compiles_for_a_gpu(capability, own):
     found = run_python(
         f"""
         import json, types, torch
@@ -148,7 +149,7 @@ def test_every_variant_compiles_for_a_gpu():
         from eggroll.pretrain.model.shape import ModelShape
 
         # Everything that the launcher does but the launch: the kernel is made for a GPU that is not there.
-        target = GPUTarget("cuda", 90, 32)
+        target = GPUTarget("cuda", {capability}, 32)
         driver.set_active(types.SimpleNamespace(
             get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
         ))
@@ -168,13 +169,13 @@ def test_every_variant_compiles_for_a_gpu():
                 Weights.pack(weights, shape), shape, empty(members, 3, dtype=torch.int64),
                 empty(members, layers, hidden), empty(members if rank else 1, 4 * layers + 1, hidden), draws,
             )
-        words = ("wgmma.mma_async", "s32.s8.s8", "mma")
+        words = ({own!r}, "s32.s8.s8", "kind::i8", "mma")
         print(json.dumps([[k.metadata.shared] + [k.asm["ptx"].count(word) for word in words] for k in made]))
         """
     )
-    for case, (shared, asynchronous, int8, mma) in zip(COMPILED, found, strict=True):
+    for case, (shared, asynchronous, int8, int8_tensor, mma) in zip(COMPILED, found, strict=True):
         assert shared <= 227 * 1024, case  # what a block of threads may have on sm_90
         assert mma > 0, case
-        assert int8 > 0, case
+        assert int8 + int8_tensor > 0, case
         if case[-1] > 64:
-            assert asynchronous > 0, case  # Hopper's own instruction
+            assert asynchronous > 0, case  # the generation's own instruction

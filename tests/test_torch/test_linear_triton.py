@@ -168,7 +168,7 @@ COMPILE = """
     from eggroll.torch.kernels import linear_triton
 
     # Everything that the launchers do but the launch: the kernel is made for a GPU that is not there.
-    target = GPUTarget("cuda", 90, 32)
+    target = GPUTarget("cuda", CAPABILITY, 32)
     driver.set_active(types.SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
     ))
@@ -183,7 +183,7 @@ COMPILE = """
         both = torch.empty(members, n + m, rank, dtype=dtype)
         linear_triton.linear(x, weight, both[:, n:].mT, both[:, :n].mT, bias, tf32=tf32)
         ptx = made[-1].asm["ptx"]
-        words = ("mma", "wgmma.mma_async", "bf16.bf16", "tf32.tf32", "cp.async")
+        words = ("mma", "wgmma.mma_async", "tcgen05.mma", "bf16.bf16", "tf32.tf32", "cp.async")
         return {word: ptx.count(word) for word in words} | {"shared": made[-1].metadata.shared}
 
     print(json.dumps([compiled(*case) for case in CASES]))
@@ -200,7 +200,7 @@ COMPILED = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    found = run_python(f"    CASES = {COMPILED!r}\n" + COMPILE)
+    found = run_python(f"    CASES, CAPABILITY = {COMPILED!r}, 90\n" + COMPILE)
     return dict(zip(COMPILED, found, strict=True))
 
 
@@ -255,3 +255,10 @@ def test_bad_arguments():
         linear(weight, u[0], v)
     with pytest.raises(ValueError, match=r"bias_m must be torch.float32 \(4,\) on cpu; got torch.float32 \(5,\)"):
         linear(weight, u, v, x[0, 0])
+
+
+def test_it_compiles_for_the_next_generation_of_gpus():
+    [found] = run_python(f"    CASES, CAPABILITY = {[('bfloat16', *TILE, 8, False)]!r}, 100\n" + COMPILE)
+    assert found["shared"] <= 227 * 1024
+    assert found["tcgen05.mma"] > 0  # Blackwell's own instruction, where Hopper has wgmma
+    assert found["wgmma.mma_async"] == 0

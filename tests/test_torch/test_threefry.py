@@ -294,8 +294,11 @@ def test_the_triton_kernel_gives_the_same_floats_in_the_interpreter():
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize(("out", "start"), [("*fp32", "i32"), ("*bf16", "i64"), ("*i32", "u64")])
-def test_the_triton_kernel_compiles_for_a_gpu_without_fused_operations(out, start):
+@pytest.mark.parametrize(
+    ("out", "start", "capability"),
+    [("*fp32", "i32", 90), ("*bf16", "i64", 90), ("*i32", "u64", 90), ("*fp32", "i32", 100)],
+)
+def test_the_triton_kernel_compiles_for_a_gpu_without_fused_operations(out, start, capability):
     printed = run_python(f"""
         import triton
         from triton.backends.compiler import GPUTarget
@@ -306,7 +309,8 @@ def test_the_triton_kernel_compiles_for_a_gpu_without_fused_operations(out, star
         source = ASTSource(
             threefry_kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants
         )
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(enable_fp_fusion=False))
+        target = GPUTarget("cuda", {capability}, 32)
+        kernel = triton.compile(source, target=target, options=dict(enable_fp_fusion=False))
         assembly = kernel.asm["ptx"]
         print(len(kernel.asm["cubin"]) > 0, "fma" in assembly, "approx" in assembly, "div.full" in assembly)
         print("cvt.rn.bf16" in assembly)
