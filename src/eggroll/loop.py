@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -145,6 +146,7 @@ class Loop:
         spread_advice: what to try when all members score the same.
         stop: asked about each generation's metrics when it is done; true ends the run early. A run that goes on is
             asked about its last generation again: a budget may be used up, and a kill may have come before the answer.
+        seconds: for all generations; the run ends after the last one that fits.
     """
 
     config: ESConfig
@@ -156,6 +158,7 @@ class Loop:
     listeners: list[Listener] = field(default_factory=list)
     stop: Callable[[dict[str, Any]], bool] | None = None
     spread_advice: str = SPREAD_ADVICE
+    seconds: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     applied: int = 0
@@ -218,6 +221,8 @@ class Loop:
                 if start == 0:
                     self._log_start()
                 was_over = start > 0 and bool(self.history) and self._is_over(self.history[-1])
+                before = time_spent(self.history)
+                was_over = was_over or (start > 0 and self._time_is_up(before, before / start))
                 for generation in range(start, start if was_over else self.config.generations):
                     sigma = self.config.sigma_at(generation)
                     evaluate_start = time.perf_counter()
@@ -227,7 +232,9 @@ class Loop:
                     try:
                         with uninterrupted():
                             metrics = self._update(generation, sigma, evaluation, seconds)
-                        self._evaluate_when_due(metrics, generation + 1)
+                        now = time.perf_counter()
+                        time_is_up = self._time_is_up(before + now - began, now - evaluate_start)
+                        self._evaluate_when_due(metrics, generation + 1, ending=time_is_up)
                     finally:
                         if metrics:  # the update has been taken, even if Ctrl-C has come since
                             metrics["elapsed_s"] = time.perf_counter() - began
@@ -237,7 +244,7 @@ class Loop:
                     self._say_first_without_spread(evaluation.fitness, start)
                     if self._due(generation + 1, self.checkpoint_every):
                         self._checkpoint(generation + 1)
-                    if self._is_over(metrics):
+                    if self._is_over(metrics) or time_is_up:
                         break
             except KeyboardInterrupt:
                 self.interrupted = True
@@ -250,6 +257,10 @@ class Loop:
             self._checkpoint(self.applied)
         self._say_without_spread(start)
         return self.history
+
+    def _time_is_up(self, spent: float, generation_s: float) -> bool:
+        """Whether one more generation would end beyond the budget by more than half of itself."""
+        return self.seconds is not None and spent + generation_s / 2 > self.seconds
 
     def _is_over(self, metrics: dict[str, Any]) -> bool:
         return self.stop is not None and self.stop(metrics)
@@ -297,8 +308,8 @@ class Loop:
             raise RunError(f"{where}, generation {before['generation']}: {error}; restore it") from None
         return {name: before.get(name, 0.0) + value for name, value in counts.items()}
 
-    def _evaluate_when_due(self, metrics: dict[str, Any], generation: int) -> None:
-        last = generation == self.config.generations
+    def _evaluate_when_due(self, metrics: dict[str, Any], generation: int, *, ending: bool = False) -> None:
+        last = ending or generation == self.config.generations
         if self.heldout and (last or self._due(generation, self.eval_every)):
             self._evaluate_heldout(metrics, generation)
 
@@ -368,6 +379,13 @@ class Loop:
     @staticmethod
     def _due(generation: int, every: int) -> bool:
         return every > 0 and generation % every == 0
+
+
+def time_spent(history: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds in the loop of all sittings: ``elapsed_s`` begins again at 0 in each of them."""
+    elapsed = [float(line.get("elapsed_s", 0.0)) for line in history]
+    ends = [now for now, after in pairwise([*elapsed, 0.0]) if after < now]
+    return sum(ends)
 
 
 def has_spread(config: ESConfig, weights: NDArray[np.floating[Any]]) -> bool:

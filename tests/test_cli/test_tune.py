@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eggroll.cli.parse import parse
 from eggroll.cli.tune import OPTIONS, _cell, default_options, with_task
 from eggroll.cli.watch import show_worse
+from eggroll.llm.choosing.auto import with_stand_ins
 from eggroll.llm.tasks import get_task
 from eggroll.run.console import number
 from eggroll.run.run_dir import RunDir
@@ -32,6 +33,7 @@ FLAGS = {
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
         --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code
         --config --revision --attn-implementation --push-to-hub --hub-model-id --hub-private
+        --minutes
     """,
     "eval": """
         MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
@@ -61,11 +63,14 @@ FLAGS = {
     "runs": "FOLDER -s/--sort --reverse -f/--filter -w/--watch",
 }
 DEFAULTS = {
-    "generations": 100,
-    "population_size": 32,
+    "generations": "auto",
+    "population_size": "auto",
+    "prompts_per_generation": "auto",
     "rank": 1,
-    "sigma": 0.01,
-    "lr": 0.05,
+    "sigma": "auto",
+    "lr": "auto",
+    "lr_schedule": "auto",
+    "minutes": None,
     "optimizer": "sgd",
     "seed": 42,
     "target_modules": None,
@@ -424,18 +429,27 @@ def test_what_is_typed_counts_more_than_what_a_task_recommends():
     assert options.population_size == get_task("countdown").settings["population_size"]
 
 
-@pytest.mark.parametrize("task", [[], ["--task", "countdown"]])
-def test_a_learning_rate_that_is_not_given_is_that_of_the_optimizer(task):
+def test_a_learning_rate_that_is_not_given_is_that_of_the_optimizer():
     """The task's is sgd's: with Adam, a step of 0.05 per entry would be five times sigma."""
-    assert parsed(["tiny", *task]).lr == 0.05
-    assert parsed(["tiny", *task, "--optimizer", "adamw"]).lr == 0.003
-    assert parsed(["tiny", *task, "--optimizer=momentum"]).lr == 0.005
-    assert parsed(["tiny", *task, "--optimizer", "adam", "--lr", "0.05"]).lr == 0.05
+    task = ["tiny", "--task", "countdown"]
+    assert parsed(task).lr == 0.05
+    assert parsed([*task, "--optimizer", "sgd"]).lr == 0.05
+    assert parsed([*task, "--optimizer", "adamw"]).lr == "auto"
+    assert parsed([*task, "--optimizer=momentum"]).lr == "auto"
+    assert parsed([*task, "--optimizer", "adam", "--lr", "0.05"]).lr == 0.05
+    assert parsed(["tiny", "--optimizer", "adam"]).lr == "auto"
+
+
+def test_a_task_keeps_its_sigma_unless_auto_is_typed():
+    assert parsed(["tiny", "--task", "one_sentence"]).sigma == 0.01
+    assert parsed(["tiny", "--task", "one_sentence", "--sigma", "auto"]).sigma == "auto"
+    assert parsed(["tiny", "--task", "one_sentence", "--sigma", "auto"]).lr == 0.05
+    assert parsed(["tiny"]).sigma == "auto"
 
 
 def test_help_guide_and_demo_have_one_set_of_defaults():
     guide = (Path(__file__).parents[2] / "docs" / "tune.md").read_text(encoding="utf-8")
-    demo, options = get_task("one_sentence").settings, OPTIONS(model="tiny")
+    demo, options = get_task("one_sentence").settings, with_stand_ins(OPTIONS(model="tiny"))
     words = {
         "population_size": "--population", "rank": "--rank", "sigma": "--sigma", "lr": "--lr",
         "optimizer": "--optimizer", "prompts_per_generation": "--batch-size",

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from eggroll.core.check import whole
 from eggroll.core.settings import setting
+from eggroll.llm.choosing.auto import with_stand_ins
 from eggroll.llm.config import ModelOptions
 from eggroll.llm.options import TuneSettings
 from eggroll.run.terminal import Terminal
@@ -45,6 +46,7 @@ def run(options: InfoOptions) -> int:
     from eggroll.llm.estimate.memory import Estimate, Workload
     from eggroll.llm.models.outline import look_up
 
+    options = with_stand_ins(options)
     found = look_up(
         options.model,
         dtype=options.dtype,

@@ -17,7 +17,8 @@ from rich.table import Table
 from eggroll._command import typed
 from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run_command
 from eggroll.errors import ModelError
-from eggroll.llm.options import LEARNING_RATES, TuneOptions
+from eggroll.llm.choosing.auto import AUTO
+from eggroll.llm.options import TuneOptions
 from eggroll.run.terminal import Terminal, printable
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def run(options: TuneOptions) -> int:
 def default_options(arguments: Sequence[str]) -> TuneOptions | None:
     """Defaults for the command line: the options of the run that ``--resume`` names, or what ``--task`` recommends.
 
-    A learning rate belongs to its optimizer, so another ``--optimizer`` has another default. ``None`` without any of
+    A learning rate belongs to its optimizer, so with another ``--optimizer`` it is chosen. ``None`` without any of
     these. What is given on the command line counts more, whatever its value.
     """
     if option_given(arguments, "--resume") is not None:
@@ -44,13 +45,13 @@ def default_options(arguments: Sequence[str]) -> TuneOptions | None:
 
         return resumed_options(KIND, arguments)
     task, shots = option_given(arguments, "--task"), option_given(arguments, "--shots") or "0"
-    lr = LEARNING_RATES.get(option_given(arguments, "--optimizer"))  # type: ignore[call-overload]
     if not task or task.startswith("-") or not shots.isdecimal():  # none, or wrong and told by the command line
-        return None if lr is None else TuneOptions(model=tyro.MISSING_NONPROP, lr=lr)
+        return None
     # A default of another word would make that word a choice of the command line.
     backend: Literal["torch", "vllm"] = "vllm" if option_given(arguments, "--backend") == "vllm" else "torch"
     options = with_task(TuneOptions(model=tyro.MISSING_NONPROP, task=task, shots=int(shots), backend=backend))
-    return options if lr is None else dataclasses.replace(options, lr=lr)
+    other = option_given(arguments, "--optimizer") not in (None, options.optimizer)
+    return dataclasses.replace(options, lr=AUTO) if other else options
 
 
 def with_task(options: TuneOptions) -> TuneOptions:

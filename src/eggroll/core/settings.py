@@ -135,6 +135,9 @@ def wrong_types(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
 def _fits(value: Any, hint: Any) -> bool:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        words = [part for part in parts if typing.get_origin(part) is typing.Literal and {int, float} & set(parts)]
+        if isinstance(value, str) and words:  # a number or one of a few words
+            return any(value in typing.get_args(part) for part in words)
         return any(_fits(value, part) for part in parts)
     if origin is typing.Literal:
         return type(value) in {type(part) for part in parts}  # which one of them is for the settings to say

@@ -60,6 +60,9 @@ class Plan:
         pools_itself: ``make_worker`` makes a pool where the options ask for workers.
         spread_advice: what to try when all members of a generation score the same.
         finish_interrupted: whether ``finish`` is called after an interrupt, too.
+        choose: given who is told of it, evaluates a little and returns the plan with every setting chosen; ``None`` if
+            there is nothing to choose. Called for new runs only, before anything is on disk.
+        seconds: for all generations of the run, resumed ones included: it ends after the last one that fits.
     """
 
     options: Any
@@ -80,6 +83,8 @@ class Plan:
     pools_itself: bool = False
     spread_advice: str = SPREAD_ADVICE
     finish_interrupted: bool = False
+    choose: Callable[[Callable[[str], None]], Plan] | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

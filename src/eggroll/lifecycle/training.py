@@ -85,6 +85,8 @@ def train(
         if options.resume is not None:  # before a model is loaded in vain
             held.enter_context(locked(RunDir.open(options.resume).path, command_line()))
         plan = kind.plan(options)
+        if plan.choose is not None:
+            plan = plan.choose(notify or (lambda text: None))
         worker = held.enter_context(make_worker(plan, notify))
         run = open_run(kind, plan, held)
         with _way_on(kind, plan, run):
@@ -92,6 +94,7 @@ def train(
                 plan.config, worker, run, plan.heldout,
                 eval_every=plan.eval_every, checkpoint_every=plan.checkpoint_every, spread_advice=plan.spread_advice,
             )  # fmt: skip
+            loop.seconds = plan.seconds
             if plan.stop is not None:
                 over = plan.stop
                 loop.stop = lambda _: over(loop.history)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from eggroll.errors import ConfigError, DataError, EggrollError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
 from eggroll.llm.backends.build import WorkerFactory
 from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
+from eggroll.llm.choosing.auto import automatic, with_stand_ins
+from eggroll.llm.choosing.choose import CHOSEN, CalibrationWarning, Choice, check_auto, choose, seconds_left
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, check_source, load_examples
 from eggroll.llm.data.fingerprint import data_fingerprint
@@ -185,10 +188,52 @@ def _plan(options: TuneOptions) -> Plan:
     check_columns(reward, train)
     check_columns(reward, heldout or train, "the held-out data set")
     engine_args(options)
-    worker = make_worker(options, reward)
+    check_auto(options)
+    worker = make_worker(with_stand_ins(options), reward)
     worker.use(train, heldout)
+    data = Data(reward, train, heldout, notes)
+    if options.resume is not None or not (automatic(options) or options.minutes):
+        return _planned(options, worker, data)
+    return dataclasses.replace(
+        _planned(with_stand_ins(options), worker, data), choose=partial(_chosen, options, worker, data)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run reads, and what is to be said about it."""
+
+    reward: Reward
+    train: list[Example]
+    heldout: list[Example] | None
+    notes: list[str]
+
+
+def _chosen(options: TuneOptions, worker: ModelWorker, data: Data, notify: Callable[[str], None]) -> Plan:
+    """The plan with what was measured on ``worker``."""
+    try:
+        heldout = len(data.heldout or ())
+        choice = choose(options, worker, prompts=len(data.train), heldout=heldout, notify=notify)
+        config, before = narrowed(choice.options, EggrollConfig), worker.setup.config
+        sizes = ("population_size", "prompts_per_generation")
+        if any(getattr(config, name) != getattr(before, name) for name in sizes):
+            worker.close()
+            worker = make_worker(choice.options, data.reward)
+            worker.use(data.train, data.heldout)
+        worker.settle(config)
+    except BaseException:  # nobody else knows of this worker yet
+        worker.close()
+        raise
+    if choice.warning:
+        warnings.warn(choice.warning, CalibrationWarning, stacklevel=2)
+    return _planned(choice.options, worker, data, choice)
+
+
+def _planned(options: TuneOptions, worker: ModelWorker, data: Data, choice: Choice | None = None) -> Plan:
+    train, heldout = data.train, data.heldout
     # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
     options = dataclasses.replace(options, dtype=worker.setup.dtype_name)  # type: ignore[arg-type]
+    chosen = () if choice is None else choice.lines
     what = options.task or options.reward or "perplexity"
     stem = "lambda" if what.startswith("lambda") else Path(what).stem
 
@@ -207,9 +252,14 @@ def _plan(options: TuneOptions) -> Plan:
         heldout=heldout is not None,
         eval_every=options.eval_every,
         checkpoint_every=options.checkpoint_every,
-        describe=lambda worker: _describe(worker, len(train), notes),
+        describe=lambda worker: _describe(worker, len(train), data.notes, chosen),
         command=f"{typed()} tune {shlex.quote(options.model)}",
-        facts={"model": options.model, "device": worker.setup.place},
+        facts={
+            "model": options.model,
+            "device": worker.setup.place,
+            **({} if choice is None else {CHOSEN: choice.record()}),
+        },
+        seconds=seconds_left(options, choice),
         fingerprints=_fingerprints(options, train, heldout),
         pools_itself=True,
         spread_advice=SPREAD_ADVICE,
@@ -226,7 +276,7 @@ def _fingerprints(options: TuneOptions, train: list[Example], heldout: list[Exam
     }
 
 
-def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str]) -> list[str]:
+def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str], chosen: Sequence[str]) -> list[str]:
     setup = worker.setup
     config, evolved = setup.config, sum(spec.size for spec in setup.specs)
     texts = setup.reward.reads == "text"
@@ -240,6 +290,7 @@ def _describe(worker: ModelWorker, prompts: int, notes: Sequence[str]) -> list[s
         f"reward {escape(setup.reward.name)}, {prompts} {'texts' if texts else 'prompts'}, {each} a generation",
         f"population {config.population_size} ({config.sampling}), rank {config.rank}, sigma {config.sigma:g}, "
         f"lr {config.lr:g}, {config.optimizer}, seed {config.seed}",
+        *(f"chosen: {escape(line)}" for line in chosen),
         *(
             f"[dim]{escape(note)}[/]"
             for note in (*setup.notes, *setup.generation, *setup.reward.notes, *slow, *filter(None, [expected]))

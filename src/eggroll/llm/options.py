@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from eggroll.core.check import is_number
 from eggroll.core.config import OptimizerName
+from eggroll.core.schedules import ScheduleName
 from eggroll.core.settings import setting
 from eggroll.distributed.options import WorkerOptions
+from eggroll.llm.choosing.auto import AUTO, STAND_INS, automatic
 from eggroll.llm.config import EggrollConfig, ModelOptions
 from eggroll.run.options import RunOptions
 
@@ -23,21 +26,41 @@ def _is_program(reward: str | None) -> bool:
     )
 
 
-LEARNING_RATES: Mapping[OptimizerName, float] = {"sgd": 0.05, "momentum": 0.005, "adam": 0.003, "adamw": 0.003}
-"""What is taken where none is given: with 32 members, steps of up to about 0.003 per entry, a third of ``sigma``."""
+Whole = int | Literal["auto"]
+Number = float | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings(EggrollConfig):
-    """``EggrollConfig`` with the command line's defaults: those that the guide and ``make demo`` have."""
+    """``EggrollConfig`` with the command line's defaults; what is ``auto`` is chosen when a run begins."""
 
-    population_size: int = 32
+    population_size: Whole = setting(AUTO, flags=("-p", "--population", "--pop_size"))  # type: ignore[assignment]
+    """Members per generation; both signs of an antithetic pair count. auto: 32, with --minutes what fits."""
+    prompts_per_generation: Whole = setting(AUTO, flags=("--batch-size",))  # type: ignore[assignment]
+    """Prompts (or texts) that every member is scored on in a generation. auto: 8, with --minutes what fits."""
+    generations: Whole = setting(AUTO, flags=("-g",), resume=True)  # type: ignore[assignment]
+    """Number of updates. auto: 100, with --minutes as many as fit."""
     rank: int = 1
-    lr: float = LEARNING_RATES["sgd"]
-    """Learning rate; default: 0.05 with sgd, 0.005 with momentum, 0.003 with adam and adamw."""
+    sigma: Number = AUTO  # type: ignore[assignment]
+    """Standard deviation of a perturbation's entries. auto: a few evaluations find the largest at which members still
+    behave."""
+    lr: Number = AUTO  # type: ignore[assignment]
+    """Learning rate. auto: steps of a fraction of sigma per entry, whatever the optimizer and the population."""
+    lr_schedule: ScheduleName | Literal["auto"] = AUTO  # type: ignore[assignment]
+    """constant, exponential (by lr_decay), linear or cosine (towards 0 after the last). auto: linear if lr is auto,
+    else exponential."""
     optimizer: OptimizerName = "sgd"
     """Which rule turns the estimate into a step; sgd's is of the same size whatever the scores' scale, and smaller for
     larger populations. Adam keeps two float32 numbers per evolved entry, sgd none."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        names = automatic(self)
+        checked = object.__new__(EggrollConfig)  # the settings with numbers in all places, unchecked
+        for field in dataclasses.fields(EggrollConfig):
+            value = STAND_INS[field.name] if field.name in names else getattr(self, field.name)
+            object.__setattr__(checked, field.name, value)
+        return checked.problems()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +83,8 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
     """Held-out prompts or texts, in the same forms."""
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: PyTorch in this process, or a vLLM engine whose adapters are the members."""
+    minutes: float | None = setting(None, resume=True)
+    """Time for the run: generations, population and prompts that are auto are chosen to fit, and it ends in time."""
     engine_args: str | None = setting(None, resume=True, runs_code=bool)
     """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""
 
@@ -75,4 +100,6 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
         """Everything that is wrong with these settings, one sentence each."""
         empty = self.reward is not None and not self.reward.strip()
         what = "reward is empty; give perplexity, a .py file, a lambda, module:function or a task, or leave it out"
-        return [*super().problems(), *([what] if empty else [])]
+        short = self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0)
+        time = f"minutes (={self.minutes}) must be above 0, or left out for no limit"
+        return [*super().problems(), *([what] if empty else []), *([time] if short else [])]

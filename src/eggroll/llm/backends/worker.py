@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,6 +97,10 @@ class ModelWorker(Worker, Protocol):
     def use(self, data: Any, eval_data: Any = None) -> None:
         """Take the data to train on and the held-out data."""
 
+    def settle(self, config: EggrollConfig) -> None:
+        """Take over settings that were chosen since: sigma, the learning rate, the number of generations."""
+        self.setup = replace(self.setup, config=config)
+
     def close(self) -> None:
         """Free what is held outside of this process's memory. The worker cannot be used after that."""
 
@@ -154,6 +158,11 @@ class LanguageWorker(ModelWorker):
         if eval_data is not None and isinstance(self._heldout, Sequence):
             check_columns(self.setup.reward, self._heldout, "the held-out data set")
         self.evaluator.choose_mode(self.source.at(0))
+
+    def settle(self, config: EggrollConfig) -> None:
+        """Take over settings that were chosen since: sigma, the learning rate, the number of generations."""
+        super().settle(config)
+        self.evaluator.config = config
 
     def expectation(self) -> str:
         """A line about what a generation takes; empty where it is not known."""

@@ -1,0 +1,1 @@
+"""Settings that nobody gave: a few evaluations before the first generation choose them."""

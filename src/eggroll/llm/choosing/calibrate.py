@@ -1,0 +1,256 @@
+"""Which sigma: the largest at which members still behave, found by a few evaluations.
+
+The same members (the same noise addresses) answer the same prompts at several sigmas, a factor of 2 apart. At each of
+them the scores ``f[p, q]`` of member p on prompt q say two things.
+
+*Whether members behave.* Their mean falls short of the center's by ``drop``. The unit is what there is to lose: the
+distance ``center - broken`` from the center's score to that of members at a sigma that breaks every text. Where that
+distance cannot be told from 0 (scores of 0 everywhere, or nonsense that scores better), the score does not say which
+text is broken, and sigma stays near its start.
+
+*Whether they differ.* Half the difference within a pair, ``d[k, q] = (f[2k, q] - f[2k+1, q]) / 2``, has a variance
+between pairs and one between prompts within a pair (a one-way layout):
+
+    between = var_k(mean_q d) - residual / Q        residual = mean_k var_q(d)
+    noise   = residual / Q
+
+An update learns from what is between; the noise is what more prompts would average away.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eggroll.loop import Evaluation
+
+MEMBERS = 16
+"""Members that are evaluated at each sigma."""
+BROKEN = 8.0
+"""Times the start: a sigma at which every text is broken."""
+MOST_LOST = 0.4
+"""Of the distance to what broken text scores, what members may lose on average."""
+MOST_DEVIATIONS = 1.5
+"""Of the members' scores, that they may lose on average: beyond it, what differs is mostly how broken they are."""
+UP, DOWN = 3, 5
+"""Doublings and halvings of the start at most."""
+TINY = 1e-6
+"""Times the start: members that are the center, but for rounding."""
+
+Evaluate = Callable[[float, range], Evaluation]
+"""Scores of some members at a sigma."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """What was measured at one sigma.
+
+    Attributes:
+        sigma: the standard deviation of the perturbations.
+        mean: of all scores.
+        deviation: standard deviation of the members' scores.
+        between: of half the differences within pairs, the standard deviation that is not noise.
+        noise: the standard deviation that comes from the choice of prompts.
+        seconds: for one member.
+    """
+
+    sigma: float
+    mean: float
+    deviation: float
+    between: float
+    noise: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and what follows from it.
+
+    Attributes:
+        sigma: the choice.
+        center: mean score of the model as it is, on these prompts.
+        broken: mean score of broken text.
+        levels: by sigma.
+        members: evaluated at each sigma.
+        prompts: that they answered.
+        seconds: that all of it took.
+        reason: in words.
+        warning: what a person should know; empty if there is nothing.
+    """
+
+    sigma: float
+    center: float
+    broken: float
+    levels: tuple[Level, ...]
+    members: int
+    prompts: int
+    seconds: float
+    reason: str
+    warning: str = ""
+
+    @property
+    def chosen(self) -> Level:
+        """What was measured at the choice, or next to it."""
+        return min(self.levels, key=lambda level: abs(math.log(level.sigma / self.sigma)))
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return asdict(self)
+
+
+def starting_sigma(shapes: list[tuple[int, int]], largest: float = math.inf) -> float:
+    """A quarter of the size that weights of these shapes have: ``1 / sqrt(n)`` for n inputs, by number of entries.
+
+    Args:
+        shapes: ``(m, n)`` of the matrices that are evolved.
+        largest: bound of the result.
+    """
+    entries = sum(m * n for m, n in shapes)
+    if not entries:
+        return min(0.01, largest)
+    logarithm = sum(m * n * math.log(n) / 2 for m, n in shapes) / entries
+    return min(float(f"{0.25 * math.exp(-logarithm):.1g}"), largest)
+
+
+def calibrate(
+    evaluate: Evaluate,
+    members: int,
+    start: float,
+    *,
+    only_start: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """Try sigmas from ``start`` upwards while members behave, or downwards until they do.
+
+    Args:
+        evaluate: scores members ``(len(members),)`` or ``(len(members), prompts)`` at a sigma, always on the same
+            prompts and with the same noise.
+        members: how many, an even number of at least 2.
+        start: the first sigma.
+        only_start: sigma is given, and only measured.
+        clock: seconds.
+    """
+    return _Search(evaluate, members, start, clock).run(only_start=only_start)
+
+
+class _Search:
+    def __init__(self, evaluate: Evaluate, members: int, start: float, clock: Callable[[], float]) -> None:
+        self.evaluate, self.members, self.start, self.clock = evaluate, members, start, clock
+        self.levels: dict[float, Level] = {}
+        self.prompts = 1
+
+    def run(self, *, only_start: bool) -> Calibration:
+        began = self.clock()
+        center = scores_of(self.evaluate(self.start * TINY, range(2)))
+        broken = scores_of(self.evaluate(self.start * BROKEN, range(2)))
+        self.prompts = center.shape[1]
+        self.center, self.broken = float(center.mean()), float(broken.mean())
+        # Prompts are the same, so their differences say how well the distance is known.
+        apart = (center - broken).mean(axis=0)
+        doubt = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
+        distance = float(apart.mean())
+        tells = distance > max(2 * doubt, 1e-9 * max(1.0, abs(self.center)))
+        if only_start:
+            self.level(self.start)
+            sigma, reason = self.start, "given"
+        else:
+            sigma, reason = self._while_behaving(distance) if tells else self._near_start()
+        return Calibration(
+            sigma, self.center, self.broken, tuple(sorted(self.levels.values(), key=lambda level: level.sigma)),
+            self.members, self.prompts, self.clock() - began, reason, self._warning(sigma, distance, doubt),
+        )  # fmt: skip
+
+    def level(self, sigma: float) -> Level:
+        if sigma not in self.levels:
+            began = self.clock()
+            scores = scores_of(self.evaluate(sigma, range(self.members)))
+            between, noise = components(scores)
+            self.levels[sigma] = Level(
+                sigma, float(scores.mean()), float(scores.mean(axis=1).std()), between, noise,
+                (self.clock() - began) / self.members,
+            )  # fmt: skip
+        return self.levels[sigma]
+
+    def _while_behaving(self, distance: float) -> tuple[float, str]:
+        def behaves(sigma: float) -> bool:
+            level = self.level(sigma)
+            drop = self.center - level.mean
+            return drop <= MOST_LOST * distance and drop <= MOST_DEVIATIONS * level.deviation
+
+        sigma, tried = self.start, 0
+        if behaves(sigma):
+            while tried < UP and behaves(2 * sigma):
+                sigma, tried = 2 * sigma, tried + 1
+        else:
+            while tried < DOWN and not behaves(sigma):
+                sigma, tried = sigma / 2, tried + 1
+        lost = (self.center - self.level(sigma).mean) / distance
+        if not behaves(sigma):
+            return sigma, f"the smallest that was tried; members lose {lost:.0%} even there"
+        return sigma, (
+            f"members lose {max(0.0, lost):.0%} of what there is to lose (at most {MOST_LOST:.0%}); "
+            f"the model scores {self.center:.3g}, broken text {self.broken:.3g}"
+        )
+
+    def _near_start(self) -> tuple[float, str]:
+        sigma = self.start
+        if self.level(sigma).deviation == 0:
+            for times in (2.0, 0.5):
+                if self.level(times * self.start).deviation > 0:
+                    sigma = times * self.start
+                    break
+        return sigma, (
+            f"from the size of the weights, as broken text scores no less ({self.broken:.3g}) than the model "
+            f"({self.center:.3g})"
+        )
+
+    def _warning(self, sigma: float, distance: float, doubt: float) -> str:
+        if all(level.deviation == 0 for level in self.levels.values()):
+            return (
+                f"all members score the same ({self.center:.3g}) at every sigma that was tried, so there may be "
+                "nothing to learn from: give partial credit in the score, or prompts that the model can sometimes do"
+            )
+        if distance < -2 * doubt and distance < 0:
+            return (
+                f"broken text scores {self.broken:.3g}, more than the model's own answers ({self.center:.3g}): what is "
+                "learned may be nonsense. Let the score ask for what a good answer needs, too"
+            )
+        level = self.level(sigma)
+        if level.noise > 2 * level.between:
+            return (
+                f"the scores' noise between prompts is {_times(level)} the spread between members: "
+                "more prompts (--batch-size) or more members (-p) may be needed"
+            )
+        return ""
+
+
+def _times(level: Level) -> str:
+    return f"{level.noise / level.between:.1f} times" if level.between > level.noise / 20 else "far above"
+
+
+def scores_of(evaluation: Evaluation) -> NDArray[np.float64]:
+    """``(members, prompts)`` finite scores; those that are no numbers count as the worst."""
+    values = np.asarray(evaluation.fitness, dtype=np.float64)
+    values = values.reshape(len(values), -1)
+    finite = np.isfinite(values)
+    return np.where(finite, values, values[finite].min() if finite.any() else 0.0)
+
+
+def components(scores: NDArray[np.float64]) -> tuple[float, float]:
+    """Standard deviations of half the differences within pairs: between pairs, and by the choice of prompts.
+
+    Args:
+        scores: ``(members, prompts)``, an even number of members.
+    """
+    half = (scores[0::2] - scores[1::2]) / 2
+    total = float((half.mean(axis=1) ** 2).mean())  # signs are arbitrary, so the expectation is 0
+    if half.shape[1] < 2:
+        return math.sqrt(total), 0.0
+    noise = float(half.var(axis=1, ddof=1).mean()) / half.shape[1]
+    return math.sqrt(max(0.0, total - noise)), math.sqrt(noise)
