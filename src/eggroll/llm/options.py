@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from eggroll.core.config import OptimizerName
 from eggroll.core.settings import setting
 from eggroll.distributed.options import WorkerOptions
 from eggroll.llm.config import EggrollConfig, ModelOptions
+from eggroll.run.keeping import Keep
 from eggroll.run.options import RunOptions
 
 
@@ -60,6 +61,9 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
     """Held-out prompts or texts, in the same forms."""
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: PyTorch in this process, or a vLLM engine whose adapters are the members."""
+    keep: Keep = setting("best", resume=True, absent="last")
+    """Which weights the saved model has: those of the best held-out score (the last, without held-out data), or the
+    last. Checkpoints have both."""
     engine_args: str | None = setting(None, resume=True, runs_code=bool)
     """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""
 
@@ -73,6 +77,8 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
+        keeps = get_args(Keep)
+        keep = [] if self.keep in keeps else [f"keep (={self.keep!r}) must be one of: {', '.join(keeps)}"]
         empty = self.reward is not None and not self.reward.strip()
         what = "reward is empty; give perplexity, a .py file, a lambda, module:function or a task, or leave it out"
-        return [*super().problems(), *([what] if empty else [])]
+        return [*super().problems(), *([what] if empty else []), *keep]
