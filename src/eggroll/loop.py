@@ -24,6 +24,7 @@ from eggroll.core.reading import NUMBER, check_fields
 from eggroll.core.records import UpdateRecord
 from eggroll.errors import CheckpointError, EggrollError, RewardError, RunError
 from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
+from eggroll.run.keeping import Keep, Standing
 from eggroll.run.provenance import memory_used
 
 if TYPE_CHECKING:
@@ -147,6 +148,9 @@ class Loop:
         stop: asked about each generation's metrics when it is done; true ends the run early. A run that goes on is
             asked about its last generation again: a budget may be used up, and a kill may have come before the answer.
         seconds: for all generations; the run ends after the last one that fits.
+        keep: ``best`` makes a checkpoint of each generation whose held-out score is the best so far, and keeps it until
+            a better one comes.
+        patience: held-out evaluations in a row that may fail to beat the best before the run ends early; 0 never ends.
     """
 
     config: ESConfig
@@ -159,9 +163,13 @@ class Loop:
     stop: Callable[[dict[str, Any]], bool] | None = None
     spread_advice: str = SPREAD_ADVICE
     seconds: float | None = None
+    keep: Keep = "last"
+    patience: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
     applied: int = 0
+    standing: Standing = field(default_factory=Standing)
+    """The held-out scores so far."""
     _spreads: list[bool] = field(default_factory=list, init=False, repr=False)
     """Of each generation that this loop knows, whether its weights tell members apart."""
 
@@ -189,7 +197,8 @@ class Loop:
             self.worker.apply(record)
         self.run.rewind(done)
         self._spreads = [has_spread(self.config, record.weights) for record in records[:done]]
-        self.history = [line for line in self.run.metrics() if "event" not in line]
+        lines = self.run.metrics()
+        self.history, self.standing = [line for line in lines if "event" not in line], Standing.of(lines)
         self.applied = done
         return done
 
@@ -220,6 +229,8 @@ class Loop:
             try:
                 if start == 0:
                     self._log_start()
+                elif self._is_best(start):  # a kill came between its score and its checkpoint
+                    self._checkpoint(start)
                 was_over = start > 0 and bool(self.history) and self._is_over(self.history[-1])
                 before = time_spent(self.history)
                 was_over = was_over or (start > 0 and self._time_is_up(before, before / start))
@@ -242,7 +253,7 @@ class Loop:
                             with uninterrupted():
                                 self._log(metrics)
                     self._say_first_without_spread(evaluation.fitness, start)
-                    if self._due(generation + 1, self.checkpoint_every):
+                    if self._due(generation + 1, self.checkpoint_every) or self._is_best(generation + 1):
                         self._checkpoint(generation + 1)
                     if self._is_over(metrics) or time_is_up:
                         break
@@ -256,14 +267,24 @@ class Loop:
         if self.applied > 0:
             self._checkpoint(self.applied)
         self._say_without_spread(start)
+        if self.stopped_early:
+            self._say(self.standing.why_over())
         return self.history
 
     def _time_is_up(self, spent: float, generation_s: float) -> bool:
         """Whether one more generation would end beyond the budget by more than half of itself."""
         return self.seconds is not None and spent + generation_s / 2 > self.seconds
+    @property
+    def stopped_early(self) -> bool:
+        """Whether patience has ended the run, or would not let it go on."""
+        return self.applied < self.config.generations and self.standing.is_over(self.patience)
 
     def _is_over(self, metrics: dict[str, Any]) -> bool:
-        return self.stop is not None and self.stop(metrics)
+        return self.standing.is_over(self.patience) or (self.stop is not None and self.stop(metrics))
+
+    def _is_best(self, generation: int) -> bool:
+        best = self.standing.best
+        return self.keep == "best" and best is not None and best[0] == generation
 
     def _update(self, generation: int, sigma: float, evaluation: Evaluation, seconds: float) -> dict[str, Any]:
         """Shape, log, apply: from the log entry to the new weights and their metrics there is no way out half-way."""
@@ -317,6 +338,7 @@ class Loop:
         result = self.worker.heldout(generation)
         if math.isfinite(result.reward):
             metrics["heldout_reward"] = result.reward
+            self.standing.add(generation, result.reward)
         metrics.update(result.metrics)
         if self.run is not None and result.samples:
             self.run.append_samples([{"generation": generation, **row} for row in result.samples])
@@ -334,12 +356,12 @@ class Loop:
         for listener in self.listeners:
             listener.generation(metrics)
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, category: type[Warning] = UserWarning) -> None:
         tellers = [listener.message for listener in self.listeners if hasattr(listener, "message")]
         for tell in tellers:
             tell(text)
         if not tellers:
-            warnings.warn(text, NoSpreadWarning, stacklevel=4)
+            warnings.warn(text, category, stacklevel=4)
 
     def _say_first_without_spread(self, fitness: NDArray[np.floating[Any]], start: int) -> None:
         """Say it at the first such generation since ``start``, and no more until the end."""
@@ -355,7 +377,8 @@ class Loop:
         )
         self._say(
             f"generation {self.applied} has no spread: {what}, so there is nothing to learn from it. Unless this is "
-            f"the best score there is, try {self.spread_advice}"
+            f"the best score there is, try {self.spread_advice}",
+            NoSpreadWarning,
         )
 
     def _say_without_spread(self, start: int) -> None:
@@ -365,7 +388,8 @@ class Loop:
             return
         self._say(
             f"{without} of {len(self._spreads)} generations had no spread: all their members scored the same, so "
-            f"nothing was learned from them. Unless that was the best score there is, try {self.spread_advice}"
+            f"nothing was learned from them. Unless that was the best score there is, try {self.spread_advice}",
+            NoSpreadWarning,
         )
 
     def _checkpoint(self, generation: int) -> None:
@@ -374,7 +398,13 @@ class Loop:
         if self.run.has_checkpoint(generation):
             return
         with uninterrupted():
-            self.run.save_checkpoint(generation, self.worker.state_tensors(), {"config": self.config.to_dict()})
+            best = self.standing.best if self.keep == "best" else None
+            self.run.save_checkpoint(
+                generation,
+                self.worker.state_tensors(),
+                {"config": self.config.to_dict()},
+                also=() if best is None else (best[0],),
+            )
 
     @staticmethod
     def _due(generation: int, every: int) -> bool:

@@ -31,7 +31,7 @@ FLAGS = {
         --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
-        --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code
+        --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code --keep --patience
         --config --revision --attn-implementation --push-to-hub --hub-model-id --hub-private
         --minutes
     """,
@@ -83,6 +83,7 @@ DEFAULTS = {
 FILES = {
     "config.json",
     "environment.json",
+    "result.json",
     "metrics.jsonl",
     "updates.jsonl",
     "samples.jsonl",
@@ -223,10 +224,10 @@ def test_a_run_that_got_worse_says_so(eggroll):
     (eggroll.work / "worse.py").write_text(WORSE)
     done = eggroll.tune("-r", "worse.py", "--eval-prompts", "held.txt", "-g", "2", "--eval-every", "1", "-o", "my run")
     assert done.status == 0, done.err
-    before, _, after = (line["heldout_reward"] for line in RunDir.open("my run").metrics())
+    before, after, _ = (line["heldout_reward"] for line in RunDir.open("my run").metrics())
     command = "eggroll replay 'my run' --to 0 -o 'my run/best'"
     assert (
-        f"the held-out score got worse: {number(before)} before training, {number(after)} after generation 2; no "
+        f"the held-out score got worse: {number(before)} before training, {number(after)} after generation 1; no "
         f"generation did better than that. Rebuild the weights from before training:\n         {command}\n"
     ) in done.out
     assert eggroll(*shlex.split(command)[1:]).status == 0
@@ -382,7 +383,7 @@ def test_in_a_process_of_its_own(work):
     assert "reward perplexity, 12 texts, 8 a generation" in done.stdout
     assert "\x1b" not in done.stdout
     assert "Traceback" not in done.stderr
-    assert FILES - {"samples.jsonl"} <= {path.name for path in (work / "run").iterdir()}
+    assert FILES - {"samples.jsonl", "result.json"} <= {path.name for path in (work / "run").iterdir()}
 
 
 def test_worked_examples_come_before_each_problem(eggroll):

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eggroll._command import typed
-from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run_command
+from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run_command, show_kept
 from eggroll.errors import ModelError
 from eggroll.llm.choosing.auto import AUTO
 from eggroll.llm.options import TuneOptions
@@ -76,21 +76,24 @@ def with_task(options: TuneOptions) -> TuneOptions:
 
 
 def _show(console: Console, trained: Trained) -> None:
-    """Held-out reward and answers before and after, where the model is, and how it is loaded."""
+    """Held-out reward and answers before and after, whose weights are saved and where, and how they are loaded."""
     from eggroll.llm.kind import KIND, MODEL
     from eggroll.run.report import before_and_after
 
-    run = trained.run
-    scores = heldout_scores(run)
+    run, kept = trained.run, trained.kept
+    scores = [score for score in heldout_scores(run) if score[0] <= kept.generation]
     when, saved = "", ""
     if len(scores) >= 2:
         (_, before), (generation, after) = scores[0], scores[-1]
-        if generation != trained.generation:  # interrupted between two evaluations
+        if generation != trained.generation:
             when = f" after generation {generation}"
-            saved = f" [dim](the saved model is that of generation {trained.generation}, which has no score)[/]"
+        if generation != kept.generation:  # interrupted between two evaluations
+            saved = f" [dim](the saved model is that of generation {kept.generation}, which has no score)[/]"
         after_text = f"{after:.3f}{when or ' after'}"
         console.print(f"\nheld-out reward  [bold]{before:.3f} before, {after_text}[/]{saved}")
-    compared = [row for row in before_and_after(run.samples()) if row.before is not None and row.after is not None]
+    show_kept(console, kept)
+    samples = [row for row in run.samples() if row["generation"] <= kept.generation]
+    compared = [row for row in before_and_after(samples) if row.before is not None and row.after is not None]
     rows = [row for row in compared if _text(row.before)[0] != _text(row.after)[0]]
     if rows:
         title = f"the first of {len(rows)} held-out answers (of {len(compared)}) that changed{when}, with their rewards"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from eggroll.lifecycle import Opened, RunKind, Trained
     from eggroll.loop import Listener
     from eggroll.run.console import Display
+    from eggroll.run.keeping import Kept
     from eggroll.run.run_dir import RunDir
 
 SAID_FROM = 100e6
@@ -54,17 +55,19 @@ def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
     """
     from eggroll.lifecycle import train
     from eggroll.lifecycle.training import resume_command
+    from eggroll.run.keeping import RESULT_KEYS
 
     console = Terminal(soft_wrap=True, highlight=False)
     with Watch(console) as watch:
         watch.about_threads = choose_threads(options)
         trained = train(kind, options, opened=watch.opened, notify=watch.say)
-    if trained.result:
-        show_result(console, trained.result)
+    figures = {key: value for key, value in trained.result.items() if key not in RESULT_KEYS}
+    if set(figures) - {"generations"}:  # a kind of run with figures of its own
+        show_result(console, figures)
     if show is not None and trained.generation > 0:
         show(console, trained)
     if trained.generation > 0:
-        show_worse(console, trained.run)
+        show_worse(console, trained.run, trained.kept.generation)
     report = trained.run.path / "report.html"
     if report.exists() and not (trained.interrupted and not trained.plan.finish_interrupted):
         console.print(f"report   {escape(str(report))}")
@@ -155,16 +158,28 @@ def show_disk(console: Console, run: RunDir) -> None:
         console.print(f"disk     {size(total)}, {size(kept)} of it checkpoints, from which the run can be continued")
 
 
+def show_kept(console: Console, kept: Kept) -> None:
+    """Which generation's weights the run leaves, with the scores of the best and of the last one."""
+    if kept.sentence():
+        console.print(f"kept     {escape(kept.sentence())}")
+
+
 def heldout_scores(run: RunDir) -> list[tuple[int, float]]:
     """The center's held-out scores, each with its generation; the first is that from before training."""
     return [(line["generation"], score) for line in run.metrics() if (score := line.get("heldout_reward")) is not None]
 
 
-def show_worse(console: Console, run: RunDir) -> None:
-    """If a run has made the held-out score worse: say so, and how its best generation is rebuilt."""
+def show_worse(console: Console, run: RunDir, saved: int | None = None) -> None:
+    """If a run has made the held-out score worse: say so, and how its best generation is rebuilt.
+
+    Args:
+        console: where to.
+        run: the run.
+        saved: the generation whose weights it leaves; what came after it does not count.
+    """
     from eggroll.run.console import number
 
-    scores = heldout_scores(run)
+    scores = [score for score in heldout_scores(run) if saved is None or score[0] <= saved]
     if len(scores) < 2 or scores[-1][1] >= scores[0][1]:
         return
     (_, before), (last, after) = scores[0], scores[-1]

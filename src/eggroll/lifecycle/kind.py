@@ -11,6 +11,7 @@ from typing import Any
 from eggroll.core.config import ESConfig
 from eggroll.core.reading import Kind
 from eggroll.loop import SPREAD_ADVICE, Worker
+from eggroll.run.keeping import Kept
 from eggroll.run.run_dir import RunDir
 
 
@@ -23,12 +24,14 @@ class Sitting:
         generation: updates that are done now.
         seconds: spent in the loop.
         interrupted: Ctrl-C or SIGTERM ended it.
+        kept: whose weights the worker holds now.
     """
 
     start: int
     generation: int
     seconds: float
     interrupted: bool
+    kept: Kept
 
 
 def _no_result(worker: Any, run: RunDir, sitting: Sitting) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import time
@@ -17,10 +18,12 @@ from eggroll.distributed import RayPool
 from eggroll.distributed.options import WorkerOptions
 from eggroll.distributed.pool import Pool
 from eggroll.errors import ConfigError, EggrollError, MissingExtraError, RunError, RunWriteError
+from eggroll.lifecycle.keeping import choose, keep_of
 from eggroll.lifecycle.kind import Plan, RunKind, Sitting
 from eggroll.lifecycle.opening import check_code, check_not_taken, command_line, open_run
 from eggroll.loop import Listener, Loop, Worker
 from eggroll.run.disk import thin_checkpoints
+from eggroll.run.keeping import Kept, check_patience
 from eggroll.run.lock import locked
 from eggroll.run.report import RESULT, write_report
 from eggroll.run.run_dir import RunDir
@@ -49,6 +52,7 @@ class Trained:
         result: what is in ``result.json``; empty if the run was interrupted.
         interrupted: whether it ended before its last generation.
         generation: updates done.
+        kept: whose weights the worker holds, and the run leaves: those of the best held-out score, or the last.
     """
 
     plan: Plan
@@ -57,6 +61,7 @@ class Trained:
     result: dict[str, Any]
     interrupted: bool
     generation: int
+    kept: Kept
 
 
 def train(
@@ -87,12 +92,14 @@ def train(
         plan = kind.plan(options)
         if plan.choose is not None:
             plan = plan.choose(notify or (lambda text: None))
+        check_patience(options.patience, heldout=plan.heldout, eval_every=plan.eval_every)
         worker = held.enter_context(make_worker(plan, notify))
         run = open_run(kind, plan, held)
         with _way_on(kind, plan, run):
             loop = Loop(
                 plan.config, worker, run, plan.heldout,
                 eval_every=plan.eval_every, checkpoint_every=plan.checkpoint_every, spread_advice=plan.spread_advice,
+                keep=keep_of(options), patience=options.patience,
             )  # fmt: skip
             loop.seconds = plan.seconds
             if plan.stop is not None:
@@ -106,10 +113,12 @@ def train(
                 began = time.perf_counter()
                 if start == 0 or start < plan.config.generations:
                     loop.go(start)
-                sitting = Sitting(start, max(loop.applied, start), time.perf_counter() - began, loop.interrupted)
+                loop.applied = max(loop.applied, start)
+                seconds = time.perf_counter() - began
             finally:
                 tracker.close()
-            return _finish(kind, plan, run, worker, sitting)
+            sitting = Sitting(start, loop.applied, seconds, loop.interrupted, Kept.last(loop.applied, loop.standing))
+            return _finish(kind, plan, run, worker, loop, sitting)
 
 
 @contextmanager
@@ -144,14 +153,17 @@ def make_worker(plan: Plan, notify: Callable[[str], None] | None = None) -> Iter
             worker.close()
 
 
-def _finish(kind: RunKind, plan: Plan, run: RunDir, worker: Any, sitting: Sitting) -> Trained:
+def _finish(kind: RunKind, plan: Plan, run: RunDir, worker: Any, loop: Loop, sitting: Sitting) -> Trained:
     result: dict[str, Any] = {}
     if not sitting.interrupted or (plan.finish_interrupted and sitting.generation > 0):
+        kept, state = choose(plan, run, loop)
+        sitting = dataclasses.replace(sitting, kept=kept)
         if isinstance(worker, Pool):
-            state = worker.state_tensors()
+            state = worker.state_tensors() if state is None else state
             worker = plan.make_worker()
+        if state is not None:
             worker.load_state_tensors(state)
-        result = plan.finish(worker, run, sitting)
+        result = kept.result(sitting.interrupted) | plan.finish(worker, run, sitting)
         if result:
             run.write_file(RESULT, (json.dumps(result, indent=1) + "\n").encode())
         try:
@@ -159,8 +171,8 @@ def _finish(kind: RunKind, plan: Plan, run: RunDir, worker: Any, sitting: Sittin
         except MissingExtraError as error:  # everything else of the run is there
             warnings.warn(f"report.html was not written: {error}", stacklevel=2)
     if not sitting.interrupted and not kind.from_checkpoint:
-        thin_checkpoints(run)
-    return Trained(plan, run, worker, result, sitting.interrupted, sitting.generation)
+        thin_checkpoints(run, (sitting.kept.generation,))
+    return Trained(plan, run, worker, result, sitting.interrupted, sitting.generation, sitting.kept)
 
 
 @contextmanager

@@ -238,8 +238,7 @@ def _planned(options: TuneOptions, worker: ModelWorker, data: Data, choice: Choi
     stem = "lambda" if what.startswith("lambda") else Path(what).stem
 
     def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
-        about = {"base_model": options.model, "generations": sitting.generation}
-        worker.save(run.folder(MODEL), about)
+        worker.save(run.folder(MODEL), {"base_model": options.model, **sitting.kept.about()})
         return {}
 
     return Plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from eggroll.core.check import is_number
 from eggroll.core.config import OptimizerName
@@ -13,6 +13,7 @@ from eggroll.core.settings import setting
 from eggroll.distributed.options import WorkerOptions
 from eggroll.llm.choosing.auto import AUTO, STAND_INS, automatic
 from eggroll.llm.config import EggrollConfig, ModelOptions
+from eggroll.run.keeping import Keep
 from eggroll.run.options import RunOptions
 
 
@@ -85,6 +86,9 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
     """Who generates: PyTorch in this process, or a vLLM engine whose adapters are the members."""
     minutes: float | None = setting(None, resume=True)
     """Time for the run: generations, population and prompts that are auto are chosen to fit, and it ends in time."""
+    keep: Keep = setting("best", resume=True, absent="last")
+    """Which weights the saved model has: those of the best held-out score (the last, without held-out data), or the
+    last. Checkpoints have both."""
     engine_args: str | None = setting(None, resume=True, runs_code=bool)
     """Further arguments of vllm.LLM as JSON, such as '{"tensor_parallel_size": 2}'."""
 
@@ -98,8 +102,10 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
+        keeps = get_args(Keep)
+        keep = [] if self.keep in keeps else [f"keep (={self.keep!r}) must be one of: {', '.join(keeps)}"]
         empty = self.reward is not None and not self.reward.strip()
         what = "reward is empty; give perplexity, a .py file, a lambda, module:function or a task, or leave it out"
         short = self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0)
         time = f"minutes (={self.minutes}) must be above 0, or left out for no limit"
-        return [*super().problems(), *([what] if empty else []), *([time] if short else [])]
+        return [*super().problems(), *([what] if empty else []), *([time] if short else []), *keep]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -18,6 +19,7 @@ from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import Attention, EggrollConfig, Quantize
 from eggroll.llm.models.push import check_push, later, push
 from eggroll.loop import Listener, Loop
+from eggroll.run.keeping import Keep, Kept, check_keep, check_patience
 from eggroll.run.lock import locked
 from eggroll.run.run_dir import RunDir
 
@@ -111,6 +113,7 @@ class EggrollTrainer:
         self.history: list[dict[str, Any]] = []
         self.interrupted = False
         self.done = 0
+        self.kept = Kept.last(0)
 
     @property
     def evolved(self) -> list[ParameterSpec]:
@@ -126,6 +129,8 @@ class EggrollTrainer:
         run: RunDir | None = None,
         resume: bool = False,
         listeners: Iterable[Listener] = (),
+        keep: Keep = "last",
+        patience: int = 0,
     ) -> list[dict[str, Any]]:
         """Run the generations; returns the history: one dict of metrics per generation.
 
@@ -139,16 +144,24 @@ class EggrollTrainer:
             listeners: further objects with ``generation(metrics)``, such as a live display; their ``message(text)``, if
                 they have one, is told how generated code is shut in, why members are evaluated one at a time, and that
                 all of them score the same.
+            keep: ``best`` leaves the model with the weights of the best score on ``eval_data``, which a checkpoint in
+                ``run`` keeps; ``last``, the default, with those of the last generation. ``self.kept`` says whose they
+                are, and ``self.done`` is its generation.
+            patience: end the run when so many evaluations on ``eval_data`` in a row did not beat the best; 0 does not.
 
         A trainer goes on where it is: after :meth:`load_checkpoint`, or after a callback or Ctrl-C has ended a run, the
-        rest of ``config.generations`` is run.
+        rest of ``config.generations`` is run. With ``keep="best"`` that is the best generation; ``resume=True`` goes
+        on after the last one.
 
         Raises:
             DataError: the data is empty or of the wrong form.
             RewardError: the reward fails.
-            ConfigError: all generations are done already.
+            ConfigError: all generations are done already; or ``keep`` or ``patience`` lacks what it needs.
+            CheckpointError: the checkpoint of the best generation is damaged.
             RunError: another process is writing to ``run``.
         """
+        check_patience(patience, heldout=eval_data is not None, eval_every=self.config.eval_every)
+        check_keep(keep, heldout=eval_data is not None, run=run)
         worker, listeners = self.worker, list(listeners)
         worker.use(data, eval_data)
         for note in worker.setup.generation:
@@ -167,6 +180,8 @@ class EggrollTrainer:
             checkpoint_every=self.config.checkpoint_every,
             listeners=listeners,
             spread_advice=SPREAD_ADVICE,
+            keep=keep,
+            patience=patience,
             # A callback that has ended this trainer's run is not asked again when it goes on.
             stop=None if callback is None else lambda m: m["generation"] > self.done and callback(m) is False,
         )
@@ -176,7 +191,18 @@ class EggrollTrainer:
                 loop.go(start)
             finally:  # a reward that fails ends the run after the updates before it, which are in the weights
                 self.history, self.interrupted, self.done = loop.history, loop.interrupted, loop.applied
+                self.kept = Kept.last(self.done, loop.standing, stopped_early=loop.stopped_early)
+            if keep == "best" and run is not None and loop.standing.best is not None:
+                self._take_best(loop, run)
         return self.history
+
+    def _take_best(self, loop: Loop, run: RunDir) -> None:
+        """Put the weights of the best generation into the model."""
+        best = loop.standing.best
+        assert best is not None, "asked by evolve()"
+        if best[0] != self.done:
+            self.worker.load_state_tensors(run.checkpoint_of(best[0]).load())
+        self.done, self.kept = best[0], replace(self.kept, saved="best", generation=best[0])
 
     def _start(self, loop: Loop) -> int:
         if 0 < self.config.generations <= self.done:
@@ -185,11 +211,12 @@ class EggrollTrainer:
                 "with another seed, or load_checkpoint() into one whose config has more generations"
             )
         loop.history = list(self.history)
+        loop.standing = self.kept.standing
         return self.done
 
     def save(self, directory: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
         """Write the model as a plain Hugging Face directory that ``from_pretrained`` loads."""
-        return self.worker.save(directory, {"generations": self.done, **(metadata or {})})
+        return self.worker.save(directory, {"generations": self.done, **self.kept.about(), **(metadata or {})})
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Push the model, its tokenizer and its card to the Hugging Face hub; returns the address.
@@ -223,6 +250,7 @@ class EggrollTrainer:
             raise RunError(f"{path} holds no checkpoint")
         self.worker.load_state_tensors(checkpoint.load())
         self.done = checkpoint.generation
+        self.kept = Kept.last(self.done)
         return self.done
 
     def cleanup(self) -> None:

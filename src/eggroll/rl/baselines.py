@@ -33,7 +33,7 @@ PPO_SETTINGS: dict[str, Any] = {
 OF_EVOLUTION = (
     "preset", "population_size", "rank", "sigma", "lr", "optimizer", "lr_decay", "sigma_decay", "rank_transform",
     "episodes", "noiser", "generations", "devices", "members_per_forward", "workers", "ray_address", "worker_cpus",
-    "worker_gpus",
+    "worker_gpus", "patience",
 )  # fmt: skip
 """Options that PPO has no use for."""
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,8 +121,9 @@ def save(
     run_id: str,
     keep: int,
     log: str | None = None,
+    also: Collection[int] = (),
 ) -> Path:
-    """Write the checkpoint of ``generation`` into ``directory`` and remove all but the newest ``keep``.
+    """Write the checkpoint of ``generation`` into ``directory``; only the newest ``keep`` and those of ``also`` stay.
 
     Returns:
         The checkpoint's own directory.
@@ -157,7 +158,7 @@ def save(
         fsync_directory(directory)
         fsync_directory(directory.parent)
         _remove_others(path, saved["file"])
-        _prune(directory, generation, keep)
+        _prune(directory, generation, keep, also)
     return path
 
 
@@ -330,8 +331,11 @@ def remove_after(directory: Path, generation: int) -> None:
             _remove(path)
 
 
-def _prune(directory: Path, generation: int, keep: int) -> None:
-    """Keep the newest ``keep`` whole checkpoints up to ``generation``; a damaged one does not count and is removed."""
+def _prune(directory: Path, generation: int, keep: int, also: Collection[int]) -> None:
+    """Keep the newest ``keep`` whole checkpoints up to ``generation``, and those of ``also``.
+
+    A damaged one does not count and is removed.
+    """
     intact = 0
     completed = found(directory)
     for other, path in reversed(completed):
@@ -343,7 +347,7 @@ def _prune(directory: Path, generation: int, keep: int) -> None:
             whole = False
         if whole and intact < keep:
             intact += 1
-        else:
+        elif not (whole and other in also):
             _remove(path)
     for _, path in _begun(directory):
         if not check_plain(path / MANIFEST):

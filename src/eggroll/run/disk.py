@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,16 +24,17 @@ def bytes_of(folder: Path) -> int:
     return found
 
 
-def thin_checkpoints(run: RunDir) -> None:
-    """Keep only the newest checkpoint of a finished run, if they are large and that one is whole.
+def thin_checkpoints(run: RunDir, also: Collection[int] = ()) -> None:
+    """Keep only the newest checkpoint of a finished run and those of ``also``, if they are large and it is whole.
 
     The others are there for the case that the newest is damaged while the run goes on. Without any, the weights can
     still be rebuilt from the log.
     """
     there = checkpoint.found(run.checkpoints)
     if len(there) > 1 and bytes_of(run.checkpoints) > LARGE and run.has_checkpoint(there[-1][0]):
-        for _, path in there[:-1]:
-            checkpoint._remove(path)
+        for generation, path in there[:-1]:
+            if generation not in also:
+                checkpoint._remove(path)
 
 
 def size(count: float) -> str:

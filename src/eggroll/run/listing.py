@@ -128,7 +128,7 @@ def _state(path: Path, view: RunView, done: int) -> str:
         return RUNNING
     if view.total is not None and done >= view.total:
         return FINISHED
-    if view.result:
+    if view.result and not view.result.get("interrupted"):
         return FINISHED if view.total is None else ENDED
     return STOPPED
 

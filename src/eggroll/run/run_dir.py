@@ -289,7 +289,13 @@ class RunDir:
         self._checks = None
 
     def save_checkpoint(
-        self, generation: int, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], *, keep: int = 2
+        self,
+        generation: int,
+        tensors: Mapping[str, torch.Tensor],
+        manifest: Mapping[str, Any],
+        *,
+        keep: int = 2,
+        also: Collection[int] = (),
     ) -> Path:
         """Save the state after ``generation`` updates, atomically, and remove all but the newest ``keep`` checkpoints.
 
@@ -298,13 +304,24 @@ class RunDir:
             tensors: any dtype and device; they are saved bit for bit.
             manifest: everything else, as JSON values.
             keep: checkpoints to keep, this one included.
+            also: generations whose checkpoints are kept besides these, such as the best one.
 
         Returns:
             The checkpoint's directory.
         """
         checks = self._checks if self._checks is not None else [check for _, check in self._logged()]
         log = checks[generation - 1] if 0 < generation <= len(checks) else None
-        return checkpoint.save(self.checkpoints, generation, tensors, manifest, run_id=self.run_id, keep=keep, log=log)
+        return checkpoint.save(
+            self.checkpoints, generation, tensors, manifest, run_id=self.run_id, keep=keep, log=log, also=also
+        )
+
+    def checkpoint_of(self, generation: int) -> Checkpoint:
+        """The checkpoint of ``generation``, without its tensors.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged, or of another run.
+        """
+        return checkpoint.read(self.checkpoints / checkpoint._name(generation), run_id=self.run_id)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or ``None`` if there never was one. Damaged ones are skipped: a warning.

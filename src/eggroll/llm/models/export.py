@@ -42,7 +42,8 @@ def save_pretrained(model: Any, tokenizer: Any, directory: str | Path, *, metada
         tokenizer: its tokenizer, or ``None``.
         directory: where to; made if it does not exist. Files of the same names are replaced.
         metadata: how the model was trained, as JSON values. ``base_model`` names what it started from; ``reward``,
-            ``heldout_before``, ``heldout_after`` and ``config`` are shown in the card.
+            ``heldout_before``, ``heldout_after``, ``kept`` (which generation it is, in words) and ``config`` are shown
+            in the card.
 
     Returns:
         The directory. The line of :func:`load_line` loads it, those of :func:`answer_lines` ask it something.
@@ -187,12 +188,13 @@ def answer_lines(directory: str | Path) -> str:
 def _answer_lines(place: str, auto: str, gguf: bool, details: Mapping[str, Any]) -> str:
     """As :func:`answer_lines`; ``auto`` is empty for :data:`OWN_MODELS`."""
     form = details.get("prompt_form", "not noted")  # by an older version
+    lines = _which(details)
     if auto:
         names = auto if form is None else f"{auto}, AutoTokenizer"
-        lines = [f"from transformers import {names}", "", f"model = {_load_line(auto, place, gguf)}"]
+        lines += [f"from transformers import {names}", "", f"model = {_load_line(auto, place, gguf)}"]
         lines += [] if form is None else [f"tokenizer = {_load_line('AutoTokenizer', place, gguf)}"]
     else:
-        lines = ["import eggroll.llm", "", f'loaded = eggroll.llm.load("{place}")']
+        lines += ["import eggroll.llm", "", f'loaded = eggroll.llm.load("{place}")']
         lines += ["model, tokenizer = loaded.model, loaded.tokenizer"]
     if form not in PROMPT_FORMS or auto not in ("", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
         return "\n".join(lines)
@@ -214,6 +216,14 @@ def _answer_lines(place: str, auto: str, gguf: bool, details: Mapping[str, Any])
     new = "answer[0, 1:]" if auto == "AutoModelForSeq2SeqLM" else 'answer[0, ids["input_ids"].shape[1] :]'
     lines.append(f"print(tokenizer.decode({new}, skip_special_tokens=True))")
     return "\n".join(lines)
+
+
+def _which(details: Mapping[str, Any]) -> list[str]:
+    """A comment that says which generation of its run a model is, if that was noted and is one line of plain text."""
+    kept, generation = details.get("kept"), details.get("generations")
+    if type(kept) is not str or type(generation) is not int or not kept.isprintable():
+        return []
+    return [f"# generation {generation}: {kept}"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -257,7 +267,7 @@ def _card(model: Any, target: Path, details: Mapping[str, Any]) -> str:
         *_table(
             {
                 key: details[key]
-                for key in ("reward", "generations", "heldout_before", "heldout_after")
+                for key in ("reward", "generations", "heldout_before", "heldout_after", "kept")
                 if key in details
             }
         ),

@@ -76,6 +76,12 @@ def before_and_after(samples: Sequence[Sample]) -> list[Comparison]:
     return sorted(found, key=_order)
 
 
+def until_kept(view: RunView) -> list[Sample]:
+    """The samples of a run up to the generation whose weights it has saved: the last ones are of the saved model."""
+    kept = view.kept
+    return [sample for sample in view.run.samples() if kept is None or sample["generation"] <= kept]
+
+
 def _order(row: Comparison) -> tuple[bool, float, bool]:
     return row.after is None, -abs(row.change or 0.0), row.after is not None and _same_text(row.before, row.after)
 
@@ -90,7 +96,7 @@ def answers(view: RunView) -> str:
     over_time = texts_over_time(samples, view.measure)
     if over_time:
         return over_time
-    rows = before_and_after(samples)
+    rows = before_and_after(until_kept(view))
     if not rows:
         return '<p class="dim">No samples were logged.</p>'
     kinds = [_kind(row) for row in rows]
@@ -193,7 +199,7 @@ def texts_over_time(samples: Sequence[Sample], measure: Measure) -> str:
 
 def compared_answers(views: Sequence[RunView]) -> str:
     """The last answers of several runs to the same prompts, side by side, beside the first run's before training."""
-    tables = [{row.key: row for row in before_and_after(view.run.samples())} for view in views[:MAX_RUNS]]
+    tables = [{row.key: row for row in before_and_after(until_kept(view))} for view in views[:MAX_RUNS]]
     shared = [key for key in tables[0] if all(key in table for table in tables)] if tables else []
     if not shared:
         return '<p class="dim">The runs have no sampled prompts in common.</p>'

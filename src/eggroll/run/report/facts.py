@@ -11,6 +11,7 @@ from eggroll._command import typed
 from eggroll.errors import RunError
 from eggroll.run.console import duration, number, rate
 from eggroll.run.files import read_plain
+from eggroll.run.keeping import kept_sentence
 from eggroll.run.report.plots import failed_shares
 from eggroll.run.report.text import escape
 from eggroll.run.report.view import PPO, REWARD, RunView
@@ -32,7 +33,13 @@ def note(view: RunView) -> str:
     """Why a run has fewer generations than it was to have; empty if it has not."""
     if view.total is None or view.finished >= view.total:
         return ""
-    if view.result.get("generations") == view.finished:
+    ended = view.result.get("generations") == view.finished and not view.result.get("interrupted")
+    if ended and view.result.get("stopped_early"):
+        text = (
+            f"The run was stopped early after {view.finished} of {view.total} generations: its last evaluations on "
+            "held-out data did not beat the best score. Continue it with --resume and a larger --patience."
+        )
+    elif ended:
         minutes = view.run.setting("minutes")
         spent = isinstance(minutes, int | float)
         why = f"its {minutes:g} minutes were used up" if spent else "its goal was reached, or its budget used up"
@@ -55,8 +62,9 @@ def cards(view: RunView) -> str:
     if heldout:
         found.append(card(_way(heldout), f"{measure.short}, first → last", _style(view, heldout)))
         best = measure.best(heldout)
+        saved = ", saved" if lines[best]["generation"] == view.kept else ""
         found.append(
-            card(number(heldout[best]), f"best {measure.short}, after generation {lines[best]['generation']:,}")
+            card(number(heldout[best]), f"best {measure.short}, after generation {lines[best]['generation']:,}{saved}")
         )
     fitness = view.values("fitness_mean")
     if fitness:
@@ -98,6 +106,12 @@ def load(view: RunView) -> str:
     if view.run.checkpoints.exists():
         text += f", and the last checkpoints are in {view.run.checkpoints}"
     return f"<p>{escape(text)}.</p>"
+
+
+def kept(view: RunView) -> str:
+    """Which generation's weights the run has saved, with the scores of the best and of the last one."""
+    text = "" if view.kept is None else kept_sentence(view.result, view.metrics)
+    return f"<p>{escape(text)}.</p>" if text else ""
 
 
 def replay(view: RunView) -> str:

@@ -95,7 +95,7 @@ def report_page(view: RunView) -> bytes:
         or '<p class="dim">No generation is finished yet.</p>',
         episode,
         "" if view.steps and not view.run.samples() else f"<h2>{_title(view)}</h2>{answers(view)}",
-        f"<h2>Use the result</h2>{facts.load(view)}",
+        f"<h2>Use the result</h2>{facts.kept(view)}{facts.load(view)}",
         "<p>Rebuild the weights of any generation from the first ones and <code>updates.jsonl</code>:</p>",
         f"<pre>{escape(facts.replay(view))}</pre>",
         "<h2>More curves</h2>" if any(not plot.main for plot in found) else "",

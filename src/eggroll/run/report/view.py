@@ -117,6 +117,12 @@ class RunView:
             return {}
         return found if isinstance(found, dict) else {}
 
+    @cached_property
+    def kept(self) -> int | None:
+        """The generation whose weights the run has saved, where that is known."""
+        found = self.result.get("saved_generation")
+        return found if type(found) is int and found <= self.finished else None
+
     @property
     def seconds(self) -> float:
         """Time over all sessions."""
