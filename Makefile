@@ -9,6 +9,7 @@
 #   make bench    every script in benchmarks/; results and one table per machine go to benchmarks/results/
 #   make docs     the documentation's site in build/site; a broken link is an error
 #   make notebook   run examples/eggroll.ipynb and keep its outputs (EGGROLL_NOTEBOOK_FAST=1: shorter, for a check)
+#   make dist     wheel and source archive in dist/, tried in a clean environment
 #   make docker-check   lint the Dockerfile, and run the steps of its CPU target in a clean folder
 #   make setup    only the virtual environment, with the development tools
 #   make clean    remove the virtual environment, caches and build products (runs/ stays)
@@ -25,7 +26,7 @@ SOURCES := src tests benchmarks examples recipes
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-vllm test-extras lint bench docs notebook docker-check setup clean
+.PHONY: help demo test test-all test-vllm test-extras lint bench docs notebook dist docker-check setup clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -75,6 +76,9 @@ docs: $(VENV)/.installed-dev
 
 notebook: $(VENV)/.installed-dev
 	@$(BIN)/python scripts/notebook.py $(NOTEBOOK_ARGS)
+
+dist: $(VENV)/.installed-dev
+	@$(BIN)/python scripts/dist.py --uv $(BIN)/uv
 
 docker-check: $(VENV)/.installed-dev
 	@$(BIN)/hadolint Dockerfile && echo "hadolint       ok"

@@ -75,6 +75,7 @@ CHECKS: dict[str, list[str]] = {
     "llm,ray": [TINY_LLAMA, f"{TUNE} --workers 1"],
     "torch,report": [f"{PRETRAIN} --report-to none", "eggroll report pretrained", "eggroll runs ."],
     "torch,wandb": [f"{PRETRAIN} --report-to wandb"],
+    "torch,trackio": [f"{PRETRAIN} --report-to trackio", "trackio list projects"],
 }
 """What is tried in each environment; ``""`` is the package without extras. A command that fails ends the script."""
 LEFT_OUT = {
@@ -137,6 +138,7 @@ def check(extra: str, folder: Path, uv: str, resolution: str) -> None:
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
     environment |= {"PATH": f"{python.parent}{os.pathsep}{environment['PATH']}", "WANDB_MODE": "offline"}
+    environment["TRACKIO_DIR"] = str(folder / "trackio")
     environment |= {"HF_HUB_OFFLINE": "1", "XDG_STATE_HOME": str(folder / "state")}
     for name in ("PYTHONPATH", "VIRTUAL_ENV"):
         environment.pop(name, None)

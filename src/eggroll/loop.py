@@ -274,6 +274,7 @@ class Loop:
     def _time_is_up(self, spent: float, generation_s: float) -> bool:
         """Whether one more generation would end beyond the budget by more than half of itself."""
         return self.seconds is not None and spent + generation_s / 2 > self.seconds
+
     @property
     def stopped_early(self) -> bool:
         """Whether patience has ended the run, or would not let it go on."""

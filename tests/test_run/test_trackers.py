@@ -82,7 +82,8 @@ def test_a_wrong_name_is_explained(run):
     with pytest.raises(ConfigError) as caught:
         make_trackers("none,tensorbord", run)
     assert str(caught.value) == (
-        "report_to (='tensorbord') must be one or several of: tensorboard, wandb, none; did you mean 'tensorboard'?"
+        "report_to (='tensorbord') must be one or several of: tensorboard, wandb, trackio, none; "
+        "did you mean 'tensorboard'?"
     )
     assert not run.events.exists()
 
@@ -104,7 +105,7 @@ def test_tensorboard_does_without_torch(run, monkeypatch):
     assert [event.value for event in events(run).Scalars("fitness/mean")] == [0.25]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_what_is_missing_is_said_before_a_run_is_made(name, tmp_path, monkeypatch):
     """An empty run directory would be in the way of the next try."""
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
@@ -140,6 +141,36 @@ def test_wandb_and_tensorboard_together(run, wandb):
     assert wandb.logged == [(2, {"reward/heldout": 0.5}), (2, {"sample": [[2, "hi"]]})]
     assert wandb.finished
     assert events(run).Tags()["scalars"] == ["reward/heldout"]
+
+
+def test_trackio_gets_numbers_texts_and_the_same_name_after_a_resume(run, monkeypatch):
+    """Against a stand-in; ``make test-extras`` runs the real one."""
+    seen = SimpleNamespace(logged=[], options=[], finished=0)
+
+    def init(**options):
+        seen.options.append(options)
+        return SimpleNamespace(
+            log=lambda values, step: seen.logged.append((step, values)),
+            finish=lambda: setattr(seen, "finished", seen.finished + 1),
+        )
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init, Markdown=str))
+    for step in (1, 2):
+        tracker = make_trackers("trackio", run)
+        tracker.log(step, {"generation": step, "heldout_reward": 0.5})
+        tracker.close()
+    tracker = make_trackers("trackio", run)
+    tracker.text(3, "sample", "hi")
+    assert seen.logged == [
+        (1, {"reward/heldout": 0.5}),
+        (2, {"reward/heldout": 0.5}),
+        (3, {"sample": "```text\nhi\n```"}),
+    ]
+    assert len({options["name"] for options in seen.options}) == 1
+    assert seen.options[0]["name"] == f"{run.path.name}-{run.run_id[:8]}"
+    assert {options["resume"] for options in seen.options} == {"allow"}
+    assert seen.options[0]["config"] == run.config
+    assert seen.finished == 2
 
 
 def test_one_that_fails_is_dropped_with_a_warning_and_the_others_go_on(run, wandb, monkeypatch):

@@ -20,7 +20,7 @@ class RunOptions:
     patience: int = setting(0, resume=True)
     """End the run when so many evaluations in a row did not beat the best held-out score; 0 runs to the end."""
     report_to: str = setting("tensorboard", resume=True)
-    """tensorboard, wandb, none, or several separated by commas."""
+    """tensorboard, wandb, trackio, none, or several separated by commas."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Where metrics go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, or nowhere."""
+"""Where metrics go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, Trackio, or nowhere."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tracker_names(report_to: str | Sequence[str]) -> list[str]:
     """The trackers that ``report_to`` names, each once; to be asked before a run is made that would be left behind.
 
     Args:
-        report_to: ``tensorboard``, ``wandb``, ``none``; several as a sequence or separated by commas.
+        report_to: ``tensorboard``, ``wandb``, ``trackio``, ``none``; several as a sequence or separated by commas.
 
     Raises:
         ConfigError: a name is not known.
@@ -202,6 +202,33 @@ class _WandB:
         self._run.finish()
 
 
+class _Trackio:
+    """Trackio keeps runs on this machine (``trackio show``), or in a Space that ``TRACKIO_SPACE_ID`` names."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._trackio = _imported("trackio", "trackio")
+        # Two runs may have folders of the same name; a resumed one goes on in its own.
+        short = str(run.environment.get("run_id", ""))[:8]
+        self._run = self._trackio.init(
+            project="eggroll",
+            name=f"{run.path.resolve().name}-{short}" if short else run.path.resolve().name,
+            resume="allow",
+            config=run.config,
+            embed=False,
+            auto_log_gpu=False,  # metrics.jsonl has what the run itself takes
+            auto_log_cpu=False,
+        )
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self._run.log({tag: self._trackio.Markdown(f"```text\n{text}\n```")}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 _NEEDS = {
     "tensorboard": (
         "tensorboard.summary.writer.event_file_writer",
@@ -210,5 +237,6 @@ _NEEDS = {
         "tensorboard.plugins.text.summary_v2",
     ),
     "wandb": ("wandb",),
+    "trackio": ("trackio",),
 }
-_KINDS: dict[str, Callable[[RunDir], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+_KINDS: dict[str, Callable[[RunDir], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}
