@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from extras import PRETRAIN, TORCH, run, say, uv_configuration
+from extras import PRETRAIN, TORCH, cpu_builds, run, say, uv_configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
@@ -88,7 +88,7 @@ def main() -> int:
         for command, word in NEED_MORE.items():
             refused(command, word, folder, environment)
         say("the same with [torch]")
-        cpu = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0+cpu"]
+        cpu = [*cpu_builds(), "torch==2.13.0+cpu"]
         run([*install, *cpu, f"{wheel}[torch]"], folder, environment)
         run(["python", "-c", TORCH], folder, environment)
         (folder / "text.txt").write_text("to be or not to be, that is the question. " * 200, encoding="utf-8")

@@ -16,6 +16,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -130,7 +131,7 @@ def check(extra: str, folder: Path, uv: str, resolution: str) -> None:
     subprocess.run(["tar", "x", "-C", str(source)], input=archive, check=True)
     chosen = ["-c", str(ROOT / "constraints.txt")] if resolution == "tested" else [f"--resolution={resolution}"]
     if extra not in HAS_NO_TORCH:
-        chosen += ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
+        chosen += cpu_builds()
         build = ["torch>=2.6,<3"] if resolution != "tested" else ["torch==2.13.0+cpu"]
         run([uv, "pip", "install", "--quiet", "--python", str(python), *options, *chosen, *build], folder, environment)
     target = f"{source}[{extra}]" if extra else str(source)
@@ -146,6 +147,15 @@ def check(extra: str, folder: Path, uv: str, resolution: str) -> None:
         words = words_of(line)
         say(f"{extra or 'no extra'}: {' '.join(words[:6])} ...".replace("\n", " "))
         run(words, folder, environment)
+
+
+def cpu_builds() -> list[str]:
+    """uv's option for the PyTorch project's CPU wheels; none where only pip's own sources can be reached."""
+    try:
+        socket.create_connection(("download.pytorch.org", 443), timeout=5).close()
+    except OSError:
+        return []
+    return ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
 
 
 def words_of(line: str) -> list[str]:
