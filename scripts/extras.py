@@ -44,8 +44,9 @@ assert scores.shape == (4,), scores.shape
 TORCH = """
 import torch
 from eggroll.torch import Population
-population = Population(torch.nn.Linear(3, 2).eval(), population_size=4)
-assert population(torch.ones(1, 3)).shape == (4, 1, 2)
+model = torch.nn.Linear(3, 2).eval()
+with Population(model, population_size=4).perturbed(generation=0) as members:
+    assert members.split(model(members.expand(torch.ones(1, 3)))).shape == (4, 1, 2)
 """
 QUANTIZED = """
 import bitsandbytes, torch
