@@ -53,8 +53,8 @@ FLAGS = {
         --fitness-shaping --generations/-g --group-size --lr --lr-decay --lr-schedule --members-per-forward
         --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
         --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
-        --anchored-weight-decay --quantized-update --residual-decay --residual-generations --move-threshold --config --revision
-        --attn-implementation
+        --anchored-weight-decay --quantized-update --residual-decay --residual-generations --move-threshold --config
+        --revision --attn-implementation
     """,
     "replay": "RUN --to --output/-o --trust-remote-code --allow-difference",
     "report": "RUN -o/--output",
