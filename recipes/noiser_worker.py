@@ -65,7 +65,7 @@ class Search(NamedTuple):
     @classmethod
     def of(cls, options: Any) -> Search:
         """Without what changes from run to run."""
-        names = ("rank", "noise_reuse", "optimizer", "weight_decay", "momentum", "betas")
+        names = ("rank", "noise_reuse", "optimizer", "weight_decay", "anchored_weight_decay", "momentum", "betas")
         return cls(ESConfig(**{name: getattr(options, name) for name in names}), options.vectors)
 
     def noiser(self, params: Any) -> tuple[dict[str, Any], dict[str, Any]]:

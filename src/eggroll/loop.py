@@ -26,6 +26,7 @@ from eggroll.errors import CheckpointError, EggrollError, RewardError, RunError
 from eggroll.run.interrupt import terminate_as_interrupt, uninterrupted
 from eggroll.run.keeping import Keep, Standing
 from eggroll.run.provenance import memory_used
+from eggroll.run.signs import Signs
 
 if TYPE_CHECKING:
     from eggroll.run.checkpoint import Checkpoint
@@ -170,6 +171,7 @@ class Loop:
     applied: int = 0
     standing: Standing = field(default_factory=Standing)
     """The held-out scores so far."""
+    _signs: Signs = field(init=False, repr=False)
     _spreads: list[bool] = field(default_factory=list, init=False, repr=False)
     """Of each generation that this loop knows, whether its weights tell members apart."""
 
@@ -224,7 +226,7 @@ class Loop:
         """
         began = time.perf_counter()
         members = range(self.config.population_size)
-        self.applied = start
+        self.applied, self._signs = start, Signs(self.config, start)
         with terminate_as_interrupt():
             try:
                 if start == 0:
@@ -253,6 +255,8 @@ class Loop:
                             with uninterrupted():
                                 self._log(metrics)
                     self._say_first_without_spread(evaluation.fitness, start)
+                    for text in self._signs.texts(self.history, self.standing):
+                        self._tell(text)
                     if self._due(generation + 1, self.checkpoint_every) or self._is_best(generation + 1):
                         self._checkpoint(generation + 1)
                     if self._is_over(metrics) or time_is_up:
@@ -305,6 +309,7 @@ class Loop:
         return {
             "generation": generation + 1,
             **fitness_metrics(evaluation.fitness),
+            **self._signs.measure(evaluation.fitness),
             "sigma": sigma,
             "lr": lr,
             "update_norm": norm,
@@ -357,11 +362,15 @@ class Loop:
         for listener in self.listeners:
             listener.generation(metrics)
 
-    def _say(self, text: str, category: type[Warning] = UserWarning) -> None:
+    def _tell(self, text: str) -> bool:
+        """Tell those who listen; whether there are any."""
         tellers = [listener.message for listener in self.listeners if hasattr(listener, "message")]
         for tell in tellers:
             tell(text)
-        if not tellers:
+        return bool(tellers)
+
+    def _say(self, text: str, category: type[Warning] = UserWarning) -> None:
+        if not self._tell(text):
             warnings.warn(text, category, stacklevel=4)
 
     def _say_first_without_spread(self, fitness: NDArray[np.floating[Any]], start: int) -> None:

@@ -85,3 +85,17 @@ def test_patience_without_held_out_data(eggroll):
     assert done.status == 1
     assert "patience (=2) counts evaluations on held-out data, and there are no held-out data" in done.err
     assert not (eggroll.work / "run").exists()
+
+
+def test_a_run_that_is_pulled_towards_its_start_resumes_and_replays(eggroll):
+    given = ("--anchored-weight-decay", "2", "--checkpoint-every", "2", "--dtype", "bfloat16")
+    for name, generations in (("whole", "4"), ("run", "2")):
+        assert eggroll.tune("-g", generations, *given, "-o", name).status == 0
+    assert eggroll("tune", "--resume", "run", "-g", "4").status == 0
+    saved = weights(eggroll.work / "whole" / "model")
+    assert equal(saved, weights(eggroll.work / "run" / "model"))
+    done = eggroll(*shlex.split("replay run --to 4 -o at-4"))
+    assert done.status == 0, done.err
+    assert equal(saved, weights(eggroll.work / "at-4"))
+    assert eggroll.tune("-g", "4", *given[2:], "-o", "plain").status == 0
+    assert not equal(saved, weights(eggroll.work / "plain" / "model"))

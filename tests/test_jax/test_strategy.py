@@ -115,14 +115,23 @@ def test_ask_evaluate_tell_is_step_and_ask_gives_the_addresses():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), told, stepped)
 
 
+@pytest.mark.parametrize("anchored", [0.0, 2.0])
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
-def test_the_same_update_as_pytorch(optimizer):
+def test_the_same_update_as_pytorch(optimizer, anchored):
     torch = pytest.importorskip("torch")
     from eggroll.core.records import UpdateRecord
     from eggroll.torch import Replica
 
     config = ESConfig(
-        population_size=12, sigma=0.1, lr=0.05, rank=2, optimizer=optimizer, weight_decay=0.01, seed=8, generations=5
+        population_size=12,
+        sigma=0.1,
+        lr=0.05,
+        rank=2,
+        optimizer=optimizer,
+        weight_decay=0.01,
+        seed=8,
+        generations=5,
+        anchored_weight_decay=anchored,
     )
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)).eval()
     start = {name: jnp.array(value.detach().numpy().copy()) for name, value in model.named_parameters()}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,9 @@ def test_fixed_parts_are_the_bytes_of_a_replica(build_model, dtype, optimizer, r
         "noise": sum(draws.nbytes for draws in replica.population.noise._cache.values()),
     }
     assert Estimate.of(Outline.of(model), config, dtype).fixed() == real
+    anchored = replica_for(model, replace(config, anchored_weight_decay=1.0))
+    start = sum(tensor.nbytes for tensor in anchored.updater._anchor._start.values())
+    assert Estimate.of(Outline.of(model), anchored.config, dtype).fixed() == {**real, "start weights": start}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ import transformers
 from tiny_models import write_gguf, write_llama
 from transformers import modeling_gguf_pytorch_utils as gguf_names
 
-from eggroll import llm
+from eggroll import EggrollTrainer, llm
 from eggroll.errors import ConfigError, ModelError
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.estimate.memory import Estimate
@@ -163,6 +163,9 @@ def test_bad_combinations(directory, tmp_path):
         llm.load(str(directory), quantize="int3")
     with pytest.raises(ModelError, match=r"has no GGUF file; give a \.gguf file, or quantize='int8' or 'int4'"):
         llm.load(str(directory), quantize="gguf")
+    anchored = EggrollConfig(anchored_weight_decay=0.5)
+    with pytest.raises(ConfigError, match=r"anchored_weight_decay \(=0.5\) needs a copy of the start.*quantize='none'"):
+        EggrollTrainer.from_model_id(str(directory), anchored, len, quantize="int8")
     loaded = llm.load(str(directory), dtype="float32", quantize="int8")
     saved = save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved", metadata={})
     with pytest.raises(ModelError, match=r"are quantized already \(torchao\), and stay in that format"):

@@ -128,7 +128,7 @@ def _memory(estimate: Estimate, memories: dict[str, Memory]) -> Table:
     names = {
         "weights": "weights", "codes": "codes of quantized weights", "scales": "their scales",
         "residual": "residual of their updates", "masters": "float32 masters", "optimizer": "optimizer state",
-        "noise": "kept noise",
+        "noise": "kept noise", "start weights": "start weights, to pull towards",
     }  # fmt: skip
     for key, value in estimate.fixed().items():
         table.add_row(names[key], *(gigabytes(value) if value else "-" for _ in memories))

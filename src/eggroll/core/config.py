@@ -59,7 +59,9 @@ class ESConfig:
     elite_k: int = 0
     """Only the best k members contribute; 0 uses all."""
     weight_decay: float = 0.0
-    """L2 regularization in the optimizer (decoupled for adamw)."""
+    """L2 regularization in the optimizer (decoupled for adamw): a pull towards zero."""
+    anchored_weight_decay: float = 0.0
+    """The same towards the weights that the run began with (L2-SP), against forgetting; keeps a copy of them."""
     optimizer: OptimizerName = "sgd"
     """Which rule turns the estimate into a step."""
     momentum: float = 0.9
@@ -122,6 +124,7 @@ class ESConfig:
             *whole(self, residual_generations=0),
             *numbers(self, move_threshold=(0.0, False)),
             *numbers(self, sigma=(0.0, False), lr=(0.0, True), weight_decay=(0.0, True)),
+            *numbers(self, anchored_weight_decay=(0.0, True)),
             *numbers(self, lr_decay=(0.0, False), sigma_decay=(0.0, False)),
             *_decay_rates(momentum=(self.momentum,), betas=self.betas),
             *_shares(residual_decay=self.residual_decay),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Int32, PyTree
 
 from eggroll.core.config import ESConfig
 from eggroll.errors import ConfigError
+from eggroll.jax.anchor import towards_start
 from eggroll.jax.gradient import es_gradient
 from eggroll.jax.layout import named_leaves
 from eggroll.jax.noise import Leaf, draw_pairs
@@ -44,8 +45,15 @@ class State:
 def optimizer_for(config: ESConfig) -> optax.GradientTransformation:
     """The optax rule that ``config.optimizer`` names, for a learning rate of 1; its steps are scaled by ``lr``.
 
-    The rules of :mod:`eggroll.torch.updater`: weight decay is decoupled for adamw and added to the gradient elsewhere.
+    The rules of :mod:`eggroll.torch.updater`: weight decay, to zero or to the start, is decoupled for adamw and added
+    to the gradient elsewhere.
     """
+    if config.anchored_weight_decay:
+        strength = config.anchored_weight_decay
+        plain = optimizer_for(replace(config, anchored_weight_decay=0.0))
+        if config.optimizer == "adamw":
+            return optax.chain(plain, towards_start(-strength))
+        return optax.chain(towards_start(strength), plain)
     decay = optax.add_decayed_weights(config.weight_decay)
     first, second = config.betas
     rules = {
@@ -97,8 +105,10 @@ class Strategy:
         materialize: Sequence[str] = (),
     ) -> None:
         self.config, self.x_per_member, self.members_per_forward = config, x_per_member, members_per_forward
-        self.optimizer = optimizer or optimizer_for(config)
+        if optimizer is not None and config.anchored_weight_decay:
+            optimizer = optax.chain(towards_start(config.anchored_weight_decay), optimizer)
         self._scheduled = optimizer is None
+        self.optimizer = optimizer or optimizer_for(config)
         self.apply = Perturbed(
             fitness, config.noise, include=config.target_modules, exclude=config.exclude, materialize=materialize,
             low_rank=low_rank,

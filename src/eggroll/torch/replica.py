@@ -16,6 +16,7 @@ from eggroll.core.records import UpdateRecord
 from eggroll.core.select import ParameterSpec
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.torch.active import Active
+from eggroll.torch.anchor import Anchor
 from eggroll.torch.gradient import es_gradient
 from eggroll.torch.noise import Noise
 from eggroll.torch.population import Mode, Population
@@ -66,6 +67,8 @@ class Center:
                     "residual_generations=0 to store it"
                 )
             self._past = Past(config.residual_generations, [spec.name for spec in noise.specs])
+        strength, decoupled = config.anchored_weight_decay, config.optimizer == "adamw" and factory is None
+        anchor = Anchor(parameters, strength, decoupled=decoupled) if strength else None
         self.updater = Updater(
             parameters,
             factory or optimizer_factory(config),
@@ -74,6 +77,7 @@ class Center:
             grid_rule=GridRule.of(config),
             weight_decay=config.weight_decay != 0 or factory is not None,
             past=None if self._past is None else self._steps_of,
+            anchor=anchor,
         )
 
     def _steps_of(self, name: str) -> Steps:

@@ -18,6 +18,7 @@ from eggroll.core.config import ESConfig, Rounding
 from eggroll.core.threefry import fold_in
 from eggroll.core.turning import Turning, stride_of
 from eggroll.errors import CheckpointError, ConfigError
+from eggroll.torch.anchor import Anchor
 from eggroll.torch.quantized.scales import ScalesUpdater
 from eggroll.torch.quantized.tensor import grid_of
 from eggroll.torch.quantized.threshold import ThresholdUpdater
@@ -54,6 +55,7 @@ class Updater:
         grid_rule: how steps move the codes of quantized parameters.
         weight_decay: whether a step depends on the weights themselves.
         past: gives the steps of earlier generations of a parameter, if residuals are rebuilt from them.
+        anchor: the pull towards the start weights, if there is one.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class Updater:
         grid_rule: GridRule | None = None,
         weight_decay: bool = False,
         past: Callable[[str], Steps] | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.seed = seed
         self.turning = Turning()
+        self._anchor = anchor
         self.rounding: Rounding = "master" if rounding == "auto" else rounding
         self.masters: dict[str, Tensor] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -111,10 +115,20 @@ class Updater:
         if name not in self._optimizers:
             return self._step_stochastic(name, gradient, lr=lr, generation=generation)
         before = target.clone()
+        gradient, pull = self._pulled(name, gradient, target, lr)
         self._step(self._optimizers[name], target, gradient.to(target.dtype), lr)
+        if pull is not None:
+            target.sub_(pull)
         if name in self.masters:
             parameter.copy_(target)
         return self._measured(name, before.sub_(target).float())
+
+    def _pulled(self, name: str, gradient: Tensor, target: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
+        """The gradient with the pull towards the start in it, or the pull that is to be subtracted after the step."""
+        if self._anchor is None:
+            return gradient, None
+        pull = self._anchor.pull(name, target)
+        return (gradient, pull.mul_(lr)) if self._anchor.decoupled else (gradient - pull, None)
 
     def _follow(self, name: str, parameter: nn.Parameter, target: Tensor) -> None:
         """Notice what was done to a parameter from outside: other numbers are taken over, other memory is refused."""
@@ -157,7 +171,10 @@ class Updater:
         parameter = self.parameters[name]
         wide = parameter.detach().float()
         before = wide.clone()
+        gradient, pull = self._pulled(name, gradient, wide, lr)
         self._step_passing(name, wide, gradient=gradient, lr=lr)
+        if pull is not None:
+            wide.sub_(pull)
         key = fold_in(fold_in(parameter_key(self.seed, name), ROUNDING_STREAM), generation)
         bits = random_bits(torch.tensor([key], dtype=torch.int64), wide.numel(), device=wide.device)
         parameter.copy_(round_stochastically(wide, bits.view(wide.shape)))
@@ -174,6 +191,8 @@ class Updater:
         tensors = {f"master/{name}": master for name, master in self.masters.items()}
         for name, updater in self._grids.items():
             tensors |= {f"grid/{name}/{key}": value for key, value in updater.state().items()}
+        if self._anchor is not None:
+            tensors |= {f"anchor/{name}": digest for name, digest in self._anchor.state().items()}
         for name, state in self._states().items():
             for key, value in state.items():
                 tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
@@ -183,7 +202,8 @@ class Updater:
         """Put back what :meth:`state_tensors` gave.
 
         Raises:
-            CheckpointError: masters are missing (the checkpoint was written with another ``rounding``).
+            CheckpointError: masters are missing (the checkpoint was written with another ``rounding``), or the run
+                began with other weights (with ``anchor``).
         """
         missing = [name for name in self.masters if f"master/{name}" not in tensors]
         if missing:
@@ -191,6 +211,9 @@ class Updater:
                 f"the checkpoint has no float32 master for {len(missing)} parameters ({missing[0]}, ...): it was "
                 "written with another setting of rounding or dtype; use the same as then"
             )
+        if self._anchor is not None:
+            start = "anchor/"
+            self._anchor.check({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
         self.turning.forget()
         for name, master in self.masters.items():
             master.copy_(tensors[f"master/{name}"])

@@ -24,6 +24,7 @@ from eggroll.llm.models.loading import ensure_pad_token, load, load_surroundings
 from eggroll.llm.models.outline import Outline, look_up
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.load import as_reward
+from eggroll.torch.anchor import refusal
 
 BackendName = Literal["torch", "vllm"]
 
@@ -83,6 +84,7 @@ class WorkerFactory:
             "attn_implementation": self.attn_implementation,
         }  # fmt: skip
         found = look_up(self.model, dtype=self.dtype, device=self.device, **how)
+        check_anchor(self.config, found.outline)
         # Other workers may live on this machine, so what counts then is the memory that is free.
         check_memory(found.outline, self.config, found.dtype, found.device, free=self.train is not None)
         reward = as_reward(self.reward, None)  # before the weights, which may take minutes
@@ -154,6 +156,17 @@ def worker_of(module: Any, config: EggrollConfig, reward: Any, tokenizer: Any) -
         str(first.device), generation=generation_notes(checked, evaluator.defaults),
     )  # fmt: skip
     return LanguageWorker(setup, evaluator, replica, module)
+
+
+def check_anchor(config: EggrollConfig, outline: Outline) -> None:
+    """Refuse a pull towards the start weights where those are quantized, before anything is loaded.
+
+    Raises:
+        ConfigError: they are.
+    """
+    quantized = [spec.name for spec in outline.evolved(config) if spec.name in outline.bits]
+    if config.anchored_weight_decay and quantized:
+        raise ConfigError(refusal(config.anchored_weight_decay, quantized))
 
 
 def generation_notes(reward: Reward, defaults: GenerationDefaults, *, vllm: bool = False) -> tuple[str, ...]:

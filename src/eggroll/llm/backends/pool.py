@@ -10,7 +10,7 @@ from eggroll.core.records import UpdateRecord
 from eggroll.distributed import RayPool
 from eggroll.distributed.pool import Pool
 from eggroll.errors import ConfigError, DataError, RunError
-from eggroll.llm.backends.build import BackendName, WorkerFactory, generation_notes
+from eggroll.llm.backends.build import BackendName, WorkerFactory, check_anchor, generation_notes
 from eggroll.llm.backends.vllm_engine import check_vllm
 from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel
 from eggroll.llm.backends.worker import ModelWorker, Setup
@@ -54,6 +54,7 @@ class PoolWorker(ModelWorker):
             model, dtype=factory.dtype, device=place, trust_remote_code=trust, quantize=factory.quantize,
             revision=factory.revision,
         )  # fmt: skip
+        check_anchor(config, found.outline)
         vllm = factory.backend == "vllm"
         around = load_surroundings(
             model, trust_remote_code=trust, weights_elsewhere=vllm, gguf=factory.quantize == "gguf",

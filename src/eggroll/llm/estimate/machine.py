@@ -79,6 +79,8 @@ def ways_out(estimate: Estimate) -> list[str]:
     config, found = estimate.config, []
     if config.optimizer != "sgd" and estimate.fixed()["optimizer"]:
         found.append(f'optimizer="sgd" (saves {gigabytes(estimate.fixed()["optimizer"])})')
+    if "start weights" in estimate.fixed():
+        found.append(f"anchored_weight_decay=0 (saves {gigabytes(estimate.fixed()['start weights'])})")
     if estimate.element == 4:
         found.append('dtype="bfloat16" with rounding="stochastic"')
     elif estimate.fixed()["masters"] and estimate.dtype == torch.bfloat16:

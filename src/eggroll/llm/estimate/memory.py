@@ -134,6 +134,7 @@ class Estimate:
             "weights": self.element * sum(s.size for s in self.outline.specs if not self._is_quantized(s)),
             **self._quantized_bytes(moved),
             "masters": masters,
+            **({"start weights": self.element * (self.evolved - moved)} if self.config.anchored_weight_decay else {}),
             "optimizer": entries * (state * (self.evolved - moved) + 4 * moved),
             "noise": self.pairs * self.draw_bytes if self.noise_is_kept else 0,
         }
