@@ -32,6 +32,8 @@ FLAGS = {
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
         --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code
         --config --revision --attn-implementation --push-to-hub --hub-model-id --hub-private
+        --judge-url --judge-model --judge-prompt --judge-reference --judge-scale --judge-weight --judge-requests
+        --judge-rate --judge-timeout --judge-failures
     """,
     "eval": """
         MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size

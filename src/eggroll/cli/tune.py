@@ -76,6 +76,7 @@ def with_task(options: TuneOptions) -> TuneOptions:
 
 def _show(console: Console, trained: Trained) -> None:
     """Held-out reward and answers before and after, where the model is, and how it is loaded."""
+    from eggroll.llm.judging import unscored_line
     from eggroll.llm.kind import KIND, MODEL
     from eggroll.run.report import before_and_after
 
@@ -100,6 +101,8 @@ def _show(console: Console, trained: Trained) -> None:
         for row in rows[:3]:
             table.add_row(_cell(row.prompt, None), _cell(*_text(row.before)), _cell(*_text(row.after)))
         Terminal(highlight=False).print(table)
+    if (unscored := unscored_line(run.metrics())) is not None:
+        console.print(f"\n[yellow]{escape(unscored)}[/]")
     console.print(f"\nmodel    {escape(str(run.path / MODEL))}")
     console.print(f"ask it   [bold]{escape(f'{typed()} chat {shlex.quote(str(run.path))}')}[/]")
     # Without an indent, so that it can be copied into Python.

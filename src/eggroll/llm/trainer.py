@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -16,6 +17,7 @@ from eggroll.llm.backends.build import BackendName, WorkerFactory, worker_of
 from eggroll.llm.backends.pool import PoolWorker
 from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import Attention, EggrollConfig, Quantize
+from eggroll.llm.judging import unscored_line
 from eggroll.llm.models.push import check_push, later, push
 from eggroll.loop import Listener, Loop
 from eggroll.run.lock import locked
@@ -176,6 +178,10 @@ class EggrollTrainer:
                 loop.go(start)
             finally:  # a reward that fails ends the run after the updates before it, which are in the weights
                 self.history, self.interrupted, self.done = loop.history, loop.interrupted, loop.applied
+        if (unscored := unscored_line(self.history)) is not None:
+            tellers = [listener.message for listener in listeners if hasattr(listener, "message")]
+            for tell in tellers or [partial(warnings.warn, stacklevel=2)]:
+                tell(unscored)
         return self.history
 
     def _start(self, loop: Loop) -> int:
