@@ -36,7 +36,7 @@ FLAGS = {
         --judge-rate --judge-timeout --judge-failures
     """,
     "eval": """
-        MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
+        MODEL --task --shots --problems --samples --max-tokens --max-length --temperature --chat --system --batch-size
         --output/-o --dtype --device --quantize --seed --trust-remote-code --config --revision --attn-implementation
     """,
     "chat": """

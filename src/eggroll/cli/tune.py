@@ -60,8 +60,9 @@ def with_task(options: TuneOptions) -> TuneOptions:
     """
     if options.task is None or options.resume is not None:
         return options
-    from eggroll.llm.tasks import get_task
+    from eggroll.llm.tasks import check_trainable, get_task
 
+    check_trainable(options.task)
     task = get_task(options.task, shots=options.shots)
     wanted = {"max_tokens": task.max_tokens, "system": task.system, **task.settings}
     defaults = {field.name: field.default for field in dataclasses.fields(TuneOptions)}

@@ -31,7 +31,7 @@ from eggroll.llm.options import TuneOptions
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.columns import check_columns
 from eggroll.llm.rewards.load import as_reward
-from eggroll.llm.tasks import get_task, row_check
+from eggroll.llm.tasks import check_trainable, get_task, row_check
 from eggroll.llm.trainer import SPREAD_ADVICE, EggrollTrainer
 from eggroll.run.run_dir import MODEL as MODEL
 from eggroll.run.run_dir import RunDir
@@ -96,6 +96,7 @@ def look(options: TuneOptions) -> Reward:
         ConfigError: no reward is given, or several things are not there: the message lists all of them.
         EggrollError: one of them is not there, or the reward cannot be loaded.
     """
+    check_trainable(options.task)
     _check_shots(options)
     if not (options.reward or options.task or options.judge_url or options.judge_model or options.resume):
         raise ConfigError(
