@@ -7,6 +7,7 @@ half of that for an answer that does not end.
 """
 
 import json
+import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -18,15 +19,16 @@ def grade(answer: str) -> int:
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Answers ``POST .../chat/completions`` with a grade of what follows "Answer:" in the last message."""
+    """Answers ``POST .../chat/completions`` with a grade of what stands between ``[answer ...]`` and its end."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         """One request: one grade."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = request["messages"][-1]["content"].split("Answer:", 1)[-1]
-        message = {"role": "assistant", "content": f"Grade: {grade(answer)}"}
+        answer = re.search(r"\[answer (\w+)\]\n(.*)\n\[end of answer \1\]", request["messages"][-1]["content"], re.S)
+        reply = json.dumps({"reason": "its length and its end", "score": grade(answer[2])})
+        message = {"role": "assistant", "content": reply}
         body = json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": message}]}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

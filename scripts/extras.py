@@ -60,6 +60,12 @@ model.append(four_bits)
 assert adopt(model) == 2
 assert Population(model, population_size=4).forward(torch.ones(4, 64), generation=0).shape == (4, 64)
 """
+JUDGE = """
+from eggroll.llm import JudgeReward
+from eggroll.llm.rewards import UNSCORED
+reward = JudgeReward('http://127.0.0.1:9/v1', 'nobody', retries=0)
+assert reward.score(['question'], ['answer'])[0] is UNSCORED, 'nobody listens there'
+"""
 CHECKS: dict[str, list[str]] = {
     "": ["eggroll --help", "eggroll --version"],
     "torch": ["eggroll pretrain --help", f"python -c {shlex.quote(TORCH)}", f"{PRETRAIN} --report-to none"],
@@ -73,6 +79,7 @@ CHECKS: dict[str, list[str]] = {
     "rl": ["eggroll rl --help", "eggroll rl --list", RL, "eggroll replay policy"],
     "kinetix": ["eggroll rl --list", RL],
     "tasks": ["eggroll eval --help", TINY_LLAMA, "eggroll eval tiny --task countdown --max-tokens 4"],
+    "judge": [f"python -c {shlex.quote(JUDGE)}"],
     "quantized": [f"python -c {shlex.quote(QUANTIZED)}"],
     "llm,ray": [TINY_LLAMA, f"{TUNE} --workers 1"],
     "torch,report": [f"{PRETRAIN} --report-to none", "eggroll report pretrained", "eggroll runs ."],

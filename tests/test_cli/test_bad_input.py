@@ -57,7 +57,7 @@ PATHS = [
 WRITTEN = ["file.txt", "file.txt/below", LONG, "loop/below", "/proc/nothing", "/dev/null/below", "$'\\udcff'"]
 TUNE = "tune tiny -p 2 -g 1 --max-tokens 1 --batch-size 1 --report-to none -o new"
 REWARD = "-r score.py --prompts prompts.txt"
-EVAL = "eval tiny --task zeros --samples 1 --max-tokens 1"
+EVAL = "eval tiny --task zeros --problems 1 --max-tokens 1"
 PRETRAIN = "pretrain -p 2 -g 1 --n-layers 1 --hidden 16 --noise-table-size 65536 --report-to none -o new"
 RL = "rl -p 2 -g 1 --hidden 2 --layers 1 --report-to none --no-render -o new"
 RECIPE = "recipe cartpole -p 2 -g 1 --report-to none -o new"
@@ -114,7 +114,7 @@ BAD = {
     ],
     "eval": [
         "eval", "eval tiny", "eval tiny --task", "eval tiny tiny tiny --task zeros", "eval tiny --task nothing",
-        *lines("eval {} --task zeros --samples 1", [*PATHS, "hollow", "binary.gguf"]),
+        *lines("eval {} --task zeros --problems 1", [*PATHS, "hollow", "binary.gguf"]),
         *numbers(EVAL, "--samples", "--max-tokens", "--max-length", "--seed", "--shots"), *numbers(EVAL,
             "--temperature", wrong=FRACTIONS),
         *lines(EVAL + " -o {}", WRITTEN[1:-1]),

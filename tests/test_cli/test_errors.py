@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from eggroll.cli.main import main
+from eggroll.llm.tasks import names
 from eggroll.run.run_dir import RunDir
 
 
@@ -442,9 +443,7 @@ def test_a_task_without_its_name(eggroll, command, given):
     done = eggroll(command, "tiny", *given)
     assert done.status == 2
     assert "Missing value for argument '--task'" in plain(done)
-    assert done.err.endswith(
-        "--task needs the name of a task after it: countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME\n"
-    )
+    assert done.err.endswith(f"--task needs the name of a task after it: {', '.join(names())}, or reasoning-gym:NAME\n")
     assert not (eggroll.work / "runs").exists()
 
 

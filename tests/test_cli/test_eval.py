@@ -1,7 +1,9 @@
 """eggroll eval, end to end with a tiny model: figures, comparison, progress, errors."""
 
 import json
+from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -9,12 +11,12 @@ from rich.console import Console
 
 from eggroll.cli.eval import EvalOptions, _Bar, _verdict
 from eggroll.errors import ConfigError
-from eggroll.llm.measure.evaluate import Result, compare, draw_problems
+from eggroll.llm.measure.evaluate import Result, compare, draw_problems, ks_of, pass_at
 from eggroll.llm.measure.evaluate import evaluate as answer
 from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.tasks import get_task
 
-ZEROS = ["--task", "zeros", "--samples", "12", "--max-tokens", "4", "--dtype", "float32"]
+ZEROS = ["--task", "zeros", "--problems", "12", "--max-tokens", "4", "--dtype", "float32"]
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_one_model(eggroll):
 
 
 def test_worked_examples_come_before_each_problem(eggroll):
-    given = ["--task", "countdown", "--shots", "1", "--samples", "3", "--max-tokens", "2", "--dtype", "float32"]
+    given = ["--task", "countdown", "--shots", "1", "--problems", "3", "--max-tokens", "2", "--dtype", "float32"]
     done = eggroll("eval", "tiny", *given, "-o", "eval.json")
     assert done.status == 0, done.err
     found = json.loads((eggroll.work / "eval.json").read_text())
@@ -84,7 +86,7 @@ def test_two_models(eggroll, other):
 
 
 def test_a_model_against_itself(eggroll):
-    done = eggroll("eval", "tiny", "tiny", "--task", "one_sentence", "--samples", "4", "--max-tokens", "2",
+    done = eggroll("eval", "tiny", "tiny", "--task", "one_sentence", "--problems", "4", "--max-tokens", "2",
                    "--dtype", "float32", "-o", "eval.json")  # fmt: skip
     assert done.status == 0, done.err
     difference = json.loads((eggroll.work / "eval.json").read_text())["difference"]
@@ -92,7 +94,7 @@ def test_a_model_against_itself(eggroll):
     assert difference["p_value"] == 1
     assert difference["mean"]["low"] < 0 < difference["mean"]["high"]
     assert "too few problems to tell: with 4 problems, even 4 gained and none lost would show nothing" in done.out
-    assert "(p = 0.125, McNemar, exact); --samples 96 would tell more" in done.out
+    assert "(p = 0.125, McNemar, exact); --problems 96 would tell more" in done.out
 
 
 def test_sampled_answers_repeat(eggroll):
@@ -101,6 +103,63 @@ def test_sampled_answers_repeat(eggroll):
     a, b = (json.loads((eggroll.work / f"{name}.json").read_text())["problems"] for name in "ab")
     assert a == b
     assert len({row["answers"][0]["completion"] for row in a}) > 6
+
+
+def test_several_answers_to_each_problem(eggroll, other):
+    given = ["--task", "zeros", "--problems", "6", "--samples", "5", "--temperature", "1", "--max-tokens", "3",
+             "--dtype", "float32"]  # fmt: skip
+    done = eggroll("eval", "tiny", other, *given, "-o", "eval.json")
+    assert done.status == 0, done.err
+    assert "6 test problems, 5 answers to each, 3 tokens at most" in done.out
+    assert "tiny: 30 of 30" in done.out
+    assert "pass@k: problems solved by at least one of k answers, from 5 to each (solved: a score of 1)" in done.out
+    found = json.loads((eggroll.work / "eval.json").read_text())
+    assert found["samples"] == 5
+    assert len(found["problems"]) == 6
+    assert all(len(row["answers"]) == 10 for row in found["problems"])
+    for model in found["models"]:
+        assert [*model["pass_at"]] == ["1", "2", "4", "5"]
+        assert model["pass_at"]["1"] == model["accuracy"]
+    texts = {answer["completion"] for row in found["problems"] for answer in row["answers"]}
+    assert len(texts) > 20
+    alone = eggroll("eval", "tiny", *given, "-o", "alone.json")
+    assert alone.status == 0
+    rows = json.loads((eggroll.work / "alone.json").read_text())["problems"]
+    assert [row["answers"] for row in rows] == [row["answers"][:5] for row in found["problems"]]
+
+
+def test_pass_at_k():
+    """The estimate is the mean over all choices of k answers, and its interval is over problems."""
+    right = [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]]
+    counts = np.array(right).sum(axis=1)
+    for k in range(1, 6):
+        wanted = [np.mean([max(chosen) for chosen in combinations(row, k)]) for row in right]
+        assert pass_at(counts, 5, k) == pytest.approx(wanted)
+    with pytest.raises(ConfigError, match=r"k \(=6\) of pass@k must be from 1 to 5, the answers to each problem"):
+        pass_at(counts, 5, 6)
+    assert ks_of(1) == [1]
+    assert ks_of(5) == [1, 2, 4, 5]
+    assert ks_of(8) == [1, 2, 4, 8]
+    result = Result([float(score) * 1.1 for row in right for score in row], ["a"] * 20, samples=5)
+    assert (result.problems, result.right) == (4, 8)
+    assert result.accuracy().value == pytest.approx(0.4)
+    assert result.pass_at(5).method == "Wilson"
+    assert result.pass_at(2).method == "Wilson, of the range"
+    task = get_task("countdown")
+    change = compare(result, Result([1.1] * 20, ["a"] * 20, samples=5), task, seed=0)
+    assert (change.gained, change.lost) == (3, 0)
+    assert {k: round(change.passes[k].value, 3) for k in (1, 5)} == {1: 0.6, 5: 0.25}
+    assert change.mean.value == pytest.approx(0.66)
+
+
+def test_pass_at_k_is_right_on_average():
+    """Of problems with a known chance, drawn again and again: no bias, also for k close to n."""
+    rng = np.random.default_rng(0)
+    chance = np.array([0.1, 0.3, 0.8])
+    counts = rng.binomial(6, chance, size=(20_000, 3))
+    for k in (1, 3, 6):
+        found = pass_at(counts.ravel(), 6, k).reshape(counts.shape).mean(axis=0)
+        assert found == pytest.approx(1 - (1 - chance) ** k, abs=0.01)
 
 
 class Scripted:
@@ -171,7 +230,7 @@ def test_words_for_few_and_for_many_problems():
         "the interval of the mean reward's difference includes 0, so no difference is shown (with 10 "
     )
     assert few.endswith("10 problems: too few for more than an impression, as the width of the intervals says; "
-                        "--samples 128 would tell more")  # fmt: skip
+                        "--problems 128 would tell more")  # fmt: skip
     many = words([0.0] * 64 + [1.1] * 64, [0.0] * 32 + [1.1] * 96)
     assert many == ("the interval of the mean reward's difference excludes 0; gained against lost: p = 4.66e-10 "
                     "(McNemar, exact)")  # fmt: skip
@@ -181,9 +240,12 @@ def test_words_for_few_and_for_many_problems():
     ("arguments", "message"),
     [
         (["tiny", "--task", "countdwn"], "there is no task 'countdwn'; did you mean countdown? The tasks are "),
-        (["tiny", "--task", "zeros", "--samples", "9999"],
-         "samples (=9999) must be from 1 to 64, the test problems of zeros"),
-        (["tiny", "--task", "zeros", "--samples", "0"], "samples (=0) must be from 1 to 64"),
+        (["tiny", "--task", "zeros", "--problems", "9999"],
+         "problems (=9999) must be from 1 to 64, the test problems of zeros"),
+        (["tiny", "--task", "zeros", "--problems", "0"], "problems (=0) must be from 1 to 64"),
+        (["tiny", "--task", "zeros", "--samples", "0"], "samples (=0) must be at least 1, the answers to each problem"),
+        (["tiny", "--task", "zeros", "--samples", "8"],
+         "samples (=8) are answers to each problem, which are all the same at temperature 0: add --temperature 0.7"),
         (["tiny", "tiny", "tiny", "--task", "zeros"], "eggroll eval: one model or two can be evaluated, not 3"),
         (["tiny", "--task", "zeros", "--batch-size", "0"], "eggroll eval: batch_size (=0) must be at least 1"),
         (["tiny", "--task", "zeros", "--max-tokens", "0"], "max_tokens (=0) must be a whole number of at least 1"),

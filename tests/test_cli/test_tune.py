@@ -34,9 +34,11 @@ FLAGS = {
         --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code --keep --patience
         --config --revision --attn-implementation --push-to-hub --hub-model-id --hub-private
         --minutes
+        --judge-url --judge-model --judge-prompt --judge-reference --judge-scale --judge-weight --judge-requests
+        --judge-rate --judge-timeout --judge-failures
     """,
     "eval": """
-        MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
+        MODEL --task --shots --problems --samples --max-tokens --max-length --temperature --chat --system --batch-size
         --output/-o --dtype --device --quantize --seed --trust-remote-code --config --revision --attn-implementation
     """,
     "chat": """

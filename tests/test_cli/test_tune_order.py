@@ -112,3 +112,13 @@ def test_a_missing_column_of_a_task(work):
 def test_a_reward_file_that_cannot_be_used(eggroll, source, text):
     (eggroll.work / "own.py").write_text(source)
     said(eggroll("tune", "tiny", "-r", "own.py", "--prompts", "prompts.txt"), text)
+
+
+@pytest.mark.parametrize("given", [(), ("--prompts", "prompts.txt"), ("--shots", "2")])
+def test_a_suite_is_not_trained_on(eggroll, given):
+    """It is said before its problems are looked for."""
+    said(
+        eggroll("tune", "tiny", "--task", "math500", *given),
+        "error: math500 is there to evaluate on: it has no training problems",
+        "Train on another task (--task gsm8k), or on problems of your own with an answer each (--reward math500 --prom",
+    )

@@ -54,7 +54,8 @@ def test_a_network_evolves(example, capsys, name):
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_a_language_model_evolves(example, capsys, tiny, name):
+def test_a_language_model_evolves(example, capsys, tiny, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("EGGROLL_CACHE_DIR", str(tmp_path))
     checked(example(name).main(model=tiny, generations=2, population_size=4), capsys)
 
 

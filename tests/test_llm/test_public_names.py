@@ -16,6 +16,7 @@ PUBLIC = [
     "EggrollTrainer",
     "Example",
     "FunctionReward",
+    "JudgeReward",
     "LoadedModel",
     "MultiReward",
     "PerplexityReward",

@@ -34,11 +34,14 @@ class EvalOptions(ModelOptions, GenerationOptions):
     models: tuple[str, ...] = setting(positional="MODEL [MODEL]")
     """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m."""
     task: str = setting()
-    """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME."""
+    """countdown, gsm8k, one_sentence, zeros, reasoning-gym:NAME, or a suite: aime24, aime25, amc, math500, minerva,
+    olympiad."""
     shots: int = 0
     """Worked examples before each problem (countdown, gsm8k)."""
-    samples: int | None = None
+    problems: int | None = None
     """Test problems that are answered (default: 128, or all if there are fewer)."""
+    samples: int = 1
+    """Answers to each problem, for pass@k; more than one needs a --temperature above 0."""
     max_tokens: int | None = None  # type: ignore[assignment]
     """Longest completion in tokens (default: the task's)."""
     max_length: int | None = None  # type: ignore[assignment]
@@ -46,7 +49,7 @@ class EvalOptions(ModelOptions, GenerationOptions):
     system: str | None = None
     """A system prompt (default: the task's)."""
     batch_size: int = 16
-    """Problems answered together."""
+    """Answers made together."""
     output: str | None = setting(None, flags=("-o",))
     """A JSON file for the figures and all answers."""
     seed: int = 42
@@ -63,6 +66,13 @@ class EvalOptions(ModelOptions, GenerationOptions):
             problems.append(f"one model or two can be evaluated, not {len(self.models)}")
         if self.batch_size < 1:
             problems.append(f"batch_size (={self.batch_size}) must be at least 1")
+        if self.samples < 1:
+            problems.append(f"samples (={self.samples}) must be at least 1, the answers to each problem")
+        elif self.samples > 1 and self.temperature == 0:
+            problems.append(
+                f"samples (={self.samples}) are answers to each problem, which are all the same at temperature 0: add "
+                "--temperature 0.7, or so; the number of test problems is --problems"
+            )
         if problems:
             raise ConfigError.from_problems("eggroll eval", problems)
         return EggrollConfig(
@@ -89,10 +99,11 @@ def run(options: EvalOptions) -> int:
     with console.status(f"making the problems of {escape(options.task)} ..."):
         task = get_task(options.task, shots=options.shots)
         config = options.config(task)
-        problems = draw_problems(task, options.samples, options.seed)
+        problems = draw_problems(task, options.problems, options.seed)
     if options.output is not None:
         check_output(Path(options.output), "eval.json")
-    console.print(f"[bold]{escape(task.name)}[/]  {escape(task.description)} {len(problems)} test problems, "
+    times = f"{options.samples} answers to each, " if options.samples > 1 else ""
+    console.print(f"[bold]{escape(task.name)}[/]  {escape(task.description)} {len(problems)} test problems, {times}"
                   f"{config.max_tokens} tokens at most, seed {options.seed}")  # fmt: skip
     results: list[Result] = []
     dtype: Any = options.dtype
@@ -131,8 +142,10 @@ def _answers(
         )  # fmt: skip
     for note in GenerationDefaults.of(loaded.model.generation_config, config.temperature).notes():
         console.print(f"[dim]{escape(model)}: {escape(note)}[/]")
-    with _Bar(model, len(problems), console) as bar:
-        result = answer(loaded, task, problems, config, batch_size=options.batch_size, listener=bar.show)
+    with _Bar(model, len(problems) * options.samples, console) as bar:
+        result = answer(
+            loaded, task, problems, config, samples=options.samples, batch_size=options.batch_size, listener=bar.show
+        )
     used = str(loaded.dtype).removeprefix("torch.")
     del loaded
     gc.collect()  # two models need not fit side by side
@@ -175,24 +188,45 @@ def _show(
     for heading in ("model", "accuracy", "mean reward", "tokens an answer"):
         table.add_column(heading, overflow="fold")
     for model, result in zip(options.models, results, strict=True):
-        right = f"{_percent(result.accuracy())}  {result.right} of {len(result.scores)}"
+        right = f"{_percent(result.accuracy(seed=options.seed))}  {result.right} of {len(result.scores)}"
         mean = _number(result.mean(task, seed=options.seed))
         table.add_row(escape(model), right, mean, f"{result.tokens / len(result.scores):.0f}")
     if comparison is not None:
         change = f"{_percent(comparison.accuracy, sign='+')}  {comparison.gained} gained, {comparison.lost} lost"
         table.add_row("difference, paired", change, _number(comparison.mean, sign="+"), "", style="bold")
     Terminal(highlight=False).print(table)
-    for line in _verdict(len(results[0].scores), len(task.test or task.heldout), comparison):
+    if options.samples > 1:
+        _show_passes(console, options, results, comparison)
+    for line in _verdict(results[0].problems, len(task.test or task.heldout), comparison):
         console.print(line)
+
+
+def _show_passes(console: Console, options: EvalOptions, results: list[Result], comparison: Comparison | None) -> None:
+    """How many problems are solved by the best of k answers."""
+    from eggroll.llm.measure.evaluate import ks_of
+    from eggroll.llm.tasks import SOLVED
+
+    console.print(
+        f"\npass@k: problems solved by at least one of k answers, from {options.samples} to each "
+        f"(solved: a score of {SOLVED:g})", style="dim",
+    )  # fmt: skip
+    table = Table()
+    for heading in ("pass@k", *map(escape, options.models), *(["difference, paired"] if comparison else [])):
+        table.add_column(heading, overflow="fold")
+    for k in ks_of(options.samples):
+        cells = [_percent(result.pass_at(k, seed=options.seed)) for result in results]
+        change = [] if comparison is None else [_percent(comparison.passes[k], sign="+")]
+        table.add_row(f"pass@{k}", *cells, *change)
+    Terminal(highlight=False).print(table)
 
 
 def _verdict(count: int, there_are: int, comparison: Comparison | None) -> list[str]:
     """What the figures of ``count`` problems say in words, and that few problems say little."""
-    from eggroll.llm.measure.evaluate import DEFAULT_SAMPLES
+    from eggroll.llm.measure.evaluate import DEFAULT_PROBLEMS
     from eggroll.llm.measure.intervals import FEW, mcnemar
 
-    more = min(DEFAULT_SAMPLES, there_are)
-    advice = f"; --samples {more} would tell more" if more > count else ""
+    more = min(DEFAULT_PROBLEMS, there_are)
+    advice = f"; --problems {more} would tell more" if more > count else ""
     problems = "1 problem" if count == 1 else f"{count} problems"
     few = [f"{problems}: too few for more than an impression, as the width of the intervals says{advice}"]
     if comparison is None:
@@ -233,6 +267,7 @@ def _write(
     comparison: Comparison | None,
 ) -> None:
     from eggroll.llm.generation.chat import plain_text
+    from eggroll.llm.measure.evaluate import ks_of
     from eggroll.run.files import write_atomic
     from eggroll.run.provenance import environment
 
@@ -240,7 +275,10 @@ def _write(
         {
             "model": model,
             "right": result.right,
-            "accuracy": dataclasses.asdict(result.accuracy()),
+            "accuracy": dataclasses.asdict(result.accuracy(seed=options.seed)),
+            "pass_at": {
+                str(k): dataclasses.asdict(result.pass_at(k, seed=options.seed)) for k in ks_of(options.samples)
+            },
             "mean_reward": dataclasses.asdict(result.mean(task, seed=options.seed)),
             "tokens": result.tokens,
             "seconds": round(result.seconds, 3),
@@ -251,7 +289,11 @@ def _write(
         {
             "prompt": plain_text(problem.prompt or ""),
             **problem.columns,
-            "answers": [{"completion": r.completions[i], "reward": r.scores[i]} for r in results],
+            "answers": [
+                {"completion": result.completions[row], "reward": result.scores[row]}
+                for result in results
+                for row in range(i * options.samples, (i + 1) * options.samples)
+            ],
         }
         for i, problem in enumerate(problems)
     ]
@@ -260,7 +302,7 @@ def _write(
         "task": task.name,
         "shots": options.shots,
         "split": "test" if task.test else "heldout",
-        "samples": len(problems),
+        "samples": options.samples,
         "settings": {**settings, "temperature": config.temperature, "dtype": dtype, "device": options.device,
                      "batch_size": options.batch_size, "seed": options.seed},
         "models": figures,

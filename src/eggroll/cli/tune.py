@@ -61,8 +61,9 @@ def with_task(options: TuneOptions) -> TuneOptions:
     """
     if options.task is None or options.resume is not None:
         return options
-    from eggroll.llm.tasks import get_task
+    from eggroll.llm.tasks import check_trainable, get_task
 
+    check_trainable(options.task)
     task = get_task(options.task, shots=options.shots)
     wanted = {"max_tokens": task.max_tokens, "system": task.system, **task.settings}
     defaults = {field.name: field.default for field in dataclasses.fields(TuneOptions)}
@@ -77,6 +78,7 @@ def with_task(options: TuneOptions) -> TuneOptions:
 
 def _show(console: Console, trained: Trained) -> None:
     """Held-out reward and answers before and after, whose weights are saved and where, and how they are loaded."""
+    from eggroll.llm.judging import unscored_line
     from eggroll.llm.kind import KIND, MODEL
     from eggroll.run.report import before_and_after
 
@@ -104,6 +106,8 @@ def _show(console: Console, trained: Trained) -> None:
         for row in rows[:3]:
             table.add_row(_cell(row.prompt, None), _cell(*_text(row.before)), _cell(*_text(row.after)))
         Terminal(highlight=False).print(table)
+    if (unscored := unscored_line(run.metrics())) is not None:
+        console.print(f"\n[yellow]{escape(unscored)}[/]")
     console.print(f"\nmodel    {escape(str(run.path / MODEL))}")
     console.print(f"ask it   [bold]{escape(f'{typed()} chat {shlex.quote(str(run.path))}')}[/]")
     # Without an indent, so that it can be copied into Python.

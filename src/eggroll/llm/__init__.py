@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from eggroll.llm.rewards import CodeExecutionReward as CodeExecutionReward
     from eggroll.llm.rewards import CustomReward as CustomReward
     from eggroll.llm.rewards import FunctionReward as FunctionReward
+    from eggroll.llm.rewards import JudgeReward as JudgeReward
     from eggroll.llm.rewards import MultiReward as MultiReward
     from eggroll.llm.rewards import PerplexityReward as PerplexityReward
     from eggroll.llm.rewards import Reward as Reward
@@ -41,6 +42,7 @@ __getattr__, __dir__, __all__ = attach(
         "EggrollTrainer": "eggroll.llm.trainer",
         "Example": "eggroll.llm.data.examples",
         "FunctionReward": "eggroll.llm.rewards",
+        "JudgeReward": "eggroll.llm.rewards",
         "LoadedModel": "eggroll.llm.models.loading",
         "MultiReward": "eggroll.llm.rewards",
         "PerplexityReward": "eggroll.llm.rewards",

@@ -25,6 +25,7 @@ from eggroll.llm.choosing.choose import CHOSEN, CalibrationWarning, Choice, chec
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, check_source, load_examples
 from eggroll.llm.data.fingerprint import data_fingerprint
+from eggroll.llm.judging import criteria_fingerprint, reward_of
 from eggroll.llm.models.export import answer_lines, load_line, save_pretrained
 from eggroll.llm.models.fingerprint import model_fingerprint
 from eggroll.llm.models.locate import check_place
@@ -33,7 +34,7 @@ from eggroll.llm.options import TuneOptions
 from eggroll.llm.rewards import Reward
 from eggroll.llm.rewards.columns import check_columns
 from eggroll.llm.rewards.load import as_reward
-from eggroll.llm.tasks import get_task, row_check
+from eggroll.llm.tasks import check_trainable, get_task, row_check
 from eggroll.llm.trainer import SPREAD_ADVICE, EggrollTrainer
 from eggroll.run.run_dir import MODEL as MODEL
 from eggroll.run.run_dir import RunDir
@@ -58,20 +59,22 @@ def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None
             return train, load_examples(task.heldout), []
         return train, _load(options.eval_prompts, options), []
     heldout = None if options.eval_prompts is None else _load(options.eval_prompts, options)
-    if source is not None or options.reward in (None, "perplexity"):
+    answers = options.judge_url is not None or options.reward not in (None, "perplexity")
+    if source is not None or not answers:
         return _load(source or DEFAULT_DATASET, options), heldout, []
     try:
         train = _load(DEFAULT_DATASET, options)
     except DataError as error:
+        what = f"--reward {options.reward}" if options.reward else "--judge-url"
         raise DataError(
-            f"--reward {options.reward} needs prompts to answer: give --prompts with a .jsonl or .txt file, a "
+            f"{what} needs prompts to answer: give --prompts with a .jsonl or .txt file, a "
             f"folder or a hub id. Without it wikitext-2 would be taken, but {error}"
         ) from error
     return train, heldout, ["no --prompts given: the lines of wikitext-2 are the prompts"]
 
 
 def _load(source: str, options: TuneOptions) -> list[Example]:
-    is_text = options.reward in (None, "perplexity") and options.task is None
+    is_text = options.reward in (None, "perplexity") and options.task is None and options.judge_url is None
     check = row_check(options.task or options.reward)
     return load_examples(source, purpose="text" if is_text else "prompts", check=check)
 
@@ -96,19 +99,19 @@ def look(options: TuneOptions) -> Reward:
         ConfigError: no reward is given, or several things are not there: the message lists all of them.
         EggrollError: one of them is not there, or the reward cannot be loaded.
     """
+    check_trainable(options.task)
     _check_shots(options)
-    what = options.reward or options.task
-    if what is None and options.resume is None:
+    if not (options.reward or options.task or options.judge_url or options.judge_model or options.resume):
         raise ConfigError(
             'eggroll tune needs --reward, which says what is scored: a .py file, "lambda text: ..." or '
             "package.module:function for what the model writes, perplexity for how likely it finds the texts of "
-            "--dataset; or --task NAME, which brings a reward and prompts"
+            "--dataset; or --task NAME, which brings a reward and prompts; or --judge-url, a model that grades"
         )
     sources = [source for source in (options.dataset, options.prompts, options.eval_prompts) if source is not None]
     found: list[Any] = []
     problems: list[EggrollError] = []
     looks: list[Callable[[], Any]] = [
-        partial(as_reward, what or "perplexity", None),
+        lambda: as_reward(reward_of(options), None),
         partial(check_place, options.model, options.revision),
         *(partial(check_source, source) for source in sources),
         *([partial(check_push, options.hub_model_id)] if options.push_to_hub else []),
@@ -143,7 +146,7 @@ def make_worker(options: TuneOptions, reward: Reward | None = None) -> ModelWork
     trainer = EggrollTrainer.from_model_id(
         options.model,
         narrowed(options, EggrollConfig),
-        reward if reward is not None and options.workers is None else options.reward or options.task or "perplexity",
+        reward if reward is not None and options.workers is None else reward_of(options),
         backend=options.backend,
         workers=options.workers,
         dtype=options.dtype,
@@ -234,7 +237,7 @@ def _planned(options: TuneOptions, worker: ModelWorker, data: Data, choice: Choi
     # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
     options = dataclasses.replace(options, dtype=worker.setup.dtype_name)  # type: ignore[arg-type]
     chosen = () if choice is None else choice.lines
-    what = options.task or options.reward or "perplexity"
+    what = options.task or options.reward or ("judge" if options.judge_url else "perplexity")
     stem = "lambda" if what.startswith("lambda") else Path(what).stem
 
     def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:
@@ -272,6 +275,7 @@ def _fingerprints(options: TuneOptions, train: list[Example], heldout: list[Exam
         "data_fingerprint": data_fingerprint(train),
         **({} if heldout is None else {"heldout_data_fingerprint": data_fingerprint(heldout)}),
         **({} if model is None else {"model_fingerprint": model}),
+        **criteria_fingerprint(options),
     }
 
 

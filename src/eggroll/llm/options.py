@@ -13,6 +13,7 @@ from eggroll.core.settings import setting
 from eggroll.distributed.options import WorkerOptions
 from eggroll.llm.choosing.auto import AUTO, STAND_INS, automatic
 from eggroll.llm.config import EggrollConfig, ModelOptions
+from eggroll.llm.judging import JudgeOptions
 from eggroll.run.keeping import Keep
 from eggroll.run.options import RunOptions
 
@@ -65,13 +66,14 @@ class TuneSettings(EggrollConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions(WorkerOptions, RunOptions, ModelOptions, TuneSettings):
+class TuneOptions(WorkerOptions, RunOptions, ModelOptions, JudgeOptions, TuneSettings):
     """Everything that ``eggroll tune`` can be told."""
 
     model: str = setting(positional="MODEL")
     """Hub id, local directory, .gguf file, or smollm2-135m."""
     reward: str | None = setting(None, flags=("-r",), runs_code=_is_program)
-    """perplexity, a .py file, "lambda text: ...", package.module:function, or a task; needed without --task."""
+    """perplexity, a .py file, "lambda text: ...", package.module:function, or a task; needed without --task and
+    --judge-url."""
     task: str | None = None
     """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts and settings."""
     shots: int = 0

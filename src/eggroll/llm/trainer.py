@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -17,6 +18,7 @@ from eggroll.llm.backends.build import BackendName, WorkerFactory, worker_of
 from eggroll.llm.backends.pool import PoolWorker
 from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import Attention, EggrollConfig, Quantize
+from eggroll.llm.judging import unscored_line
 from eggroll.llm.models.push import check_push, later, push
 from eggroll.loop import Listener, Loop
 from eggroll.run.keeping import Keep, Kept, check_keep, check_patience
@@ -194,6 +196,10 @@ class EggrollTrainer:
                 self.kept = Kept.last(self.done, loop.standing, stopped_early=loop.stopped_early)
             if keep == "best" and run is not None and loop.standing.best is not None:
                 self._take_best(loop, run)
+        if (unscored := unscored_line(self.history)) is not None:
+            tellers = [listener.message for listener in listeners if hasattr(listener, "message")]
+            for tell in tellers or [partial(warnings.warn, stacklevel=2)]:
+                tell(unscored)
         return self.history
 
     def _take_best(self, loop: Loop, run: RunDir) -> None:

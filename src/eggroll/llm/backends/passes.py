@@ -1,4 +1,4 @@
-"""From several samples of a prompt to one score: their mean, or the expected best of k (pass@k)."""
+"""From several samples of a prompt to one score: their mean, or the expected best of k (pass@k); and unscored ones."""
 
 from __future__ import annotations
 
@@ -33,3 +33,26 @@ def reduce_samples(scores: NDArray[np.float64], pass_at: int = 0) -> NDArray[np.
     worst = np.where(valid, scores, np.inf).min(axis=-1, keepdims=True)
     filled = np.sort(np.where(valid, scores, worst), axis=-1)
     return np.where(valid.any(axis=-1), np.nan_to_num(filled, posinf=0.0) @ weights, np.nan)
+
+
+def fill_unscored(scores: NDArray[np.float64], unscored: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Scores in which each unscored one is the mean of all scored ones of its prompt, over members and samples.
+
+    An answer that nobody judged then weighs about nothing in the estimate, whatever the shaping. NaN that are scores
+    (the worst there are) stay, and count in no mean.
+
+    Args:
+        scores: ``(members, prompts, n)``, one per sample.
+        unscored: which of them stand for nothing, in the same shape.
+
+    Returns:
+        In the same shape. A prompt without any score gets the mean of all prompts, the same for each member.
+    """
+    if not unscored.any():
+        return scores
+    held = ~unscored & np.isfinite(scores)
+    overall = scores[held].mean() if held.any() else np.nan
+    counts = held.sum(axis=(0, 2))
+    sums = np.where(held, scores, 0.0).sum(axis=(0, 2))
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), overall)
+    return np.where(unscored, means[None, :, None], scores)

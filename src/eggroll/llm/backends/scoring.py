@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from eggroll.distributed.host import check_taken_back
-from eggroll.llm.backends.passes import reduce_samples
+from eggroll.errors import RewardError
+from eggroll.llm.backends.passes import fill_unscored, reduce_samples
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example, columns_of, prompts_of
@@ -23,13 +25,15 @@ from eggroll.llm.generation.chat import plain_text
 from eggroll.llm.generation.defaults import GenerationDefaults
 from eggroll.llm.generation.encode import Encoded, encode_prompts
 from eggroll.llm.rewards import Reward
-from eggroll.llm.rewards.base import as_scores, guarded
+from eggroll.llm.rewards.base import Unscored, as_scores, guarded
 from eggroll.llm.rewards.event_loop import finished
 from eggroll.llm.rewards.notes import Notes, noting, with_extra
 from eggroll.loop import Evaluation, Heldout
 
 LOGGED, HELDOUT_LOGGED = "rewards/", "heldout_rewards/"
 """What a reward logs as NAME is in the metrics as ``rewards/NAME``, and that of the held-out data apart from it."""
+UNSCORED_SHARE = "unscored_share"
+"""The metric that says which part of a generation's answers had no score; logged if some could be without."""
 HELDOUT_MEMBER = -1
 """The center in the place of a member in ``samples.jsonl``."""
 
@@ -38,13 +42,19 @@ HELDOUT_MEMBER = -1
 class Scores:
     """Scores of some rows: ``values (rows,)``, what was written (text rewards only), tokens processed.
 
-    ``extra`` are columns that a reward has logged, with a value for each row.
+    ``extra`` are columns that a reward has logged, with a value for each row; ``unscored (rows,)`` are the rows whose
+    value stands for nothing.
     """
 
     values: NDArray[np.float64]
     completions: list[str] = field(default_factory=list)
     tokens: int = 0
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    unscored: NDArray[np.bool_] | None = None
+
+    def missing(self, members: int) -> NDArray[np.bool_]:
+        """``unscored`` member by member, ``(members, rows of each)``."""
+        return (np.zeros(self.values.size, bool) if self.unscored is None else self.unscored).reshape(members, -1)
 
 
 class Evaluator(ABC):
@@ -114,7 +124,7 @@ class Evaluator(ABC):
         start = time.perf_counter()
         self.prepare(generation)
         drawn = time.perf_counter() - start
-        tables, samples, tokens = [], [], 0
+        tables, missing, samples, tokens = [], [], [], 0
         with noting(generation, self.config.generations) as notes:
             for group in self.groups(members, batch):
                 check_taken_back()
@@ -126,12 +136,15 @@ class Evaluator(ABC):
                     spent = time.perf_counter() - began
                     announce_if_slow(spent, len(group), len(members), self.config.generations)
                 table = scores.values.reshape(len(group), -1)
-                tables.append(self._reduced(table))
+                tables.append(table)
+                missing.append(scores.missing(len(group)))
                 tokens += scores.tokens
                 if isinstance(batch, Sequence) and scores.completions:
                     samples += self._samples(batch, group, table, scores, generation)
-        metrics = {"draw_s": drawn, **notes.means(LOGGED)}
-        return Evaluation(np.concatenate(tables), metrics, tokens, samples)
+        table, unscored = np.concatenate(tables), np.concatenate(missing)
+        share = self._share_unscored(unscored, notes, "the generation")
+        metrics = {"draw_s": drawn, **share, **notes.means(LOGGED)}
+        return Evaluation(self._reduced(self._filled(table, unscored)), metrics, tokens, samples)
 
     @torch.no_grad()
     def heldout(self, batch: Batch, generation: int = 0) -> Heldout:
@@ -141,17 +154,19 @@ class Evaluator(ABC):
                 reward = float(np.nanmean(self._score(batch, None, 0, range(1), notes).values))
                 return Heldout(reward, metrics=notes.means(HELDOUT_LOGGED))
             together, times = self.center_prompts(batch), self.config.samples_per_prompt
-            values, samples = [], []
+            values, missing, samples = [], [], []
             for start in range(0, len(batch), together):
                 part = batch[start : start + together]
                 scores = self._score(self._repeated(part), None, 0, range(1), notes)
                 reduced = self._reduced(scores.values.reshape(1, -1))[0]
                 values.append(reduced)
+                missing.append(scores.missing(1))
                 for row, (example, completion, value) in enumerate(
                     zip(part, scores.completions[::times], reduced, strict=False)
                 ):
                     sample = _sample(HELDOUT_MEMBER, example, completion, value, "heldout")
                     samples.append(with_extra(sample, scores.extra, row * times))
+        self._share_unscored(np.concatenate(missing, axis=1), notes, "the held-out data")
         table = np.concatenate(values)
         finite = table[np.isfinite(table)]
         mean = float(finite.mean()) if finite.size else float("nan")
@@ -180,6 +195,7 @@ class Evaluator(ABC):
         total: NDArray[np.float64] | float = 0.0
         completions: list[str] = []
         parts: dict[str, list[float]] = {}
+        unscored: NDArray[np.bool_] | None = None
         tokens = 0
         if self.needs("text"):
             if isinstance(batch, dict):
@@ -192,14 +208,17 @@ class Evaluator(ABC):
                 columns = {key: values * len(members) for key, values in columns_of(batch).items()}
                 with guarded(f"reward {part.name!r}"):  # also of a class of the user's own
                     found = finished(part.score(prompts, completions, columns))
-                values = np.asarray(as_scores(found, len(completions), f"reward {part.name!r}"), dtype=np.float64)
+                checked = as_scores(found, len(completions), f"reward {part.name!r}")
+                values = np.asarray(checked, dtype=np.float64)
+                without = np.array([isinstance(value, Unscored) for value in checked])
+                unscored = without if unscored is None else unscored | without
             else:
                 values, used = self.beyond_text(part, batch, active, len(members))
                 tokens += used
             total = total + weight * values
             if len(self.reward.parts) > 1 and np.size(values) == len(completions):
                 parts[part.name] = np.ravel(values).tolist()
-        return Scores(np.asarray(total), completions, tokens, {**parts, **notes.take_extra()})
+        return Scores(np.asarray(total), completions, tokens, {**parts, **notes.take_extra()}, unscored)
 
     def _repeated(self, batch: Batch) -> Batch:
         """Each prompt as often as it is sampled, one after the other."""
@@ -207,6 +226,34 @@ class Evaluator(ABC):
         if times == 1 or isinstance(batch, dict) or not self.needs("text"):
             return batch
         return [example for example in batch for _ in range(times)]
+
+    def _filled(self, table: NDArray[np.float64], unscored: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Scores of samples ``(members, prompts * samples)`` with something neutral in the place of unscored ones."""
+        times = self.config.samples_per_prompt
+        if not self.needs("text") or table.shape[1] % times:
+            times = 1
+        shape = (len(table), -1, times)
+        return fill_unscored(table.reshape(shape), unscored.reshape(shape)).reshape(table.shape)
+
+    def _share_unscored(self, unscored: NDArray[np.bool_], notes: Notes, what: str) -> dict[str, float]:
+        """The share of answers without a score, for the log; empty if there are none, and no part can fail.
+
+        Raises:
+            RewardError: it is larger than the reward allows.
+        """
+        count = int(unscored.sum())
+        if not count and not any(part.can_fail for part, _ in self.reward.parts):
+            return {}
+        share, most = count / unscored.size, min(part.most_unscored for part, _ in self.reward.parts)
+        if share > most:
+            reasons = Counter(notes.reasons).most_common(1)
+            why = f"; most often: {reasons[0][0]}" if reasons else ""
+            raise RewardError(
+                f"{count} of {unscored.size} answers of {what} could not be scored by {self.reward.name!r}, more than "
+                f"the {most:.0%} that are allowed{why}. Nothing was learned from them, and what was done before is "
+                "kept: mend the cause, then go on (--resume)"
+            )
+        return {UNSCORED_SHARE: share}
 
     def _reduced(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
         """Scores of samples ``(members, prompts * samples)`` as scores of prompts."""

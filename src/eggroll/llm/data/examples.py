@@ -26,7 +26,7 @@ from eggroll.llm.models.hub import offline_hint, offline_if_unreachable
 Message = dict[str, Any]
 Purpose = Literal["prompts", "text"]
 
-PROMPT_COLUMNS = ("prompt", "messages", "question", "instruction", "text")
+PROMPT_COLUMNS = ("prompt", "messages", "question", "instruction", "text", "problem")
 """Where a prompt is looked for, in this order."""
 
 READ_COLUMNS = ("completion", "messages", "tools", "chat_template_kwargs")

@@ -19,11 +19,29 @@ at a time. ``mixed``: a mixture of several, see :attr:`Reward.parts`."""
 Prompt = str | list[dict[str, Any]]
 
 
+class Unscored(float):
+    """The type of :data:`UNSCORED`."""
+
+    __slots__ = ()
+
+
+UNSCORED = Unscored("nan")
+"""The score of an answer that could not be judged, through no fault of its own: a judge did not reply.
+
+It says nothing about the answer, so it must not move the model. The answer counts as the mean of all scored answers to
+its prompt, other members' included, which gives it a weight of about 0 in the estimate; a prompt without any scored
+answer counts the same for all. NaN and ``None``, by contrast, are the worst score there is."""
+
+
 class Reward:
     """Base of all rewards; higher is better. A subclass implements the method that belongs to what it needs."""
 
     needs: Need = "text"
     name: str = "reward"
+    can_fail: bool = False
+    """Whether it asks something that may not reply, so that the log says how often that was."""
+    most_unscored: float = 0.2
+    """The share of a generation's answers that may be :data:`UNSCORED`; beyond it the run ends, before the update."""
 
     @property
     def parts(self) -> list[tuple[Reward, float]]:
@@ -86,6 +104,8 @@ def as_score(value: Any, what: str) -> float:
     """
     if value is None:
         return math.nan
+    if isinstance(value, Unscored):
+        return value
     if isinstance(value, str | bytes):
         raise RewardError(f"{what} returned the text {value!r}; a score must be a number")
     try:

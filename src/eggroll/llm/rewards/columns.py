@@ -10,6 +10,7 @@ from eggroll.errors import RewardError
 from eggroll.llm.data.examples import Example
 from eggroll.llm.rewards.base import Reward, function_name
 from eggroll.llm.rewards.functions import NOT_PASSED
+from eggroll.llm.rewards.judge import JudgeReward
 
 SUPPLIED = frozenset({"outputs", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric"})
 """What a function may ask for besides columns, prompts and completions."""
@@ -34,6 +35,9 @@ def check_columns(reward: Reward, examples: Sequence[Example], what: str = "the 
         scorer = getattr(part, "scorer", None)
         if scorer is not None:
             _check(scorer, _parameters(scorer)[1:], sorted({*columns, "prompt"}), what)
+        if isinstance(part, JudgeReward) and part.reference is not None and part.reference not in columns:
+            there = ", ".join(columns) or "no columns"
+            raise RewardError(f"the judge's reference is the column {part.reference!r}, and {what} has {there}")
 
 
 def _check(

@@ -11,7 +11,17 @@ from typing import Any
 
 from eggroll.errors import RewardError
 from eggroll.llm.generation.chat import as_conversational
-from eggroll.llm.rewards.base import Need, Prompt, Reward, as_scores, function_name, guarded, shown
+from eggroll.llm.rewards.base import (
+    UNSCORED,
+    Need,
+    Prompt,
+    Reward,
+    Unscored,
+    as_scores,
+    function_name,
+    guarded,
+    shown,
+)
 from eggroll.llm.rewards.event_loop import discard, result, settle
 from eggroll.llm.rewards.notes import check_columns, current_notes
 
@@ -25,7 +35,8 @@ class FunctionReward(Reward):
     """``reward(prompts, completions, **columns) -> list[float]``, as TRL's ``GRPOTrainer`` calls it.
 
     Several functions are summed with weights. A function may return ``None`` for completions that it does not apply
-    to; the others decide then, and a completion to which none applies gets NaN. Where prompts are conversations,
+    to; the others decide then, and a completion to which none applies gets NaN. One that returns
+    :data:`~eggroll.llm.rewards.UNSCORED` has failed to score it, and so does the sum. Where prompts are conversations,
     completions are ``[{"role": "assistant", "content": ...}]``. A function without ``**`` gets only the columns that
     it names. ``async`` functions run side by side, on one event loop for the whole run. ``reward(outputs, prompts)``
     works as well.
@@ -147,5 +158,7 @@ class _Later(UserList[Any]):
 
 
 def _weighted_sum(scores: Sequence[float | None], weights: Sequence[float]) -> float:
+    if any(isinstance(score, Unscored) for score in scores):
+        return UNSCORED
     applicable = [(score, weight) for score, weight in zip(scores, weights, strict=True) if score is not None]
     return sum(score * weight for score, weight in applicable) if applicable else math.nan

@@ -71,7 +71,8 @@ def load_reward(spec: str, tokenizer: Any) -> Reward:
 def as_reward(value: Any, tokenizer: Any) -> Reward:
     """A reward from a reward, a function, a specification for :func:`load_reward`, or a list of these.
 
-    A list of functions is summed as TRL's ``reward_funcs``; other lists are summed with equal weights.
+    A list of functions is summed as TRL's ``reward_funcs``; other lists are summed with equal weights, or with those of
+    pairs: ``[("countdown", 1.0), (JudgeReward(...), 0.5)]``.
 
     Raises:
         RewardError: it is none of these.
@@ -86,12 +87,19 @@ def as_reward(value: Any, tokenizer: Any) -> Reward:
     if callable(value):
         return _from_function(value, tokenizer, function_name(value))
     if isinstance(value, Sequence) and value:
+        if all(_is_pair(item) for item in value):
+            return MultiReward([(as_reward(item, tokenizer), weight) for item, weight in value])
         rewards = [as_reward(item, tokenizer) for item in value]
         if all(isinstance(reward, FunctionReward) for reward in rewards):
             functions = [function for reward in rewards for function in getattr(reward, "functions", ())]
             return FunctionReward(functions, tokenizer=tokenizer)
         return rewards[0] if len(rewards) == 1 else MultiReward([(reward, 1.0) for reward in rewards])
     raise RewardError(f"a reward cannot be {value!r}; allowed are a Reward, a function or a list of them. {_known()}")
+
+
+def _is_pair(item: Any) -> bool:
+    """Whether it is a reward with its weight."""
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float)
 
 
 def _from_lambda(spec: str, tokenizer: Any) -> Reward:

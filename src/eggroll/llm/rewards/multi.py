@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eggroll.errors import RewardError
-from eggroll.llm.rewards.base import Need, Prompt, Reward, as_score
+from eggroll.llm.rewards.base import UNSCORED, Need, Prompt, Reward, Unscored, as_score
 
 
 class MultiReward(Reward):
@@ -15,7 +15,8 @@ class MultiReward(Reward):
 
     A mixture of text rewards scores like one. In a mixture of kinds, ``needs`` is ``mixed`` and whoever evaluates it
     goes through ``parts``, which lists the simple rewards with their weights (nested mixtures are multiplied out).
-    The parts are summed as they are: bring them to one scale by the weights. A NaN of one part makes the sum NaN.
+    The parts are summed as they are: bring them to one scale by the weights. A NaN of one part makes the sum NaN,
+    and what one part leaves unscored (:data:`~eggroll.llm.rewards.UNSCORED`) is unscored.
 
     Raises:
         RewardError: empty, or not pairs of a reward and a finite number.
@@ -51,7 +52,12 @@ class MultiReward(Reward):
         if self.needs != "text":
             raise self._wrong_use("score")
         tables = [(part.score(prompts, completions, columns), weight) for part, weight in self._parts]
-        return [sum(weight * scores[row] for scores, weight in tables) for row in range(len(completions))]
+        return [
+            UNSCORED
+            if any(isinstance(scores[row], Unscored) for scores, _ in tables)
+            else sum(weight * scores[row] for scores, weight in tables)
+            for row in range(len(completions))
+        ]
 
     def log_likelihood(
         self, model: Any, input_ids: Any, attention_mask: Any = None, labels: Any = None, **inputs: Any

@@ -32,12 +32,14 @@ class Notes:
         generations: updates that the run shall have.
         metrics: the values logged under each name.
         extra: a value for each completion of the batch, under each column.
+        reasons: why answers are unscored.
     """
 
     generation: int = 0
     generations: int = 0
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
 
     def arguments(self, completions: int) -> dict[str, Any]:
         """``trainer_state``, ``log_extra(column, values)`` and ``log_metric(name, value)``, as TRL passes them."""

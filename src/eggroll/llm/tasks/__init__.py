@@ -1,6 +1,7 @@
 """Tasks that ship with eggroll: a reward, the prompts to train and to test on, and settings that work.
 
     task = get_task("countdown")                        or one_sentence, gsm8k, zeros, reasoning-gym:chain_sum, ...
+    task = get_task("math500")                          suites to evaluate on, which have a test set only
     task = get_task("countdown", shots=2)               two worked examples before each problem
     task.reward(prompts, completions, **columns)        plain Python, in TRL's form
     task.train, task.validation, task.heldout, task.test    lists of {"prompt": ..., ...}, no problem in two of them
@@ -19,10 +20,10 @@ from types import ModuleType
 from typing import Any
 
 from eggroll.errors import ConfigError
-from eggroll.llm.tasks import countdown, gsm8k, one_sentence, reasoning, zeros
+from eggroll.llm.tasks import countdown, gsm8k, math_suites, one_sentence, reasoning, zeros
 from eggroll.llm.tasks.task import Task, with_shots
 
-__all__ = ["SOLVED", "Task", "get_task", "is_task", "names", "row_check"]
+__all__ = ["SOLVED", "Task", "check_trainable", "get_task", "is_task", "names", "row_check"]
 
 _DATA = Path(__file__).parent / "data"
 _MODULES: dict[str, ModuleType] = {"countdown": countdown, "gsm8k": gsm8k, "zeros": zeros}
@@ -32,7 +33,7 @@ SOLVED = 1.0
 
 def names() -> list[str]:
     """The names of the tasks that ship with eggroll; ``reasoning-gym:NAME`` comes on top of these."""
-    return sorted([*_MODULES, "one_sentence"])
+    return sorted([*_MODULES, *math_suites.SUITES, "one_sentence"])
 
 
 def is_task(name: str) -> bool:
@@ -42,7 +43,18 @@ def is_task(name: str) -> bool:
 
 def row_check(name: str | None) -> Callable[[dict[str, Any]], None] | None:
     """What raises ``DataError`` about a row of a user's data that the task cannot score; ``None`` if all will do."""
-    return getattr(_MODULES.get(_key(name or "")), "check", None)
+    key = _key(name or "")
+    return math_suites.check if key in math_suites.SUITES else getattr(_MODULES.get(key), "check", None)
+
+
+def check_trainable(name: str | None) -> None:
+    """Refuse a task that is there to evaluate on; nothing is read or made.
+
+    Raises:
+        ConfigError: it is one; the message says what to do instead.
+    """
+    if name is not None and _key(name) in math_suites.SUITES:
+        math_suites.refuse_training(_key(name))
 
 
 def get_task(name: str, *, shots: int = 0) -> Task:
@@ -75,6 +87,8 @@ def _shown(name: str, shots: int) -> Task:
 
 @cache
 def _task(key: str) -> Task:
+    if key in math_suites.SUITES:
+        return math_suites.task(key)
     if key == "one_sentence":
         module: ModuleType = one_sentence
         found = {split: _rows(_DATA / f"{key}_{split}.jsonl") for split in ("train", "validation", "heldout")}

@@ -34,7 +34,7 @@ from eggroll.llm.tasks.splits import Row, Splits, fill, normal
 
 __all__ = [
     "BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SHOTS_MAX_TOKENS", "SHOTS_SYSTEM", "SYSTEM",
-    "extract", "is_correct", "reward", "splits", "worked",
+    "extract", "is_correct", "is_plain", "reward", "splits", "worked",
 ]  # fmt: skip
 
 DESCRIPTION = "Solve a grade-school word problem; the answer is a number."
@@ -104,6 +104,12 @@ def extract(text: str) -> str | None:
     # the last number is near the end; the rest of a long text is not searched
     numbers = _NUMBER.findall(text[-4096:])
     return numbers[-1] if numbers else None
+
+
+def is_plain(answer: str) -> bool:
+    """Whether an answer is a number that :func:`is_correct` computes exactly."""
+    made = _cleaned(answer)
+    return made is not None and _value(made) is not None
 
 
 @lru_cache(maxsize=65536)
