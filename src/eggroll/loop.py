@@ -126,6 +126,7 @@ class Listener(Protocol):
     """Who is told about a run while it goes on: the live display, trackers, a user's callback.
 
     One that also has ``message(text)`` is told what a person should know; without any such listener it is a warning.
+    One that has ``samples(rows)`` is shown rows of ``samples.jsonl`` before the metrics that they belong to.
     """
 
     def generation(self, metrics: dict[str, Any]) -> None:
@@ -304,8 +305,7 @@ class Loop:
         self.applied = generation + 1
         self._spreads.append(has_spread(config, weights))
         cosine: float | None = getattr(self.worker, "update_cosine", None)
-        if self.run is not None and evaluation.samples:
-            self.run.append_samples([{"generation": generation + 1, **row} for row in evaluation.samples])
+        self._log_samples(generation + 1, evaluation.samples)
         return {
             "generation": generation + 1,
             **fitness_metrics(evaluation.fitness),
@@ -346,8 +346,16 @@ class Loop:
             metrics["heldout_reward"] = result.reward
             self.standing.add(generation, result.reward)
         metrics.update(result.metrics)
-        if self.run is not None and result.samples:
-            self.run.append_samples([{"generation": generation, **row} for row in result.samples])
+        self._log_samples(generation, result.samples)
+
+    def _log_samples(self, generation: int, samples: list[dict[str, Any]]) -> None:
+        rows = [{"generation": generation, **row} for row in samples]
+        if self.run is not None and rows:
+            self.run.append_samples(rows)
+        for listener in self.listeners if rows else ():
+            show = getattr(listener, "samples", None)
+            if show is not None:
+                show(rows)
 
     def _log_start(self) -> None:
         if not self.heldout:

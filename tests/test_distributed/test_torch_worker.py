@@ -71,6 +71,16 @@ def test_a_run_is_continued_and_a_wrong_one_refused(toys, tmp_path):
         evolve(toys.factory(settings, width=8), settings, local=True, run=RunDir.open(tmp_path / "run"), resume=True)
 
 
+def test_a_pool_logs_how_far_updates_agree_as_one_worker_does(toys):
+    settings = toys.config(generations=4)
+    alone = evolve(toys.factory(settings), settings, local=True).history
+    many = evolve(toys.factory(settings), settings, local=True, workers=2).history
+    cosines = [[line.get("update_cosine") for line in history] for history in (alone, many)]
+    assert cosines[0] == cosines[1]
+    assert cosines[0][0] is None
+    assert all(-1 <= cosine <= 1 for cosine in cosines[0][1:])
+
+
 def test_listeners_and_a_callback(toys):
     class Listener:
         def __init__(self):

@@ -248,6 +248,49 @@ def test_no_line_is_wider_than_the_terminal(file, clock, width):
     assert all(len(line) <= width for line in last_frame(file).splitlines()[1:-1])
 
 
+MEMBERS = [
+    {"member": 0, "split": "train", "prompt": "p", "completion": "bad", "reward": 0.25},
+    {"member": 1, "split": "train", "prompt": "p", "completion": "good", "reward": 0.75},
+    {"member": 2, "split": "train", "prompt": "p", "completion": "broken", "reward": None},
+]
+HELDOUT = [
+    {"member": "center", "split": "heldout", "prompt": "q", "completion": "one\n two", "reward": 0.5},
+    {"member": "center", "split": "heldout", "prompt": "r", "completion": "other", "reward": 1.0},
+]
+
+
+def test_a_sample_answer_in_one_line(file, clock):
+    with on_terminal(file, clock) as display:
+        display.samples([{"member": 0, "reward": 1.0}])  # a reward of the model: nobody writes anything
+        display.generation(LINE)
+        assert "answer" not in last_frame(file)
+        display.samples(MEMBERS)
+        display.generation({**LINE, "generation": 2})
+        (line,) = (line for line in last_frame(file).splitlines() if "answer" in line)
+        assert [word for word in line.split() if word != "│"] == ["answer", "good", "0.7500"]
+        display.samples(HELDOUT)
+        display.samples(MEMBERS)  # the same held-out prompt stays
+        display.generation({**LINE, "generation": 3})
+    (line,) = (line for line in last_frame(file).splitlines() if "answer" in line)
+    assert [word for word in line.split() if word != "│"] == ["answer", "one", "two", "0.5000"]
+
+
+@pytest.mark.parametrize("width", [30, 100])
+def test_an_answer_is_cut_off_and_steers_no_terminal(file, clock, width):
+    with on_terminal(file, clock, width=width) as display:
+        display.samples([{"completion": "\x1b[2J[bold]a\x07\u202e" + 1000 * "long ", "reward": float("nan")}])
+        display.generation(LINE)
+        display.samples([{"completion": "", "reward": 0.0}])
+    frames = file.getvalue()
+    assert all(len(line) <= width for line in last_frame(file).splitlines()[1:-1])
+    assert "\x1b[2J" not in frames
+    assert "\x07" not in frames
+    assert "\u202e" not in frames
+    if width == 100:
+        assert "\N{REPLACEMENT CHARACTER}[2J[bold]a" in frames
+        assert "(empty)" in last_frame(file)
+
+
 def test_the_cursor_comes_back_after_an_error(file, clock):
     with pytest.raises(KeyboardInterrupt), on_terminal(file, clock):
         raise KeyboardInterrupt

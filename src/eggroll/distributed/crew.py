@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eggroll.distributed.history import History
-from eggroll.distributed.host import OutOfStepError, StateLostError
+from eggroll.distributed.host import Change, OutOfStepError, StateLostError
 from eggroll.distributed.transport import Transport, WorkerLostError
 from eggroll.errors import MemoryBudgetError, RunError
 
@@ -92,7 +92,7 @@ class Crew:
         on_lost: Callable[[Seat], None],
     ) -> None:
         self.transport, self.history = transport, History()
-        self.norms: dict[int, float] = {}
+        self.changes: dict[int, Change] = {}
         self._start_timeout_s, self._notify, self._on_lost = start_timeout_s, notify, on_lost
         self._seats: dict[int, Seat] = {}
         self._sent: dict[Any, Sent] = {}
@@ -249,10 +249,10 @@ class Crew:
             return
         seat.phase = "joining"
 
-        def caught_up(answer: tuple[int, float]) -> None:
+        def caught_up(answer: tuple[int, Change]) -> None:
             seat.phase, seat.fresh = "ready", False
-            done, norm = answer
-            self.norms.setdefault(done - 1, norm)
+            done, change = answer
+            self.changes.setdefault(done - 1, change)
 
         self.send(
             seat,
@@ -269,11 +269,11 @@ class Crew:
         self.history.snapshot(self.transport.send(lead.handle, "state"))
 
     def apply(self, position: int, message: Any) -> None:
-        """Send an update to everyone who is there; the norm of the first that has taken it goes to :attr:`norms`."""
+        """Send an update to everyone who is there; what it changed for the first of them goes to :attr:`changes`."""
         for seat in self.joined():
             self.send(
                 seat, "apply", position, message,
-                then=lambda norm: self.norms.setdefault(position, norm), failed=_unless_out_of_step,
+                then=lambda change: self.changes.setdefault(position, change), failed=_unless_out_of_step,
             )  # fmt: skip
 
     # -- what goes wrong

@@ -19,6 +19,8 @@ from eggroll.loop import Worker
 
 Factory = Callable[[], Worker]
 """Makes a worker; called in the worker's own process. Anything that cloudpickle can send: a closure will do."""
+Change = tuple[float, float | None]
+"""What an update did: the norm of the change, and its cosine with the change before, where a worker measures it."""
 Message = tuple[int, float, float, bytes, dict[str, Any]]
 """A record on the wire: generation, sigma, lr, shaped fitness as float32, totals."""
 
@@ -71,7 +73,8 @@ class Host:
     def __init__(self, resolve: Callable[[Any], Packed], taken_back: Callable[[], bool] | None = None) -> None:
         self._resolve, self._taken_back = resolve, taken_back
         self._worker: Worker | None = None
-        self._position, self._norm = 0, 0.0
+        self._position = 0
+        self._change: Change = (0.0, None)
 
     @property
     def worker(self) -> Worker:
@@ -97,8 +100,8 @@ class Host:
         except EggrollError as error:
             raise type(error)(f"{error} (on node {platform.node()})") from error
 
-    def catch_up(self, base: Any, position: int, messages: Sequence[Message]) -> tuple[int, float]:
-        """Come to where the others are: a state, then the records after it. Returns the position and the last norm.
+    def catch_up(self, base: Any, position: int, messages: Sequence[Message]) -> tuple[int, Change]:
+        """Come to where the others are: a state, then the records after it. Returns the position and the last change.
 
         Args:
             base: reference to the state, or ``None`` for the weights that the factory made.
@@ -110,12 +113,12 @@ class Host:
         """
         if base is not None:
             self.worker.load_state_tensors(unpack(self._resolve(base)))
-            self._position, self._norm = position, 0.0
+            self._position, self._change = position, (0.0, None)
         for offset, message in enumerate(messages):
             self.apply(position + offset, message)
-        return self._position, self._norm
+        return self._position, self._change
 
-    def apply(self, position: int, message: Message) -> float:
+    def apply(self, position: int, message: Message) -> Change:
         """Take the record that follows ``position`` others; one that was taken already changes nothing.
 
         Raises:
@@ -124,9 +127,10 @@ class Host:
         if position > self._position:
             raise OutOfStepError(f"record {position} came to a worker that has taken {self._position}")
         if position == self._position:
-            self._norm = self.worker.apply(from_message(message))
+            norm = self.worker.apply(from_message(message))
+            self._change = norm, getattr(self.worker, "update_cosine", None)
             self._position += 1
-        return self._norm
+        return self._change
 
     def evaluate(self, generation: int, sigma: float, start: int, stop: int) -> tuple[Any, ...]:
         """Score the members of a range: fitness, metrics, tokens, samples, totals.

@@ -50,6 +50,7 @@ class Pool:
         self._transport = transport
         self._crew = Crew(transport, start_timeout_s=start_timeout_s, notify=notify, on_lost=self._lost)
         self.closed = False
+        self.update_cosine: float | None = None
         try:
             for _ in range(workers):
                 self._crew.add()
@@ -107,14 +108,14 @@ class Pool:
         """Send an update to all workers; returns the norm as soon as the first of them has taken it."""
         crew, message = self._crew, to_message(record)
         position = crew.history.position
-        crew.norms = {}
+        crew.changes = {}
         crew.history.messages.append(message)
         crew.apply(position, message)
-        while position not in crew.norms:
+        while position not in crew.changes:
             crew.wait_for_lead()
-            if position not in crew.norms:
+            if position not in crew.changes:
                 crew.pump(POLL_S)
-        norm = crew.norms[position]
+        norm, self.update_cosine = crew.changes[position]
         if self._check_every and crew.history.position % self._check_every == 0:
             self._compare()
         return norm

@@ -89,6 +89,11 @@ class TorchWorker:
         """Take one update; returns the norm of the change."""
         return self.replica.apply(record)
 
+    @property
+    def update_cosine(self) -> float | None:
+        """See :class:`eggroll.loop.Worker`."""
+        return self.replica.updater.turning.cosine
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Evolved parameters, masters and the optimizer's state."""
         return self.replica.state_tensors()

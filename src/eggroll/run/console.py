@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -20,12 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from eggroll.run.metrics import series
-from eggroll.run.terminal import Terminal, without_echo_of_keys
+from eggroll.run.terminal import Terminal, printable, without_echo_of_keys
 
 WINDOW = 20
 """Generations that the estimate of the time left is averaged over."""
 LINE_S = 5.0
 """Seconds between plain lines, at least: a log should not have thousands of them."""
+ANSWER = 400
+"""Characters of an answer that are looked at: more than any terminal is wide."""
 SPARK = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
 SPARK_MIN_COLUMNS = 76
@@ -70,6 +72,7 @@ class Display:
         self._quiet = ExitStack()
         self._said = -math.inf  # when the last plain line was written
         self._unsaid: dict[str, Any] = {}  # what has been measured since then
+        self._answer: Mapping[str, Any] | None = None
         self._spinner = Spinner("dots" if self._unicode else "line")
 
     def __enter__(self) -> Self:
@@ -114,6 +117,19 @@ class Display:
         self._unsaid.update(values)
         if self._done >= self.total or self._clock() - self._said >= LINE_S:
             self._say()
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show one answer of the newest rows of ``samples.jsonl``: the center's on held-out data, else the best one.
+
+        The same held-out prompt each time, so that it can be seen to change; members' answers take its place only as
+        long as there is none.
+        """
+        answers = [row for row in rows if row.get("completion") is not None]
+        heldout = [row for row in answers if row.get("split") == "heldout"]
+        if heldout:
+            self._answer = heldout[0]
+        elif answers and (self._answer is None or self._answer.get("split") != "heldout"):
+            self._answer = max(answers, key=_reward)
 
     def message(self, text: str) -> None:
         """Print ``text`` above the live display, or as a line of its own."""
@@ -179,7 +195,8 @@ class Display:
             if row is not None:
                 table.add_row(*row)
         title = Text(self.title, style="bold")
-        return Panel(Group(bar, table), title=title, title_align="left", border_style="dim", padding=(0, 1))
+        parts = [bar, table, *([] if self._answer is None else [self._answer_line(self._answer)])]
+        return Panel(Group(*parts), title=title, title_align="left", border_style="dim", padding=(0, 1))
 
     def _fitness_row(self) -> tuple[RenderableType, ...] | None:
         latest = self._latest
@@ -210,12 +227,28 @@ class Display:
         ]
         return ("speed", Text("  ".join(rates)), "") if rates else None
 
+    def _answer_line(self, row: Mapping[str, Any]) -> RenderableType:
+        """An answer and its score in one line, cut off where the terminal ends; nothing in it steers the terminal."""
+        line = Table.grid(padding=(0, 2), expand=True)
+        line.add_column(style="dim", no_wrap=True)
+        line.add_column(no_wrap=True, overflow="ellipsis" if self._unicode else "crop", ratio=1)
+        line.add_column(no_wrap=True, justify="right")
+        score = _reward(row)
+        text = Text(" ".join(printable(str(row["completion"])[:ANSWER]).split()) or "(empty)", style="italic")
+        line.add_row("answer", text, number(score) if math.isfinite(score) else "")
+        return line
+
     def _spark(self, values: list[float]) -> str:
         return sparkline(values) if self._unicode and self.console.width >= SPARK_MIN_COLUMNS else ""
 
     @property
     def _unicode(self) -> bool:
         return self.console.encoding.lower().startswith("utf")
+
+
+def _reward(row: Mapping[str, Any]) -> float:
+    found = row.get("reward")
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else -math.inf
 
 
 def _has(values: Mapping[str, Any], what: str) -> bool:

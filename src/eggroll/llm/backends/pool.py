@@ -112,6 +112,11 @@ class PoolWorker(ModelWorker):
         """Send an update to all workers; returns the norm of the change."""
         return self._started().apply(record)
 
+    @property
+    def update_cosine(self) -> float | None:
+        """See :class:`eggroll.loop.Worker`; that of the worker which took the update first."""
+        return None if self.pool is None else self.pool.update_cosine
+
     def state_tensors(self) -> Mapping[str, Any]:
         """What a checkpoint holds."""
         return self._started().state_tensors()

@@ -101,6 +101,7 @@ class VllmEngine:
         self.dtype = str(dtype).removeprefix("torch.")
         self.prepared = -1
         self.records: list[UpdateRecord] = []
+        self.update_cosine: float | None = None
         arguments = self._arguments(outline, engine_args or {})
         self.max_loras = int(arguments["max_loras"])
         self.llm: Any = _start(arguments)
@@ -185,9 +186,9 @@ class VllmEngine:
     def apply(self, record: UpdateRecord) -> float:
         """Let the engine take one update; returns the norm of the change."""
         self.records.append(record)
-        norm = float(check_equal(self.call("eggroll_apply", record.to_json()), "an update's size"))
+        norm, self.update_cosine = check_equal(self.call("eggroll_apply", record.to_json()), "an update's size")
         self.llm.reset_prefix_cache()  # what is cached for the center belonged to the weights before
-        return norm
+        return float(norm)
 
     def digest(self) -> str:
         """A digest of the evolved weights, checked to be the same on all workers."""

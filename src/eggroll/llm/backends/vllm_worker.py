@@ -106,11 +106,15 @@ class EggrollWorker:
         self.eggroll_center.noise.prepare(generation, pairs, self.device)
         return float(pairs * self.eggroll_center.noise.draw_size)
 
-    def eggroll_apply(self, record: str) -> float:
-        """Rebuild one update from its record and write it into the engine's weights; returns the norm of the change."""
+    def eggroll_apply(self, record: str) -> list[float | None]:
+        """Rebuild one update from its record and write it into the engine's weights.
+
+        Returns:
+            The norm of the change, and its cosine with the change before.
+        """
         norm = self.eggroll_center.apply(UpdateRecord.from_json(record))
         self._eggroll_write()
-        return norm
+        return [norm, self.eggroll_center.updater.turning.cosine]
 
     def eggroll_digest(self) -> str:
         """A digest of the evolved weights and their masters, equal on workers that hold the same bits."""

@@ -185,7 +185,10 @@ class LanguageWorker(ModelWorker):
     def update_cosine(self) -> float | None:
         """See :class:`eggroll.loop.Worker`; ``None`` where the backend does not measure it."""
         updater = getattr(self.learner, "updater", None)
-        return None if updater is None else updater.turning.cosine
+        found: float | None = (
+            getattr(self.learner, "update_cosine", None) if updater is None else updater.turning.cosine
+        )
+        return found
 
     def state_tensors(self) -> Mapping[str, Any]:
         """What a checkpoint holds."""
