@@ -1,10 +1,10 @@
 """Answer with a JSON object of the keys "name", "color" and "size", and nothing else.
 
-    reward = (share * whole)^(1/2) * alone               each in [0, 1]; a perfect answer scores exactly 1
+reward = (share * whole)^(1/2) * alone               each in [0, 1]; a perfect answer scores exactly 1
 
-    share   the part of the three keys that have a text of one to four words as their value; each further key costs 1/4
-    whole   1 if the object can be parsed, 1/4 if only its pairs can be found, as in one that is cut off
-    alone   the part of the answer's characters that belong to the object, squared; a code fence around it is free
+share   the part of the three keys that have a text of one to four words as their value; each further key costs 1/4
+whole   1 if the object can be parsed, 1/4 if only its pairs can be found, as in one that is cut off
+alone   the part of the answer's characters that belong to the object, squared; a code fence around it is free
 """
 
 import json

@@ -1,11 +1,11 @@
 """Reply to what somebody says with one short question, and nothing else.
 
-    reward = asks * single * length * fresh              each in [0, 1]; a perfect answer scores exactly 1
+reward = asks * single * length * fresh              each in [0, 1]; a perfect answer scores exactly 1
 
-    asks    1 if the answer ends in a question mark, 1/2 if there is one before its end, 1/8 without any
-    single  1/(number of sentences)
-    length  1 for 4 to 12 words, 12/n for n more, (n/4)^2 for fewer
-    fresh   the part of the words that differ, times 1/2 if the answer does not begin with a capital letter
+asks    1 if the answer ends in a question mark, 1/2 if there is one before its end, 1/8 without any
+single  1/(number of sentences)
+length  1 for 4 to 12 words, 12/n for n more, (n/4)^2 for fewer
+fresh   the part of the words that differ, times 1/2 if the answer does not begin with a capital letter
 """
 
 import re

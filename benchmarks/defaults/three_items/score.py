@@ -1,17 +1,16 @@
-"""Answer with a list of exactly three items, one a line behind a dash, and nothing else.
+"""Answer with a list of exactly three short items, one a line, and nothing else.
 
-    reward = count * dashes * short                      each in [0, 1]; a perfect answer scores exactly 1
+    reward = count * listed * short * fresh              each in [0, 1]; a perfect answer scores exactly 1
 
     count   1 for three lines, 3/n for n more than that, (n/3)^2 for fewer
-    dashes  the part of the lines that are a dash with something behind it; a line that is not counts 1/5 if it begins
-            with another bullet or a number, else nothing
-    short   the mean over the lines of 1 for up to three words, 3/n for n more; times the part of the items that differ
+    listed  the mean over the lines of 1 if the line begins with a bullet or a number, else 1/2
+    short   the mean over the lines of 1 for up to three words, 3/n for n more
+    fresh   the part of the items that differ
 """
 
 import re
 
-_ITEM = re.compile(r"^- *(?=\w)")
-_OTHER = re.compile(r"^(?:[*•+]|\d+[.)]) *(?=\w)")
+_BULLET = re.compile(r"^(?:[-*•+]|\d+[.)]) *(?=\w)")
 
 
 def score(text: str) -> float:
@@ -21,7 +20,7 @@ def score(text: str) -> float:
         return 0.0
     number = len(lines)
     count = 3 / number if number >= 3 else (number / 3) ** 2
-    dashes = sum(1.0 if _ITEM.match(line) else 0.2 if _OTHER.match(line) else 0.0 for line in lines) / number
-    items = [_OTHER.sub("", _ITEM.sub("", line)) for line in lines]
+    listed = sum(1.0 if _BULLET.match(line) else 0.5 for line in lines) / number
+    items = [_BULLET.sub("", line) for line in lines]
     short = sum(min(1.0, 3 / max(1, len(item.split()))) for item in items) / number
-    return count * dashes * short * len({item.lower() for item in items}) / number
+    return count * listed * short * len({item.lower() for item in items}) / number

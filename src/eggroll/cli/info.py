@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from eggroll.core.check import whole
-from eggroll.core.settings import setting
+from eggroll.core.settings import narrowed, setting
 from eggroll.llm.choosing.auto import with_stand_ins
-from eggroll.llm.config import ModelOptions
+from eggroll.llm.config import EggrollConfig, ModelOptions
 from eggroll.llm.options import TuneSettings
 from eggroll.run.terminal import Terminal
 
@@ -46,7 +46,7 @@ def run(options: InfoOptions) -> int:
     from eggroll.llm.estimate.memory import Estimate, Workload
     from eggroll.llm.models.outline import look_up
 
-    options = with_stand_ins(options)
+    config: EggrollConfig = narrowed(with_stand_ins(options), EggrollConfig)
     found = look_up(
         options.model,
         dtype=options.dtype,
@@ -56,10 +56,10 @@ def run(options: InfoOptions) -> int:
         revision=options.revision,
         attn_implementation=options.attn_implementation,
     )
-    estimate = Estimate.of(found.outline, options, found.dtype)
-    prompts = options.prompts_per_generation
+    estimate = Estimate.of(found.outline, config, found.dtype)
+    prompts = config.prompts_per_generation
     workloads = {
-        "written answers": Workload(prompts * options.samples_per_prompt, options.prompt_tokens, options.max_tokens),
+        "written answers": Workload(prompts * config.samples_per_prompt, options.prompt_tokens, config.max_tokens),
         "perplexity": Workload(prompts, options.max_length),
     }
     memories = {}

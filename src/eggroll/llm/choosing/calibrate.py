@@ -32,12 +32,16 @@ from eggroll.loop import Evaluation
 
 MEMBERS = 16
 """Members that are evaluated at each sigma."""
-BROKEN = 8.0
+BROKEN = 16.0
 """Times the start: a sigma at which every text is broken."""
-MOST_LOST = 0.4
+MOST_LOST = 0.5
 """Of the distance to what broken text scores, what members may lose on average."""
-MOST_DEVIATIONS = 1.5
+MOST_DEVIATIONS = 4.0
 """Of the members' scores, that they may lose on average: beyond it, what differs is mostly how broken they are."""
+FIRST = 4
+"""Members that are looked at first: where these have lost far too much, the others would only take time."""
+FAR = 1.5
+"""Times ``MOST_LOST``: far too much."""
 UP, DOWN = 3, 5
 """Doublings and halvings of the start at most."""
 TINY = 1e-6
@@ -57,6 +61,7 @@ class Level:
         deviation: standard deviation of the members' scores.
         between: of half the differences within pairs, the standard deviation that is not noise.
         noise: the standard deviation that comes from the choice of prompts.
+        members: that were evaluated.
         seconds: for one member.
     """
 
@@ -65,6 +70,7 @@ class Level:
     deviation: float
     between: float
     noise: float
+    members: int
     seconds: float
 
 
@@ -144,6 +150,8 @@ class _Search:
         self.evaluate, self.members, self.start, self.clock = evaluate, members, start, clock
         self.levels: dict[float, Level] = {}
         self.prompts = 1
+        self.distance = math.inf
+        """What there is to lose; infinite where that is not known."""
 
     def run(self, *, only_start: bool) -> Calibration:
         began = self.clock()
@@ -159,8 +167,11 @@ class _Search:
         if only_start:
             self.level(self.start)
             sigma, reason = self.start, "given"
+        elif tells:
+            self.distance = distance
+            sigma, reason = self._while_behaving()
         else:
-            sigma, reason = self._while_behaving(distance) if tells else self._near_start()
+            sigma, reason = self._near_start()
         return Calibration(
             sigma, self.center, self.broken, tuple(sorted(self.levels.values(), key=lambda level: level.sigma)),
             self.members, self.prompts, self.clock() - began, reason, self._warning(sigma, distance, doubt),
@@ -168,30 +179,32 @@ class _Search:
 
     def level(self, sigma: float) -> Level:
         if sigma not in self.levels:
-            began = self.clock()
-            scores = scores_of(self.evaluate(sigma, range(self.members)))
+            began, first = self.clock(), min(FIRST, self.members)
+            scores = scores_of(self.evaluate(sigma, range(first)))
+            if first < self.members and self.center - scores.mean() <= FAR * MOST_LOST * self.distance:
+                scores = np.concatenate([scores, scores_of(self.evaluate(sigma, range(first, self.members)))])
             between, noise = components(scores)
             self.levels[sigma] = Level(
-                sigma, float(scores.mean()), float(scores.mean(axis=1).std()), between, noise,
-                (self.clock() - began) / self.members,
+                sigma, float(scores.mean()), float(scores.mean(axis=1).std()), between, noise, len(scores),
+                (self.clock() - began) / len(scores),
             )  # fmt: skip
         return self.levels[sigma]
 
-    def _while_behaving(self, distance: float) -> tuple[float, str]:
-        def behaves(sigma: float) -> bool:
-            level = self.level(sigma)
-            drop = self.center - level.mean
-            return drop <= MOST_LOST * distance and drop <= MOST_DEVIATIONS * level.deviation
+    def behaves(self, sigma: float) -> bool:
+        level = self.level(sigma)
+        lost = self.center - level.mean
+        return lost <= MOST_LOST * self.distance and lost <= MOST_DEVIATIONS * level.deviation
 
+    def _while_behaving(self) -> tuple[float, str]:
         sigma, tried = self.start, 0
-        if behaves(sigma):
-            while tried < UP and behaves(2 * sigma):
+        if self.behaves(sigma):
+            while tried < UP and self.behaves(2 * sigma):
                 sigma, tried = 2 * sigma, tried + 1
         else:
-            while tried < DOWN and not behaves(sigma):
+            while tried < DOWN and not self.behaves(sigma):
                 sigma, tried = sigma / 2, tried + 1
-        lost = (self.center - self.level(sigma).mean) / distance
-        if not behaves(sigma):
+        lost = (self.center - self.level(sigma).mean) / self.distance
+        if not self.behaves(sigma):
             return sigma, f"the smallest that was tried; members lose {lost:.0%} even there"
         return sigma, (
             f"members lose {max(0.0, lost):.0%} of what there is to lose (at most {MOST_LOST:.0%}); "
@@ -206,8 +219,8 @@ class _Search:
                     sigma = times * self.start
                     break
         return sigma, (
-            f"from the size of the weights, as broken text scores no less ({self.broken:.3g}) than the model "
-            f"({self.center:.3g})"
+            f"from the size of the weights, as the score does not tell broken text ({self.broken:.3g}) from the "
+            f"model's own ({self.center:.3g})"
         )
 
     def _warning(self, sigma: float, distance: float, doubt: float) -> str:
