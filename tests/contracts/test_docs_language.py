@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from judge_server import judging
 from rwkv7_models import saved_pth
 from tiny_models import write_llama
 
@@ -19,7 +20,7 @@ RUN_ELSEWHERE = {
     "docs/start.md", "docs/resume.md",
 }  # fmt: skip
 RUN_HERE = {"docs/tune.md", "docs/tasks.md", "docs/from-trl.md", "docs/serve.md", "docs/rl.md", "docs/rwkv7.md"}
-RUN_HERE |= {"docs/report.md", "docs/quantised.md"}
+RUN_HERE |= {"docs/report.md", "docs/quantised.md", "docs/judges.md"}
 
 
 def blocks(page):
@@ -57,6 +58,19 @@ def test_the_page_on_rewards(tiny):
     names = run("docs/tune.md", {"tokenizer": tiny.tokenizer, "model": tiny.model}, changes=fewer)
     assert names["score"]("One two three four five six seven eight.") == 2.0
     assert Path("evolved-model/config.json").exists()
+
+
+def test_the_page_on_judges(tiny, monkeypatch):
+    monkeypatch.setenv("EGGROLL_CACHE_DIR", str(Path("cache").absolute()))
+    with judging() as server:
+        smaller = [
+            ("http://localhost:8000/v1", server.url),
+            ('"smollm2-135m"', '"runs/short/model"'),
+            ("population_size=32, generations=20", "population_size=4, generations=2, max_tokens=4"),
+        ]
+        names = run("docs/judges.md", {}, changes=smaller)
+        assert len(names["trainer"].history) == 2
+        assert "One polite sentence." in server.requests[0]["messages"][0]["content"]
 
 
 def test_the_page_on_scripts_for_trl(tiny):

