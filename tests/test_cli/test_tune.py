@@ -32,10 +32,12 @@ FLAGS = {
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
         --device --backend --quantize --accept-changes --report-to --seed --trust-remote-code
         --config --revision --attn-implementation --push-to-hub --hub-model-id --hub-private
+        --world/--environment --max-turns --world-timeout --world-failure-score --world-workers
     """,
     "eval": """
         MODEL --task --shots --samples --max-tokens --max-length --temperature --chat --system --batch-size
         --output/-o --dtype --device --quantize --seed --trust-remote-code --config --revision --attn-implementation
+        --max-turns --world-timeout --world-failure-score --world-workers
     """,
     "chat": """
         MODEL --question/-q --only --max-tokens --max-length --temperature --system --chat --seed --dtype --device
@@ -54,7 +56,7 @@ FLAGS = {
         --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
         --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
         --quantized-update --residual-decay --residual-generations --move-threshold --config --revision
-        --attn-implementation
+        --attn-implementation --max-turns --world-timeout --world-failure-score --world-workers
     """,
     "replay": "RUN --to --output/-o --trust-remote-code --allow-difference",
     "report": "RUN -o/--output",

@@ -32,6 +32,7 @@ from eggroll.llm.rewards.columns import check_columns
 from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.tasks import get_task, row_check
 from eggroll.llm.trainer import SPREAD_ADVICE, EggrollTrainer
+from eggroll.llm.worlds.load import WorldSpec, rows_of
 from eggroll.run.run_dir import MODEL as MODEL
 from eggroll.run.run_dir import RunDir
 
@@ -55,6 +56,11 @@ def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None
             return train, load_examples(task.heldout), []
         return train, _load(options.eval_prompts, options), []
     heldout = None if options.eval_prompts is None else _load(options.eval_prompts, options)
+    if options.world is not None and source is None:
+        own, watched = rows_of(options.world)
+        watched = watched if heldout is None else None
+        held = heldout if watched is None else load_examples(watched, purpose="worlds")
+        return load_examples(own, purpose="worlds"), held, []
     if source is not None or options.reward in (None, "perplexity"):
         return _load(source or DEFAULT_DATASET, options), heldout, []
     try:
@@ -68,9 +74,17 @@ def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None
 
 
 def _load(source: str, options: TuneOptions) -> list[Example]:
-    is_text = options.reward in (None, "perplexity") and options.task is None
     check = row_check(options.task or options.reward)
+    if options.world is not None:
+        return load_examples(source, purpose="worlds", check=check)
+    is_text = options.reward in (None, "perplexity") and options.task is None
     return load_examples(source, purpose="text" if is_text else "prompts", check=check)
+
+
+def scored_by(options: TuneOptions) -> Any:
+    """What scores a run, for :func:`~eggroll.llm.rewards.load.as_reward`; ``None`` if nothing is named."""
+    named = options.reward or options.task
+    return named if options.world is None else WorldSpec(options.world, named)
 
 
 def _check_shots(options: TuneOptions) -> None:
@@ -94,12 +108,13 @@ def look(options: TuneOptions) -> Reward:
         EggrollError: one of them is not there, or the reward cannot be loaded.
     """
     _check_shots(options)
-    what = options.reward or options.task
+    what = scored_by(options)
     if what is None and options.resume is None:
         raise ConfigError(
             'eggroll tune needs --reward, which says what is scored: a .py file, "lambda text: ..." or '
             "package.module:function for what the model writes, perplexity for how likely it finds the texts of "
-            "--dataset; or --task NAME, which brings a reward and prompts"
+            "--dataset; or --task NAME, which brings a reward and prompts; or --world FILE.py:Class, which the model "
+            "talks to"
         )
     sources = [source for source in (options.dataset, options.prompts, options.eval_prompts) if source is not None]
     found: list[Any] = []
@@ -140,7 +155,7 @@ def make_worker(options: TuneOptions, reward: Reward | None = None) -> ModelWork
     trainer = EggrollTrainer.from_model_id(
         options.model,
         narrowed(options, EggrollConfig),
-        reward if reward is not None and options.workers is None else options.reward or options.task or "perplexity",
+        reward if reward is not None and options.workers is None else scored_by(options) or "perplexity",
         backend=options.backend,
         workers=options.workers,
         dtype=options.dtype,
@@ -189,7 +204,7 @@ def _plan(options: TuneOptions) -> Plan:
     worker.use(train, heldout)
     # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
     options = dataclasses.replace(options, dtype=worker.setup.dtype_name)  # type: ignore[arg-type]
-    what = options.task or options.reward or "perplexity"
+    what = options.task or options.reward or options.world or "perplexity"
     stem = "lambda" if what.startswith("lambda") else Path(what).stem
 
     def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from eggroll.errors import ConfigError
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import batches
-from eggroll.llm.data.examples import Example, columns_of, load_examples, prompts_of
+from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.measure.answers import Writer
 from eggroll.llm.measure.intervals import Interval, mcnemar, mean_interval, paired_proportions, wilson
 from eggroll.llm.models.loading import LoadedModel
-from eggroll.llm.rewards import FunctionReward
+from eggroll.llm.rewards import FunctionReward, Reward
 from eggroll.llm.tasks import SOLVED, Task
+from eggroll.llm.worlds.reward import WorldReward
 
 __all__ = ["Comparison", "Result", "compare", "draw_problems", "evaluate", "solved"]
 
@@ -33,7 +35,7 @@ class Result:
     """The answers of one model, in the order of the problems; while it answers, the first of them."""
 
     scores: list[float] = field(default_factory=list)
-    completions: list[str] = field(default_factory=list)
+    completions: list[Any] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
 
@@ -108,15 +110,17 @@ def evaluate(
     Raises:
         RewardError: the reward fails.
     """
-    reward = FunctionReward(task.reward, tokenizer=loaded.tokenizer, name=task.name)
-    writer = Writer(loaded, config)
+    reward: Reward = FunctionReward(task.reward, tokenizer=loaded.tokenizer, name=task.name)
+    if task.world is not None:
+        reward = WorldReward(task.world, name=task.name)
+    writer = Writer(loaded, config, reward)
     result, start = Result(), time.perf_counter()
     for first in range(0, len(problems), batch_size):
         batch = problems[first : first + batch_size]
-        completions, tokens = writer.write(batch, first)
-        result.scores += reward.score(prompts_of(batch), completions, columns_of(batch))
-        result.completions += completions
-        result.tokens += tokens
+        scores = writer.scores(batch, first)
+        result.scores += scores.values.tolist()
+        result.completions += scores.completions
+        result.tokens += scores.tokens
         result.seconds = time.perf_counter() - start
         if listener is not None:
             listener(result)

@@ -11,7 +11,10 @@ from eggroll.llm.data.examples import Example
 from eggroll.llm.rewards.base import Reward, function_name
 from eggroll.llm.rewards.functions import NOT_PASSED
 
-SUPPLIED = frozenset({"outputs", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric"})
+SUPPLIED = frozenset(
+    {"outputs", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric"}
+    | {"environments", "world_score"}
+)
 """What a function may ask for besides columns, prompts and completions."""
 
 
