@@ -36,10 +36,12 @@ FLAGS = {
         --minutes
         --judge-url --judge-model --judge-prompt --judge-reference --judge-scale --judge-weight --judge-requests
         --judge-rate --judge-timeout --judge-failures
+        --world/--environment --max-turns --world-timeout --world-failure-score --world-workers
     """,
     "eval": """
         MODEL --task --shots --problems --samples --max-tokens --max-length --temperature --chat --system --batch-size
         --output/-o --dtype --device --quantize --seed --trust-remote-code --config --revision --attn-implementation
+        --max-turns --world-timeout --world-failure-score --world-workers
     """,
     "chat": """
         MODEL --question/-q --only --max-tokens --max-length --temperature --system --chat --seed --dtype --device
@@ -58,7 +60,7 @@ FLAGS = {
         --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
         --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
         --anchored-weight-decay --quantized-update --residual-decay --residual-generations --move-threshold --config
-        --revision --attn-implementation
+        --revision --attn-implementation --max-turns --world-timeout --world-failure-score --world-workers
     """,
     "replay": "RUN --to --output/-o --trust-remote-code --allow-difference",
     "report": "RUN -o/--output",

@@ -18,6 +18,7 @@ from eggroll.cli.asking import check_output
 from eggroll.core.settings import setting
 from eggroll.errors import ConfigError
 from eggroll.llm.config import EggrollConfig, GenerationOptions, ModelOptions
+from eggroll.llm.worlds.options import WorldOptions
 from eggroll.run.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(ModelOptions, GenerationOptions):
+class EvalOptions(ModelOptions, WorldOptions, GenerationOptions):
     """Everything that ``eggroll eval`` can be told."""
 
     models: tuple[str, ...] = setting(positional="MODEL [MODEL]")
     """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m,
     gemma3-270m, qwen2.5-coder-1.5b."""
     task: str = setting()
-    """countdown, gsm8k, one_sentence, zeros, reasoning-gym:NAME, or a suite: aime24, aime25, amc, math500, minerva,
-    olympiad."""
+    """countdown, gsm8k, guess_number, one_sentence, zeros, reasoning-gym:NAME, or a suite: aime24, aime25, amc,
+    math500, minerva, olympiad."""
     shots: int = 0
     """Worked examples before each problem (countdown, gsm8k)."""
     problems: int | None = None
@@ -49,6 +50,8 @@ class EvalOptions(ModelOptions, GenerationOptions):
     """Longest prompt in tokens (default: the task's)."""
     system: str | None = None
     """A system prompt (default: the task's)."""
+    max_turns: int | None = None  # type: ignore[assignment]
+    """Most completions in a conversation with a world (default: the task's)."""
     batch_size: int = 16
     """Answers made together."""
     output: str | None = setting(None, flags=("-o",))
@@ -85,6 +88,12 @@ class EvalOptions(ModelOptions, GenerationOptions):
             chat=self.chat,
             system=task.system if self.system is None else self.system,
             seed=self.seed,
+            max_turns=task.settings.get("max_turns", EggrollConfig.max_turns)
+            if self.max_turns is None
+            else self.max_turns,
+            world_timeout=self.world_timeout,
+            world_failure_score=self.world_failure_score,
+            world_workers=self.world_workers,
         )
 
 

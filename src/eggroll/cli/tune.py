@@ -140,7 +140,10 @@ def repository_name(folder: str) -> str:
 
 def _text(sample: Any) -> tuple[str, float | None]:
     if isinstance(sample, dict):
-        return str(sample.get("completion", "")), sample.get("reward")
+        said = sample.get("completion", "")
+        if isinstance(said, list):  # a conversation with a world
+            said = " | ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in said)
+        return str(said), sample.get("reward")
     return str(sample), None
 
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from eggroll.llm.tasks import Task as Task
     from eggroll.llm.tasks import get_task as get_task
     from eggroll.llm.trainer import EggrollTrainer as EggrollTrainer
+    from eggroll.llm.worlds.reward import WorldReward as WorldReward
+    from eggroll.llm.worlds.world import Turn as Turn
+    from eggroll.llm.worlds.world import World as World
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -49,6 +52,9 @@ __getattr__, __dir__, __all__ = attach(
         "Reward": "eggroll.llm.rewards",
         "Task": "eggroll.llm.tasks",
         "TextReward": "eggroll.llm.rewards",
+        "Turn": "eggroll.llm.worlds.world",
+        "World": "eggroll.llm.worlds.world",
+        "WorldReward": "eggroll.llm.worlds.reward",
         "get_task": "eggroll.llm.tasks",
         "load": "eggroll.llm.models.loading",
         "load_examples": "eggroll.llm.data.examples",

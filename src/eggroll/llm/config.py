@@ -8,6 +8,7 @@ from typing import Literal
 from eggroll.core.check import is_number, whole
 from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName, QuantizedUpdate
 from eggroll.core.settings import setting
+from eggroll.llm.worlds.options import WorldOptions, world_problems
 from eggroll.run.options import DeviceOptions
 
 Quantize = Literal["auto", "none", "int8", "int4", "gguf"]
@@ -49,7 +50,7 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EggrollConfig(GenerationOptions, ForwardOptions, ESConfig):
+class EggrollConfig(WorldOptions, GenerationOptions, ForwardOptions, ESConfig):
     """How a language model is evolved.
 
     ``target_modules=None`` evolves all matrices but the embedding and the output head; ``embeddings``, ``head`` and
@@ -99,6 +100,7 @@ class EggrollConfig(GenerationOptions, ForwardOptions, ESConfig):
             "samples_per_generation": 0,
         }
         found += whole(self, **minima)
+        found += world_problems(self)
         at_once = self.members_per_forward
         if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
             found.append(f"members_per_forward (={at_once}) must be at least 1, or None to choose by memory")

@@ -36,6 +36,7 @@ from eggroll.llm.rewards.columns import check_columns
 from eggroll.llm.rewards.load import as_reward
 from eggroll.llm.tasks import check_trainable, get_task, row_check
 from eggroll.llm.trainer import SPREAD_ADVICE, EggrollTrainer
+from eggroll.llm.worlds.load import WorldSpec, rows_of
 from eggroll.run.run_dir import MODEL as MODEL
 from eggroll.run.run_dir import RunDir
 
@@ -59,6 +60,11 @@ def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None
             return train, load_examples(task.heldout), []
         return train, _load(options.eval_prompts, options), []
     heldout = None if options.eval_prompts is None else _load(options.eval_prompts, options)
+    if options.world is not None and source is None:
+        own, watched = rows_of(options.world)
+        watched = watched if heldout is None else None
+        held = heldout if watched is None else load_examples(watched, purpose="worlds")
+        return load_examples(own, purpose="worlds"), held, []
     answers = options.judge_url is not None or options.reward not in (None, "perplexity")
     if source is not None or not answers:
         return _load(source or DEFAULT_DATASET, options), heldout, []
@@ -74,9 +80,18 @@ def load_data(options: TuneOptions) -> tuple[list[Example], list[Example] | None
 
 
 def _load(source: str, options: TuneOptions) -> list[Example]:
-    is_text = options.reward in (None, "perplexity") and options.task is None and options.judge_url is None
     check = row_check(options.task or options.reward)
+    if options.world is not None:
+        return load_examples(source, purpose="worlds", check=check)
+    is_text = options.reward in (None, "perplexity") and options.task is None and options.judge_url is None
     return load_examples(source, purpose="text" if is_text else "prompts", check=check)
+
+
+def scored_by(options: TuneOptions) -> Any:
+    """What scores a run, for :func:`~eggroll.llm.rewards.load.as_reward`; ``None`` if nothing is named."""
+    judged = options.judge_url is not None or options.judge_model is not None
+    named = reward_of(options) if judged else options.reward or options.task
+    return named if options.world is None else WorldSpec(options.world, named)
 
 
 def _check_shots(options: TuneOptions) -> None:
@@ -101,17 +116,19 @@ def look(options: TuneOptions) -> Reward:
     """
     check_trainable(options.task)
     _check_shots(options)
-    if not (options.reward or options.task or options.judge_url or options.judge_model or options.resume):
+    judged = options.judge_url or options.judge_model
+    if not (options.reward or options.task or options.world or judged or options.resume):
         raise ConfigError(
             'eggroll tune needs --reward, which says what is scored: a .py file, "lambda text: ..." or '
             "package.module:function for what the model writes, perplexity for how likely it finds the texts of "
-            "--dataset; or --task NAME, which brings a reward and prompts; or --judge-url, a model that grades"
+            "--dataset; or --task NAME, which brings a reward and prompts; or --judge-url, a model that grades; or "
+            "--world FILE.py:Class, which the model talks to"
         )
     sources = [source for source in (options.dataset, options.prompts, options.eval_prompts) if source is not None]
     found: list[Any] = []
     problems: list[EggrollError] = []
     looks: list[Callable[[], Any]] = [
-        lambda: as_reward(reward_of(options), None),
+        lambda: as_reward(scored_by(options) or "perplexity", None),
         partial(check_place, options.model, options.revision),
         *(partial(check_source, source) for source in sources),
         *([partial(check_push, options.hub_model_id)] if options.push_to_hub else []),
@@ -146,7 +163,7 @@ def make_worker(options: TuneOptions, reward: Reward | None = None) -> ModelWork
     trainer = EggrollTrainer.from_model_id(
         options.model,
         narrowed(options, EggrollConfig),
-        reward if reward is not None and options.workers is None else reward_of(options),
+        reward if reward is not None and options.workers is None else scored_by(options) or "perplexity",
         backend=options.backend,
         workers=options.workers,
         dtype=options.dtype,
@@ -237,7 +254,7 @@ def _planned(options: TuneOptions, worker: ModelWorker, data: Data, choice: Choi
     # What was chosen automatically is part of the run from now on, so that it is the same when resumed.
     options = dataclasses.replace(options, dtype=worker.setup.dtype_name)  # type: ignore[arg-type]
     chosen = () if choice is None else choice.lines
-    what = options.task or options.reward or ("judge" if options.judge_url else "perplexity")
+    what = options.task or options.reward or options.world or ("judge" if options.judge_url else "perplexity")
     stem = "lambda" if what.startswith("lambda") else Path(what).stem
 
     def finish(worker: ModelWorker, run: RunDir, sitting: Sitting) -> dict[str, Any]:

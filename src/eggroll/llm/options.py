@@ -73,11 +73,15 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, JudgeOptions, TuneSet
     """Hub id, local directory, .gguf file, or smollm2-135m, gemma3-270m, qwen2.5-coder-1.5b."""
     reward: str | None = setting(None, flags=("-r",), runs_code=_is_program)
     """perplexity, a .py file, "lambda text: ...", package.module:function, or a task; needed without --task and
-    --judge-url."""
+    --judge-url or --world."""
     task: str | None = None
-    """countdown, gsm8k, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts and settings."""
+    """countdown, gsm8k, guess_number, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts
+    and settings."""
     shots: int = 0
     """Worked examples before each problem of a task (countdown, gsm8k)."""
+    world: str | None = setting(None, flags=("--environment",), runs_code=bool)
+    """A world that the model talks to, FILE.py:Class or package.module:Class (also one for TRL's
+    environment_factory)."""
     dataset: str | None = setting(None, flags=("-d",))
     """Training data: hub id (name or name:config), .jsonl, .txt, .csv, .parquet or folder (default: wikitext-2)."""
     prompts: str | None = None

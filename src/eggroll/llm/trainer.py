@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from eggroll.llm.backends.worker import ModelWorker
 from eggroll.llm.config import Attention, EggrollConfig, Quantize
 from eggroll.llm.judging import unscored_line
 from eggroll.llm.models.push import check_push, later, push
+from eggroll.llm.worlds.load import with_world
 from eggroll.loop import Listener, Loop
 from eggroll.run.keeping import Keep, Kept, check_keep, check_patience
 from eggroll.run.lock import locked
@@ -49,12 +50,24 @@ class EggrollTrainer:
         reward: a :class:`~eggroll.llm.rewards.Reward`, a TRL-style function ``reward(prompts, completions,
             **columns)``, a list of those, or ``score(text) -> float``.
         tokenizer: the model's tokenizer.
+        environment_factory, tools: see :meth:`from_model_id`.
 
     Raises:
         MemoryBudgetError: the run cannot fit into this machine's memory.
     """
 
-    def __init__(self, model: Any, config: EggrollConfig, reward: Any, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: EggrollConfig,
+        reward: Any,
+        tokenizer: Any,
+        *,
+        environment_factory: Any = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+    ) -> None:
+        if environment_factory is not None or tools:
+            reward = with_world(reward, environment_factory, tools, tokenizer=tokenizer)
         self._hold(worker_of(model, config, reward, tokenizer))
 
     @classmethod
@@ -62,8 +75,10 @@ class EggrollTrainer:
         cls,
         model: str,
         config: EggrollConfig,
-        reward: Any,
+        reward: Any = None,
         *,
+        environment_factory: Any = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
         workers: int | None = None,
         backend: BackendName = "torch",
         dtype: str = "auto",
@@ -86,7 +101,11 @@ class EggrollTrainer:
         Args:
             model: directory, hub id, ``.gguf`` file or alias.
             config: the settings.
-            reward: as for the class, or a name for :func:`~eggroll.llm.rewards.load.load_reward`.
+            reward: as for the class, or a name for :func:`~eggroll.llm.rewards.load.load_reward`. ``None`` where the
+                world or environment scores by itself.
+            environment_factory: makes what the model talks to, as for TRL's ``GRPOTrainer``, or a class of
+                :class:`~eggroll.llm.worlds.world.World`.
+            tools: functions that the model may call, with type hints and docstrings.
             workers: number of processes that score members; ``None`` uses this process alone.
             backend, dtype, device, engine_args, trust_remote_code, quantize, revision, attn_implementation: see
                 :class:`~eggroll.llm.backends.build.WorkerFactory`.
@@ -96,6 +115,8 @@ class EggrollTrainer:
             ConfigError: settings, backend and workers do not fit each other.
             EggrollError: the model, the reward or the engine cannot be had.
         """
+        if environment_factory is not None or tools or reward is None:
+            reward = with_world(reward, environment_factory, tools)
         factory = WorkerFactory(
             model=model, config=config, reward=reward, backend=backend, dtype=dtype, device=device,
             engine_args=engine_args or {}, trust_remote_code=trust_remote_code, quantize=quantize,

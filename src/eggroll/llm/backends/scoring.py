@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from eggroll.distributed.host import check_taken_back
-from eggroll.errors import RewardError
+from eggroll.errors import ConfigError, RewardError
 from eggroll.llm.backends.passes import fill_unscored, reduce_samples
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
@@ -24,10 +24,13 @@ from eggroll.llm.estimate.expect import announce_if_slow
 from eggroll.llm.generation.chat import plain_text
 from eggroll.llm.generation.defaults import GenerationDefaults
 from eggroll.llm.generation.encode import Encoded, encode_prompts
-from eggroll.llm.rewards import Reward
+from eggroll.llm.rewards import FunctionReward, Reward
 from eggroll.llm.rewards.base import Unscored, as_scores, guarded
 from eggroll.llm.rewards.event_loop import finished
 from eggroll.llm.rewards.notes import Notes, noting, with_extra
+from eggroll.llm.worlds.reward import world_of
+from eggroll.llm.worlds.rollout import Speaker
+from eggroll.llm.worlds.scoring import Worlds
 from eggroll.loop import Evaluation, Heldout
 
 LOGGED, HELDOUT_LOGGED = "rewards/", "heldout_rewards/"
@@ -43,14 +46,16 @@ class Scores:
     """Scores of some rows: ``values (rows,)``, what was written (text rewards only), tokens processed.
 
     ``extra`` are columns that a reward has logged, with a value for each row; ``unscored (rows,)`` are the rows whose
-    value stands for nothing.
+    value stands for nothing. Where worlds are, completions are lists of messages, and ``prompts`` what conversations
+    began with.
     """
 
     values: NDArray[np.float64]
-    completions: list[str] = field(default_factory=list)
+    completions: Sequence[Any] = field(default_factory=list)
     tokens: int = 0
     extra: dict[str, list[Any]] = field(default_factory=dict)
     unscored: NDArray[np.bool_] | None = None
+    prompts: Sequence[Any] | None = None
 
     def missing(self, members: int) -> NDArray[np.bool_]:
         """``unscored`` member by member, ``(members, rows of each)``."""
@@ -74,6 +79,7 @@ class Evaluator(ABC):
 
     def __init__(self, tokenizer: Any, reward: Reward, config: EggrollConfig, eos_ids: Sequence[int]) -> None:
         self.tokenizer, self.reward, self.config, self.eos_ids = tokenizer, reward, config, list(eos_ids)
+        self.worlds = Worlds.of(reward, tokenizer, config, self.eos_ids)
         self.note = ""
         self._timed = False
 
@@ -101,6 +107,15 @@ class Evaluator(ABC):
 
         A prompt's samples are consecutive rows of the batch. Without ``active`` it is the center that writes.
         """
+
+    def speaker(self, batch: Sequence[Example], active: Any, generation: int, members: range) -> Speaker:
+        """Lets the rows of a batch hold conversations: what :meth:`complete` is for one completion.
+
+        Raises:
+            ConfigError: the backend cannot.
+        """
+        name = getattr(world_of(self.reward), "name", "")
+        raise ConfigError(f"conversations with the world {name} need --backend torch (backend='torch')")
 
     @abstractmethod
     def center_prompts(self, batch: Sequence[Example]) -> int:
@@ -143,7 +158,7 @@ class Evaluator(ABC):
                     samples += self._samples(batch, group, table, scores, generation)
         table, unscored = np.concatenate(tables), np.concatenate(missing)
         share = self._share_unscored(unscored, notes, "the generation")
-        metrics = {"draw_s": drawn, **share, **notes.means(LOGGED)}
+        metrics = {"draw_s": drawn, **share, **notes.means(LOGGED), **self._world_metrics()}
         return Evaluation(self._reduced(self._filled(table, unscored)), metrics, tokens, samples)
 
     @torch.no_grad()
@@ -164,13 +179,21 @@ class Evaluator(ABC):
                 for row, (example, completion, value) in enumerate(
                     zip(part, scores.completions[::times], reduced, strict=False)
                 ):
-                    sample = _sample(HELDOUT_MEMBER, example, completion, value, "heldout")
+                    prompt = example.prompt if scores.prompts is None else scores.prompts[row * times]
+                    sample = _sample(HELDOUT_MEMBER, prompt, completion, value, "heldout")
                     samples.append(with_extra(sample, scores.extra, row * times))
         self._share_unscored(np.concatenate(missing, axis=1), notes, "the held-out data")
         table = np.concatenate(values)
         finite = table[np.isfinite(table)]
         mean = float(finite.mean()) if finite.size else float("nan")
-        return Heldout(mean, samples, notes.means(HELDOUT_LOGGED))
+        found = {f"heldout_{name}": value for name, value in self._world_metrics().items()}
+        return Heldout(mean, samples, {**notes.means(HELDOUT_LOGGED), **found})
+
+    @torch.no_grad()
+    def center_scores(self, batch: Sequence[Example], number: int) -> Scores:
+        """What the center writes to some prompts, with its scores; ``number`` takes the place of a generation."""
+        with noting(0, 0) as notes:
+            return self._score(batch, None, number, range(1), notes)
 
     def encode(self, batch: Sequence[Example]) -> Encoded:
         """Prompts as token ids, the same for every backend."""
@@ -193,21 +216,30 @@ class Evaluator(ABC):
     def _score(self, batch: Batch, active: Any, generation: int, members: range, notes: Notes) -> Scores:
         """Weighted scores of ``len(members)`` members (or the center) on a batch, member by member."""
         total: NDArray[np.float64] | float = 0.0
-        completions: list[str] = []
+        completions: Sequence[Any] = []
         parts: dict[str, list[float]] = {}
         unscored: NDArray[np.bool_] | None = None
-        tokens = 0
+        tokens, talk = 0, None
         if self.needs("text"):
             if isinstance(batch, dict):
                 batch = _examples_of(batch, self.tokenizer)
-            completions, tokens = self.complete(batch, active, generation, members)
+            if self.worlds is None:
+                completions, tokens = self.complete(batch, active, generation, members)
+            else:
+                speaker = self.speaker(batch, active, generation, members)
+                talk = self.worlds.hold(batch, speaker, len(members))
+                completions, tokens = talk.completions, talk.tokens
         for part, weight in self.reward.parts:
             if part.needs == "text":
                 assert not isinstance(batch, dict)
-                prompts = prompts_of(batch) * len(members)
-                columns = {key: values * len(members) for key, values in columns_of(batch).items()}
+                if talk is None:
+                    prompts, texts = prompts_of(batch) * len(members), completions
+                    columns = {key: values * len(members) for key, values in columns_of(batch).items()}
+                else:  # only TRL's functions know completions of several messages
+                    prompts, columns = talk.prompts, talk.columns
+                    texts = talk.completions if isinstance(part, FunctionReward) else talk.texts
                 with guarded(f"reward {part.name!r}"):  # also of a class of the user's own
-                    found = finished(part.score(prompts, completions, columns))
+                    found = finished(part.score(prompts, texts, columns))
                 checked = as_scores(found, len(completions), f"reward {part.name!r}")
                 values = np.asarray(checked, dtype=np.float64)
                 without = np.array([isinstance(value, Unscored) for value in checked])
@@ -218,7 +250,14 @@ class Evaluator(ABC):
             total = total + weight * values
             if len(self.reward.parts) > 1 and np.size(values) == len(completions):
                 parts[part.name] = np.ravel(values).tolist()
-        return Scores(np.asarray(total), completions, tokens, {**parts, **notes.take_extra()}, unscored)
+        extra = {**parts, **notes.take_extra()}
+        if talk is None or self.worlds is None:
+            return Scores(np.asarray(total), completions, tokens, extra, unscored)
+        settled = self.worlds.settled(np.asarray(total), talk)
+        return Scores(settled, completions, tokens, {**talk.extra, **extra}, unscored, talk.prompts)
+
+    def _world_metrics(self) -> dict[str, float]:
+        return {} if self.worlds is None else self.worlds.take_counts()
 
     def _repeated(self, batch: Batch) -> Batch:
         """Each prompt as often as it is sampled, one after the other."""
@@ -271,16 +310,17 @@ class Evaluator(ABC):
         found = []
         for row, member in chosen:
             place = row * len(batch) + index
-            sample = _sample(member, batch[index], scores.completions[place], table[row, index], "train")
+            prompt = batch[index].prompt if scores.prompts is None else scores.prompts[place]
+            sample = _sample(member, prompt, scores.completions[place], table[row, index], "train")
             found.append(with_extra(sample, scores.extra, place))
         return found
 
 
-def _sample(member: int, example: Example, completion: str, score: float, split: str) -> dict[str, Any]:
+def _sample(member: int, prompt: Any, completion: Any, score: float, split: str) -> dict[str, Any]:
     """A row of ``samples.jsonl``."""
     return {
         "member": member,
-        "prompt": plain_text(example.prompt or ""),
+        "prompt": plain_text(prompt or ""),
         "completion": completion,
         "reward": float(score),
         "split": split,

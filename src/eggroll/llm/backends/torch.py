@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eggroll.errors import ModelError, UnsupportedOperationError
 from eggroll.llm.backends.scoring import Evaluator, eos_ids
+from eggroll.llm.backends.turns import RowSelection, TurnSpeaker
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
 from eggroll.llm.data.examples import Example
@@ -167,7 +168,7 @@ class TorchEvaluator(Evaluator):
         select = None
         if active is not None:
             ids, mask = active.expand(ids), active.expand(mask)
-            select = _RowSelection(active, len(batch))
+            select = RowSelection(active, torch.arange(active.members).repeat_interleave(len(batch)))
         rows = [member * len(batch) + index for member in members for index in range(len(batch))]
         made = generate(
             self.model,
@@ -182,6 +183,15 @@ class TorchEvaluator(Evaluator):
             defaults=self.defaults,
         )
         return self.tokenizer.batch_decode(made, skip_special_tokens=True), sum(map(len, made))
+
+    def speaker(self, batch: Sequence[Example], active: Active | None, generation: int, members: range) -> TurnSpeaker:
+        """Lets the rows of a batch hold conversations; caches are kept between their turns where that can be done."""
+        rows = [member * len(batch) + index for member in members for index in range(len(batch))]
+        return TurnSpeaker(self, active, generation, rows, len(batch))
+
+    def checked_ids(self, ids: Tensor) -> Tensor:
+        """Token ids on the model's device; refuses those that the model has no embedding of."""
+        return self._known(ids).to(self.device)
 
     def _known(self, ids: Tensor) -> Tensor:
         """Token ids as they are.
@@ -234,15 +244,3 @@ class TorchEvaluator(Evaluator):
             inputs = {key: active.expand(x) for key, x in inputs.items()}
         values = part.log_likelihood(self.model, inputs)
         return values.double().cpu().numpy(), int(inputs["input_ids"].numel())
-
-
-class _RowSelection:
-    """Keeps track of which member each remaining row belongs to."""
-
-    def __init__(self, active: Active, rows_per_member: int) -> None:
-        self.active = active
-        self.member_of_row = torch.arange(active.members).repeat_interleave(rows_per_member)
-
-    def __call__(self, keep: Tensor) -> None:
-        self.member_of_row = self.member_of_row[keep.cpu()]
-        self.active.select_rows(self.member_of_row.to(keep.device))

@@ -24,7 +24,7 @@ from eggroll.llm.data.tables import rows_of_object
 from eggroll.llm.models.hub import offline_hint, offline_if_unreachable
 
 Message = dict[str, Any]
-Purpose = Literal["prompts", "text"]
+Purpose = Literal["prompts", "text", "worlds"]
 
 PROMPT_COLUMNS = ("prompt", "messages", "question", "instruction", "text", "problem")
 """Where a prompt is looked for, in this order."""
@@ -67,7 +67,7 @@ def load_examples(
             it, if there are any.
         limit: read at most so many examples.
         purpose: how a ``.txt`` file is cut: ``prompts`` takes one per line, ``text`` takes paragraphs (separated by
-            empty lines).
+            empty lines). For ``worlds`` a row needs no prompt, since a world may begin by itself.
         check: raises ``DataError`` about the columns of a row that the reward cannot use; the message then says which
             row of what it is.
 
@@ -77,6 +77,8 @@ def load_examples(
     if limit is not None and limit < 1:
         raise DataError(f"limit (={limit}) must be at least 1, or None for all examples")
     label, rows = _rows(source, split, purpose)
+    if purpose == "worlds":
+        rows = map(_with_prompt, rows)
     examples = (_example(row, f"{label}, row {number}", check) for number, row in enumerate(rows, start=1))
     found = list(itertools.islice((example for example in examples if not _is_blank(example)), limit))
     if not found:
@@ -218,6 +220,13 @@ def _rows_of_hub(source: str, split: str) -> Iterator[Any]:
             f"written name:config; without a network{offline_hint()}, give a .jsonl or .txt file"
         ) from error
     yield from found
+
+
+def _with_prompt(row: Any) -> Any:
+    """A row for a world; one without a prompt begins with an empty message of the user's, as with TRL."""
+    if not isinstance(row, Mapping) or any(row.get(name) is not None for name in PROMPT_COLUMNS):
+        return row
+    return {**row, "prompt": [{"role": "user", "content": ""}]}
 
 
 def _example(row: Any, where: str, check: Callable[[dict[str, Any]], None] | None) -> Example:

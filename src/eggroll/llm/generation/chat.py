@@ -102,10 +102,12 @@ def apply_template(
     *,
     system: str | None = None,
     tokenize: bool = False,
+    closed: bool = False,
 ) -> Any:
     """What a tokenizer's ``apply_chat_template`` makes of a conversation: text, or token ids.
 
-    The assistant's turn is opened at the end; a last turn of the assistant's is left open instead.
+    The assistant's turn is opened at the end; a last turn of the assistant's is left open instead. With ``closed`` the
+    conversation is written as it is.
 
     Raises:
         DataError: the template refuses the conversation.
@@ -115,12 +117,12 @@ def apply_template(
         arguments["return_dict"] = False
     if system and not any(message["role"] == "system" for message in messages):
         try:
-            return _apply(tokenizer, [{"role": "system", "content": system}, *messages], arguments)
+            return _apply(tokenizer, [{"role": "system", "content": system}, *messages], arguments, closed)
         except Exception:
             # templates without a system role raise an error of their own; the first user turn takes the text instead
             messages = _into_user_turn(messages, system)
     try:
-        return _apply(tokenizer, messages, arguments)
+        return _apply(tokenizer, messages, arguments, closed)
     except Exception as error:
         roles = [message.get("role") for message in messages]
         raise DataError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
@@ -169,17 +171,20 @@ def template_arguments(tokenizer: Any, columns: Mapping[str, Any]) -> dict[str, 
     return {**found, "tools": list(tools)}
 
 
-def as_conversational(prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[list[Prompt], list[Any]]:
+def as_conversational(
+    prompts: Sequence[Prompt], completions: Sequence[str | list[Message]]
+) -> tuple[list[Prompt], list[Any]]:
     """Prompts and completions as TRL hands them to a reward.
 
     For a string prompt both stay strings. For a conversation the completion becomes
     ``[{"role": "assistant", "content": ...}]``; if the prompt ends with an assistant turn that the model continued,
-    that turn moves from the prompt to the front of the completion.
+    that turn moves from the prompt to the front of the completion. A completion that is a list of messages already
+    stays as it is.
     """
     shown: list[Prompt] = []
     answers: list[Any] = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) or not isinstance(completion, str):
             shown.append(prompt)
             answers.append(completion)
             continue
@@ -187,6 +192,13 @@ def as_conversational(prompts: Sequence[Prompt], completions: Sequence[str]) -> 
         shown.append(prompt if begun is None else prompt[:-1])
         answers.append([{"role": "assistant", "content": (begun or "") + completion}])
     return shown, answers
+
+
+def last_answer(completion: str | Sequence[Message]) -> str:
+    """What a model said last: a completion of text as it is, of messages the last one of the assistant's."""
+    if isinstance(completion, str):
+        return completion
+    return next((str(m["content"]) for m in reversed(completion) if m["role"] == "assistant"), "")
 
 
 def plain_text(prompt: Prompt) -> str:
@@ -207,10 +219,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _apply(tokenizer: Any, messages: list[Message], arguments: Mapping[str, Any]) -> Any:
-    continued = messages[-1]["role"] == "assistant"
+def _apply(tokenizer: Any, messages: list[Message], arguments: Mapping[str, Any], closed: bool = False) -> Any:
+    continued = messages[-1]["role"] == "assistant" and not closed
     return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=not continued, continue_final_message=continued, **arguments
+        messages, add_generation_prompt=not continued and not closed, continue_final_message=continued, **arguments
     )
 
 

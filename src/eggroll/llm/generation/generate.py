@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eggroll.core.threefry import fold_in, seed_key
 from eggroll.llm.generation.defaults import GenerationDefaults, Processing
+from eggroll.llm.generation.memory import Memory
 from eggroll.llm.generation.prefix import common_prefix, plain_cache, spread
 from eggroll.torch.threefry import random_bits
 
@@ -39,12 +40,13 @@ class Sampling:
     keys: np.ndarray | None = None
 
     @classmethod
-    def for_rows(cls, temperature: float, seed: int, generation: int, rows: Sequence[int]) -> Sampling:
-        """Keys for rows that are numbered through a generation (member times prompts plus prompt)."""
+    def for_rows(cls, temperature: float, seed: int, generation: int, rows: Sequence[int], turn: int = 0) -> Sampling:
+        """Keys for rows that are numbered through a generation (member times prompts plus prompt), and for a turn."""
         if temperature == 0.0:
             return cls()
         base = fold_in(fold_in(seed_key(seed), SAMPLING_STREAM), generation)
-        return cls(temperature, np.array([fold_in(base, row) for row in rows], dtype=np.uint32))
+        keys = [fold_in(base, row) for row in rows]
+        return cls(temperature, np.array([fold_in(key, turn) if turn else key for key in keys], dtype=np.uint32))
 
     def choose(self, logits_RV: Tensor, step: int, rows: Tensor) -> Tensor:
         """The next token of each row: ``(R,)``."""
@@ -70,6 +72,7 @@ def generate(
     select_rows: Callable[[Tensor], None] | None = None,
     prompts: int | None = None,
     defaults: GenerationDefaults | None = None,
+    memory: Memory | None = None,
 ) -> list[list[int]]:
     """Continue every row until it ends or ``max_tokens`` are made.
 
@@ -86,6 +89,7 @@ def generate(
         prompts: the rows are so many prompts, the same ones for each member in turn; what these have in common at
             their beginning is then computed once per member. ``None`` computes every row by itself.
         defaults: what is applied of the model's generation config, which is not looked at here; nothing by default.
+        memory: the rows go on where they stopped in an earlier call, and what is computed of them is kept in it.
 
     Returns:
         One list of token ids per row, without the prompt.
@@ -114,8 +118,16 @@ def generate(
             given.pop("position_ids")
         return model(use_cache=True, **given, **extra)
 
+    def written(rows: Tensor, step: int) -> list[Tensor]:
+        """What the cache has of the rows' own tokens after the forward of a step."""
+        return [made[row, : min(int(lengths[row]), step)] for row in rows.tolist()]
+
     cache: Any = None
-    shared = common_prefix(tokens[:prompts], mask[:prompts]) if prompts else 0
+    known = 0
+    if memory is not None:
+        cache, known = memory.recall(input_ids, attention_mask)
+        tokens, positions = tokens[:, known:], positions[:, known:]
+    shared = common_prefix(tokens[:prompts], mask[:prompts]) if prompts and not known else 0
     if shared and prompts and getattr(model, "cache_has_rows", False):
         cache, mask = _shared_state(forward, tokens, mask, positions, prompts, shared)
         tokens, positions = tokens[:, shared:], positions[:, shared:]
@@ -138,6 +150,9 @@ def generate(
             break
         if select_rows is not None and len(alive) - remaining >= COMPACT_FRACTION * len(alive):
             keep = open_rows.nonzero().squeeze(1)
+            if memory is not None:
+                cut = (~open_rows).nonzero().squeeze(1)
+                memory.keep(cache, cut, alive[cut], input_ids, attention_mask, written(alive[cut], step))
             cache.batch_select_indices(keep)
             select_rows(keep)
             alive, chosen, mask, positions = alive[keep], chosen[keep], mask[keep], positions[keep]
@@ -145,6 +160,8 @@ def generate(
         tokens = chosen.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         positions = positions[:, -1:] + 1
+    if memory is not None:
+        memory.keep(cache, None, alive, input_ids, attention_mask, written(alive, step))
     return [row[:length] for row, length in zip(made.tolist(), lengths.tolist(), strict=True)]
 
 

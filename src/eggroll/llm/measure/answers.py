@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from eggroll.llm.backends.scoring import Scores
 from eggroll.llm.backends.torch import TorchEvaluator
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example
 from eggroll.llm.generation.encode import encode_prompts
 from eggroll.llm.models.loading import LoadedModel
-from eggroll.llm.rewards import FunctionReward
+from eggroll.llm.rewards import FunctionReward, Reward
 from eggroll.torch import Population
 
 __all__ = ["Conversation", "Writer"]
@@ -26,14 +27,16 @@ class Writer:
 
     Args:
         loaded: the model and its tokenizer.
-        config: ``max_tokens``, ``max_length``, ``temperature``, ``chat``, ``system`` and ``seed`` are used.
+        config: ``max_tokens``, ``max_length``, ``temperature``, ``chat``, ``system`` and ``seed`` are used, and those
+            of worlds.
+        reward: for :meth:`scores`.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EggrollConfig) -> None:
+    def __init__(self, loaded: LoadedModel, config: EggrollConfig, reward: Reward | None = None) -> None:
         self.tokenizer: Any = loaded.tokenizer
         self.config = dataclasses.replace(config, population_size=2, rank=1)
         population = Population(loaded.model, population_size=2, rank=1)  # its center is the model; no member is made
-        reward = FunctionReward(_unscored, tokenizer=loaded.tokenizer, name="none")
+        reward = reward or FunctionReward(_unscored, tokenizer=loaded.tokenizer, name="none")
         self.evaluator = TorchEvaluator(population, loaded.tokenizer, reward, self.config)
 
     @torch.no_grad()
@@ -49,6 +52,17 @@ class Writer:
             DataError: the tokenizer's chat template refuses a prompt.
         """
         return self.evaluator.complete(batch, None, number, range(1))
+
+    def scores(self, batch: Sequence[Example], number: int) -> Scores:
+        """What the reward says of the answers to some prompts, or of the conversations that begin with them.
+
+        Args:
+            batch, number: see :meth:`write`.
+
+        Raises:
+            RewardError: the reward fails.
+        """
+        return self.evaluator.center_scores(batch, number)
 
     @property
     def converses(self) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import comb
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 from eggroll.errors import ConfigError
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import batches
-from eggroll.llm.data.examples import Example, columns_of, load_examples, prompts_of
+from eggroll.llm.data.examples import Example, load_examples
 from eggroll.llm.measure.answers import Writer
 from eggroll.llm.measure.intervals import Interval, mcnemar, mean_interval, paired_proportions, wilson
 from eggroll.llm.models.loading import LoadedModel
-from eggroll.llm.rewards import FunctionReward
+from eggroll.llm.rewards import FunctionReward, Reward
 from eggroll.llm.tasks import SOLVED, Task
+from eggroll.llm.worlds.reward import WorldReward
 
 __all__ = ["Comparison", "Result", "compare", "draw_problems", "evaluate", "ks_of", "pass_at", "solved"]
 
@@ -41,7 +43,7 @@ class Result:
     """
 
     scores: list[float] = field(default_factory=list)
-    completions: list[str] = field(default_factory=list)
+    completions: list[Any] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
     samples: int = 1
@@ -149,16 +151,18 @@ def evaluate(
     Raises:
         RewardError: the reward fails.
     """
-    reward = FunctionReward(task.reward, tokenizer=loaded.tokenizer, name=task.name)
-    writer = Writer(loaded, config)
+    reward: Reward = FunctionReward(task.reward, tokenizer=loaded.tokenizer, name=task.name)
+    if task.world is not None:
+        reward = WorldReward(task.world, name=task.name)
+    writer = Writer(loaded, config, reward)
     result, start = Result(samples=samples), time.perf_counter()
     rows = [problem for problem in problems for _ in range(samples)]
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
-        completions, tokens = writer.write(batch, first)
-        result.scores += reward.score(prompts_of(batch), completions, columns_of(batch))
-        result.completions += completions
-        result.tokens += tokens
+        scores = writer.scores(batch, first)
+        result.scores += scores.values.tolist()
+        result.completions += scores.completions
+        result.tokens += scores.tokens
         result.seconds = time.perf_counter() - start
         if listener is not None:
             listener(result)

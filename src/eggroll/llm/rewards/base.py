@@ -54,8 +54,10 @@ class Reward:
         return [note for part, _ in self.parts if part is not self for note in part.notes]
 
     @property
-    def reads(self) -> Literal["text", "prompts"]:
-        """What its data are: texts whose likelihood counts, or prompts to answer."""
+    def reads(self) -> Literal["text", "prompts", "worlds"]:
+        """What its data are: texts whose likelihood counts, prompts to answer, or rows that worlds begin with."""
+        if any(hasattr(part, "world") for part, _ in self.parts):
+            return "worlds"
         return "text" if all(part.needs == "tokens" for part, _ in self.parts) else "prompts"
 
     def score(

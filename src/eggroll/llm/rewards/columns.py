@@ -12,7 +12,10 @@ from eggroll.llm.rewards.base import Reward, function_name
 from eggroll.llm.rewards.functions import NOT_PASSED
 from eggroll.llm.rewards.judge import JudgeReward
 
-SUPPLIED = frozenset({"outputs", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric"})
+SUPPLIED = frozenset(
+    {"outputs", "completion_ids", "completions_ids", "trainer_state", "log_extra", "log_metric"}
+    | {"environments", "world_score"}
+)
 """What a function may ask for besides columns, prompts and completions."""
 
 

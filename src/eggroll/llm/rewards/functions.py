@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from eggroll.errors import RewardError
-from eggroll.llm.generation.chat import as_conversational
+from eggroll.llm.generation.chat import as_conversational, last_answer
 from eggroll.llm.rewards.base import (
     UNSCORED,
     Need,
@@ -76,7 +76,7 @@ class FunctionReward(Reward):
         self.name = name or "+".join(function_name(function) for function in self.functions)
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None
+        self, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None = None
     ) -> list[float]:
         """One score per completion; see :meth:`Reward.score`."""
         columns = columns or {}
@@ -105,7 +105,7 @@ class FunctionReward(Reward):
         function: RewardFunction,
         prompts: list[Prompt],
         answers: list[Any],
-        completions: Sequence[str],
+        completions: Sequence[Any],
         columns: Mapping[str, Sequence[Any]],
     ) -> Callable[[], Any]:
         """The function with the arguments that it asks for, by name."""
@@ -130,13 +130,13 @@ class FunctionReward(Reward):
         by_name = {name: known[name] for name in names if name not in first}
         return partial(function, *(known[name] for name in first), **by_name)
 
-    def _token_ids(self, function: RewardFunction, completions: Sequence[str]) -> list[list[int]]:
+    def _token_ids(self, function: RewardFunction, completions: Sequence[Any]) -> list[list[int]]:
         if self.tokenizer is None:
             raise RewardError(
                 f"reward function {function_name(function)!r} asks for token ids; give FunctionReward the tokenizer: "
                 "FunctionReward(functions, tokenizer=tokenizer)"
             )
-        return [list(self.tokenizer(text, add_special_tokens=False).input_ids) for text in completions]
+        return [list(self.tokenizer(last_answer(text), add_special_tokens=False).input_ids) for text in completions]
 
     def _guarded(self, function: RewardFunction, prompts: Sequence[Prompt], call: Callable[[], Any]) -> Any:
         first = f"; the first prompt is {shown(prompts[0])}" if prompts else ""

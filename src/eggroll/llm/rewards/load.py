@@ -84,6 +84,8 @@ def as_reward(value: Any, tokenizer: Any) -> Reward:
         return value
     if isinstance(value, str | Path):
         return load_reward(str(value), tokenizer)
+    if hasattr(value, "to_reward"):  # a world with its reward
+        return value.to_reward(tokenizer)
     if callable(value):
         return _from_function(value, tokenizer, function_name(value))
     if isinstance(value, Sequence) and value:
@@ -143,6 +145,10 @@ def _from_module(path: str, function: str, tokenizer: Any) -> Reward:
 
 def _from_task(name: str, tokenizer: Any) -> Reward:
     task = tasks.get_task(name)
+    if task.world is not None:
+        from eggroll.llm.worlds.reward import WorldReward  # which imports this package
+
+        return WorldReward(task.world, name=task.name)
     return FunctionReward(task.reward, tokenizer=tokenizer, name=task.name)
 
 

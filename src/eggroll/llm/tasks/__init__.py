@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from eggroll.errors import ConfigError
-from eggroll.llm.tasks import countdown, gsm8k, math_suites, one_sentence, reasoning, zeros
+from eggroll.llm.tasks import countdown, gsm8k, guess_number, math_suites, one_sentence, reasoning, zeros
 from eggroll.llm.tasks.task import Task, with_shots
 
 __all__ = ["SOLVED", "Task", "check_trainable", "get_task", "is_task", "names", "row_check"]
 
 _DATA = Path(__file__).parent / "data"
-_MODULES: dict[str, ModuleType] = {"countdown": countdown, "gsm8k": gsm8k, "zeros": zeros}
+_MODULES: dict[str, ModuleType] = {
+    "countdown": countdown, "gsm8k": gsm8k, "guess_number": guess_number, "zeros": zeros,
+}  # fmt: skip
 SOLVED = 1.0
 """An answer with at least this score counts as right, in every task."""
 
@@ -91,24 +93,36 @@ def _task(key: str) -> Task:
         return math_suites.task(key)
     if key == "one_sentence":
         module: ModuleType = one_sentence
-        found = {split: _rows(_DATA / f"{key}_{split}.jsonl") for split in ("train", "validation", "heldout")}
+        found: dict[str, Any] = {
+            split: _rows(_DATA / f"{key}_{split}.jsonl") for split in ("train", "validation", "heldout")
+        }
     else:
         module = _MODULES[key]
         found = module.splits()
     return Task(
         name=key,
         description=module.DESCRIPTION,
-        reward=module.reward,
+        reward=getattr(module, "reward", world_score),
         max_tokens=module.MAX_TOKENS,
         system=module.SYSTEM,
         settings=dict(module.SETTINGS),
         best=getattr(module, "BEST", 1.0),
-        **found,
+        world=getattr(module, "WORLD", None),
+        train=found["train"],
+        validation=found["validation"],
+        heldout=found["heldout"],
+        test=found.get("test", []),
     )
+
+
+def world_score(prompts: Sequence[Any], completions: Sequence[Any], world_score: Sequence[float]) -> list[float]:
+    """The reward of a task with a world, in TRL's form: what the world has scored."""
+    return list(world_score)
 
 
 @cache
 def _reasoning_task(name: str) -> Task:
+    found: dict[str, Any] = reasoning.splits(name)
     return Task(
         name=reasoning.PREFIX + name,
         description=f"The task {name} of reasoning-gym.",
@@ -117,7 +131,7 @@ def _reasoning_task(name: str) -> Task:
         system=reasoning.SYSTEM,
         settings=dict(reasoning.SETTINGS),
         best=reasoning.BEST,
-        **reasoning.splits(name),
+        **found,
     )
 
 

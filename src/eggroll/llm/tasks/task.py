@@ -24,7 +24,8 @@ class Task:
     what a run watches, and ``test`` is what figures are reported on: no run looks at it (empty if the task has too
     few problems for that; ``heldout`` serves then). ``system`` is the system prompt (``None``: what the model's chat
     template has by default), ``max_tokens`` the length at which answers are cut, ``settings`` the fields of the
-    configuration that were found to work.
+    configuration that were found to work. ``world`` makes the world that a conversation is held with, where a task has
+    one; ``reward`` then reads what it has scored.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     settings: dict[str, Any] = field(default_factory=dict)
     test: list[dict[str, Any]] = field(default_factory=list)
     best: float = 1.0
+    world: Callable[[], Any] | None = None
 
 
 def with_shots(task: Task, module: ModuleType | None, shots: int) -> Task:

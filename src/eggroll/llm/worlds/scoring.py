@@ -1,0 +1,171 @@
+"""Worlds in an evaluator: conversations in the place of completions, and what rewards get of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eggroll.errors import RewardError
+from eggroll.llm.config import EggrollConfig
+from eggroll.llm.data.examples import Example
+from eggroll.llm.rewards import Reward
+from eggroll.llm.worlds.host import Host, Hosting
+from eggroll.llm.worlds.reward import ENVIRONMENTS, SCORE, WorldReward, world_of
+from eggroll.llm.worlds.rollout import Limits, Played, Speaker, Stage
+
+
+class WorldFailureWarning(UserWarning):
+    """Worlds have failed; their conversations have the score that is set for that."""
+
+
+@dataclass
+class Counts:
+    """What conversations of a generation came to: how many, how many failed, completions made."""
+
+    conversations: int = 0
+    failed: int = 0
+    turns: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Means over conversations."""
+        if not self.conversations:
+            return {}
+        total = self.conversations
+        return {"worlds/turns": self.turns / total, "worlds/failed_fraction": self.failed / total}
+
+
+@dataclass
+class Talk:
+    """Conversations as rewards get them.
+
+    Attributes:
+        prompts: what models read first, one per row.
+        completions: what was said after that, as messages.
+        texts: what models said last.
+        columns: the data set's, and the worlds' scores.
+        failed: ``(rows,)`` whose world has failed.
+        extra: for ``samples.jsonl``, a value per row.
+        tokens: that were generated.
+    """
+
+    prompts: list[Any]
+    completions: list[Any]
+    texts: list[str]
+    columns: dict[str, list[Any]]
+    failed: NDArray[np.bool_]
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    tokens: int = 0
+
+
+class Worlds:
+    """The worlds of a run.
+
+    Args:
+        part: the reward that has them.
+        reward: the whole reward.
+        tokenizer: the model's.
+        config: the run's settings.
+        ends: tokens that end a completion.
+    """
+
+    def __init__(
+        self, part: WorldReward, reward: Reward, tokenizer: Any, config: EggrollConfig, ends: Sequence[int]
+    ) -> None:
+        self.part, self.config = part, config
+        host: Hosting = Host(part.world, config.world_timeout, part.name)
+        limits = Limits(config.max_turns, config.max_length)
+        self.stage = Stage(
+            host, tokenizer, limits, ends=ends, system=config.system, scored=part.scored, show=shows(reward)
+        )
+        self.counts = Counts()
+        self._told: set[str] = set()
+        self._held = False
+
+    @classmethod
+    def of(cls, reward: Reward, tokenizer: Any, config: EggrollConfig, ends: Sequence[int]) -> Worlds | None:
+        """Those that a reward has, if any."""
+        part = world_of(reward)
+        return None if part is None else cls(part, reward, tokenizer, config, ends)
+
+    def hold(self, batch: Sequence[Example], speaker: Speaker, copies: int) -> Talk:
+        """Hold the conversations of ``copies`` members about each row of a batch, member by member.
+
+        Raises:
+            RewardError: every single one of the run's first conversations has failed.
+        """
+        played = self.stage.play(batch, speaker, copies)
+        self._report(played)
+        rows = played.rows
+        columns = {name: [row.columns.get(name) for row in rows] for name in _names(batch)}
+        failure = self.config.world_failure_score
+        columns[SCORE] = [failure if row.failure is not None else row.score for row in rows]
+        if self.stage.show:
+            columns[ENVIRONMENTS] = [row.environment for row in rows]
+        ends = [row.end if row.failure is None else f"failed: {row.failure.text}" for row in rows]
+        return Talk(
+            prompts=[row.opening for row in rows],
+            completions=[row.messages for row in rows],
+            texts=[row.text for row in rows],
+            columns=columns,
+            failed=np.array([row.failure is not None for row in rows], dtype=np.bool_),
+            extra={"turns": [row.turns for row in rows], "end": ends},
+            tokens=played.tokens,
+        )
+
+    def settled(self, scores: NDArray[np.float64], talk: Talk) -> NDArray[np.float64]:
+        """Scores ``(rows,)`` with those of failed worlds in their place."""
+        return np.where(talk.failed, self.config.world_failure_score, scores)
+
+    def take_counts(self) -> dict[str, float]:
+        """Metrics of the conversations since the last call."""
+        found, self.counts = self.counts.metrics(), Counts()
+        return found
+
+    def _report(self, played: Played) -> None:
+        failures, total = played.failures(), len(played.rows)
+        self.counts.conversations += total
+        self.counts.failed += sum(failures.values())
+        self.counts.turns += sum(row.turns for row in played.rows)
+        if not self._held and sum(failures.values()) == total:
+            raise RewardError(f"every one of the first {total} conversations failed; {failures.most_common(1)[0][0]}")
+        self._held = True
+        for text, count in failures.items():
+            kind = f"{self.part.name} {text[:60]}"
+            if kind not in self._told:
+                self._told.add(kind)
+                warnings.warn(
+                    f"{text} ({count} of {total} conversations; each scores {self.config.world_failure_score:g}, "
+                    "--world-failure-score). Later ones are counted as worlds/failed_fraction in metrics.jsonl",
+                    WorldFailureWarning,
+                    stacklevel=2,
+                )
+
+    def close(self) -> None:
+        """End what worlds still run."""
+        self.stage.host.close()
+
+
+def shows(reward: Reward) -> bool:
+    """Whether a part of a reward asks for the worlds themselves."""
+    import inspect
+
+    for part, _ in reward.parts:
+        for function in (*getattr(part, "functions", ()), *filter(None, [getattr(part, "scorer", None)])):
+            try:
+                if ENVIRONMENTS in inspect.signature(function).parameters:
+                    return True
+            except (TypeError, ValueError):
+                continue
+    return False
+
+
+def _names(batch: Sequence[Example]) -> list[str]:
+    return list(dict.fromkeys(name for example in batch for name in example.columns))
+
+
+__all__ = ["Talk", "WorldFailureWarning", "Worlds"]
