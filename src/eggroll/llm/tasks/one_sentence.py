@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "rank": 1,
     "sigma": 0.01,
     "lr": 0.05,
+    "lr_schedule": "linear",
     "optimizer": "sgd",
     "vectors": True,
     "prompts_per_generation": 8,
