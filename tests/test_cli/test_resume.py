@@ -163,12 +163,13 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(eggroll):
     assert (eggroll.work / "run/report.html").exists()
 
 
-def test_after_ctrl_c_scores_are_named_with_their_generation(eggroll):
-    """The saved model is a later one than that of the last held-out score."""
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_after_ctrl_c_scores_are_named_with_their_generation(eggroll, keep):
+    """The last weights are later ones than those of the last held-out score."""
     program = INTERRUPTS.format(stops="{5}", signal="signal.SIGINT")
     (eggroll.work / "mine.py").write_text(program)
     arguments = [*eggroll.tune_arguments[1:], "-r", "mine.py", "-g", "5", "--eval-every", "2"]
-    done = eggroll("tune", *arguments, "--eval-prompts", "held.txt", "-o", "run")
+    done = eggroll("tune", *arguments, "--eval-prompts", "held.txt", "-o", "run", "--keep", keep)
     assert done.status == 130
     scores = [
         (line["generation"], line["heldout_reward"])
@@ -178,14 +179,18 @@ def test_after_ctrl_c_scores_are_named_with_their_generation(eggroll):
     reached = RunDir.open("run").latest_checkpoint().generation
     assert [generation for generation, _ in scores] == [0, 2]
     assert reached == 3
-    assert (
-        f"held-out reward  {scores[0][1]:.3f} before, {scores[1][1]:.3f} after generation 2 (the saved model is that "
-        "of generation 3, which has no score)\n"
-    ) in done.out
+    line = f"held-out reward  {scores[0][1]:.3f} before, {scores[1][1]:.3f} after generation 2"
+    if keep == "last":
+        line += " (the saved model is that of generation 3, which has no score)"
+    assert f"{line}\n" in done.out
+    assert f" at generation 2, and generation 3 has no score; saved: {keep}\n" in done.out
+    row = eggroll("runs", ".").out
+    assert " stopped " in row
+    assert " ended " not in row
     assert "held-out answers (of 2) that changed after generation 2, with their rewards" in " ".join(done.out.split())
     done = eggroll("tune", "--resume", "run")
     assert done.status == 0
-    assert re.search(r"held-out reward  \S+ before, \S+ after\n", done.out)
+    assert re.search(r"held-out reward  \S+ before, \S+ after( generation [24])?\n", done.out)
 
 
 def test_ctrl_c_in_the_first_generation(eggroll):

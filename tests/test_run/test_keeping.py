@@ -157,7 +157,7 @@ def test_a_kill_between_a_score_and_its_checkpoint(tmp_path):
 
 def test_a_best_generation_without_checkpoint_is_said(tmp_path):
     train(output=str(tmp_path / "run"), keep="last", generations=5)
-    with pytest.warns(UserWarning, match=r"(?s)best generation, 2, are not in a checkpoint.*eggroll replay .* --to 2"):
+    with pytest.warns(UserWarning, match=r"(?s)best generation, 2, are not in a checkpoint.* replay .* --to 2"):
         done = resume(tmp_path / "run", keep="best", generations=6)
     assert done.kept.saved == "last"
     assert np.array_equal(done.worker.weights, weights_of(done.run, 6))

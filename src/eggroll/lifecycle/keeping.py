@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from eggroll._command import typed
 from eggroll.errors import CheckpointError
 from eggroll.lifecycle.kind import Plan
 from eggroll.loop import Loop
@@ -37,7 +39,7 @@ def choose(plan: Plan, run: RunDir, loop: Loop) -> tuple[Kept, Mapping[str, Any]
     except CheckpointError as error:
         warnings.warn(
             f"the weights of the best generation, {best[0]}, are not in a checkpoint, so the last ones are saved: "
-            f"{error}. eggroll replay {run.path} --to {best[0]} rebuilds the best ones",
+            f"{error}. This rebuilds the best ones: {typed()} replay {shlex.quote(str(run.path))} --to {best[0]}",
             stacklevel=2,
         )
         return last, None

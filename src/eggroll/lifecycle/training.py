@@ -163,7 +163,7 @@ def _finish(kind: RunKind, plan: Plan, run: RunDir, worker: Any, loop: Loop, sit
             worker = plan.make_worker()
         if state is not None:
             worker.load_state_tensors(state)
-        result = kept.result(sitting.interrupted) | plan.finish(worker, run, sitting)
+        result = plan.finish(worker, run, sitting) | kept.result(sitting.interrupted)
         if result:
             run.write_file(RESULT, (json.dumps(result, indent=1) + "\n").encode())
         try:

@@ -22,7 +22,7 @@ from eggroll.llm.judging import unscored_line
 from eggroll.llm.models.push import check_push, later, push
 from eggroll.llm.worlds.load import with_world
 from eggroll.loop import Listener, Loop
-from eggroll.run.keeping import Keep, Kept, check_keep, check_patience
+from eggroll.run.keeping import Keep, Kept, Standing, check_keep, check_patience
 from eggroll.run.lock import locked
 from eggroll.run.run_dir import RunDir
 
@@ -237,8 +237,8 @@ class EggrollTrainer:
                 f"all {self.done} generations of this trainer are done. To go on, make a trainer for the evolved model "
                 "with another seed, or load_checkpoint() into one whose config has more generations"
             )
-        loop.history = list(self.history)
-        loop.standing = self.kept.standing
+        loop.history = [line for line in self.history if line["generation"] <= self.done]
+        loop.standing = Standing([score for score in self.kept.standing.scores if score[0] <= self.done])
         return self.done
 
     def save(self, directory: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
