@@ -163,7 +163,7 @@ class _Search:
         apart = (center - broken).mean(axis=0)
         doubt = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
         distance = float(apart.mean())
-        tells = distance > max(2 * doubt, 1e-9 * max(1.0, abs(self.center)))
+        tells = distance > max(doubt, 1e-9 * max(1.0, abs(self.center)))
         if only_start:
             self.level(self.start)
             sigma, reason = self.start, "given"
