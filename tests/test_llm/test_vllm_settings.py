@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from eggroll.errors import ConfigError, MissingExtraError, ModelError
 from eggroll.llm.backends import vllm_parallel
 from eggroll.llm.backends.passes import reduce_samples
 from eggroll.llm.backends.pool import placement_of
-from eggroll.llm.backends.vllm_engine import check_vllm
+from eggroll.llm.backends.vllm_engine import VllmEngine, check_vllm
 from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel, worker_engine_args
 from eggroll.llm.backends.vllm_worker import MemberAddress, check_equal
 from eggroll.llm.models.adapter import save_adapter
@@ -224,3 +226,23 @@ def test_the_pool_of_engines_over_several_nodes_has_a_bundle_for_each_gpu():
     assert placement_of("vllm", by_ray, given) == {**given, "across_nodes": True}
     assert placement_of("vllm", {"tensor_parallel_size": 4}, given) == {**given, "across_nodes": False}
     assert placement_of("torch", {}, {"gpus_per_worker": True}) == {"gpus_per_worker": True}  # which the pool refuses
+
+
+def test_members_at_another_sigma_are_other_adapters(monkeypatch):
+    """vLLM keeps adapters by their number: several sigmas are tried with the same noise before a run."""
+    module = types.ModuleType("vllm.lora.request")
+    module.LoRARequest = lambda name, number, path: (name, number, path)
+    for name in ("vllm", "vllm.lora"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", module)
+    engine = object.__new__(VllmEngine)
+    engine.config, engine.asked, engine.tries = EggrollConfig(population_size=4), (-1, 0.0), 0
+    asked = [(0, 0.1), (0, 0.2), (0, 0.1), (1, 0.1), (2, 0.09)]
+    found = {(*at, member): engine.request(at[0], member, at[1]) for at in asked for member in range(4)}
+    again = [engine.request(2, member, 0.09) for member in range(4)]
+    assert again == [found[2, 0.09, member] for member in range(4)]
+    assert (
+        len({number for _, number, _ in found.values()}) == len({name for name, _, _ in found.values()}) == len(found)
+    )
+    for (generation, sigma, member), (_, _, path) in found.items():
+        assert MemberAddress.parse(path) == MemberAddress(generation, member, sigma)

@@ -100,6 +100,8 @@ class VllmEngine:
         self.model, self.config, self.specs = model, config, list(specs)
         self.dtype = str(dtype).removeprefix("torch.")
         self.prepared = -1
+        self.asked = (-1, 0.0)
+        self.tries = 0
         self.records: list[UpdateRecord] = []
         self.update_cosine: float | None = None
         arguments = self._arguments(outline, engine_args or {})
@@ -217,13 +219,18 @@ class VllmEngine:
     def request(self, generation: int, member: int, sigma: float) -> Any:
         """The adapter request of a member: its path is its address, its name is never used for another one.
 
-        The name and the path are part of the key of vLLM's prefix cache, so members never share an entry.
+        The name and the path are part of the key of vLLM's prefix cache, so members never share an entry. Nor does an
+        adapter serve another sigma (before a run several are tried): its number would be one that vLLM has already.
         """
         from vllm.lora.request import LoRARequest
 
-        number = (generation * self.config.population_size + member) % ID_SPAN + 1
+        if self.asked[0] == generation and self.asked[1] != sigma:
+            self.tries += 1
+        self.asked = (generation, sigma)
+        size = self.config.population_size
+        number = ((generation + self.tries) * size + member) % ID_SPAN + 1
         path = MemberAddress(generation, member, sigma).path()
-        return LoRARequest(f"eggroll-{generation}-{member}", number, path)
+        return LoRARequest(f"eggroll-{generation + self.tries}-{member}", number, path)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sequence[Any], requests: Sequence[Any] | None

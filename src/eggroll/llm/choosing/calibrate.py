@@ -81,7 +81,7 @@ class Calibration:
     Attributes:
         sigma: the choice.
         center: mean score of the model as it is, on these prompts.
-        broken: mean score of broken text.
+        broken: mean score of broken text; ``None`` if nothing had to be chosen.
         levels: by sigma.
         members: evaluated at each sigma.
         prompts: that they answered.
@@ -92,7 +92,7 @@ class Calibration:
 
     sigma: float
     center: float
-    broken: float
+    broken: float | None
     levels: tuple[Level, ...]
     members: int
     prompts: int
@@ -156,26 +156,44 @@ class _Search:
     def run(self, *, only_start: bool) -> Calibration:
         began = self.clock()
         center = scores_of(self.evaluate(self.start * TINY, range(2)))
-        broken = scores_of(self.evaluate(self.start * BROKEN, range(2)))
-        self.prompts = center.shape[1]
-        self.center, self.broken = float(center.mean()), float(broken.mean())
-        # Prompts are the same, so their differences say how well the distance is known.
-        apart = (center - broken).mean(axis=0)
+        self.prompts, self.center = center.shape[1], float(center.mean())
+        broken: float | None = None
+        if only_start:
+            sigma, reason, warning = self.start, "given", ""
+            self.level(sigma)
+        else:
+            apart = center - scores_of(self.evaluate(self.start * BROKEN, range(2)))
+            broken = self.center - float(apart.mean())
+            sigma, reason, warning = self._choose(apart.mean(axis=0), broken)
+        levels = tuple(sorted(self.levels.values(), key=lambda level: level.sigma))
+        seconds = self.clock() - began
+        return Calibration(
+            sigma, self.center, broken, levels, self.members, self.prompts, seconds, reason, warning
+        )  # fmt: skip
+
+    def _choose(self, apart: NDArray[np.float64], broken: float) -> tuple[float, str, str]:
+        """Sigma, the reason and a warning, from how far broken text is from the center on each prompt."""
+        # The prompts are the same ones, so their differences say how well the distance is known.
         doubt = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
         distance = float(apart.mean())
-        tells = distance > max(2 * doubt, 1e-9 * max(1.0, abs(self.center)))
-        if only_start:
-            self.level(self.start)
-            sigma, reason = self.start, "given"
-        elif tells:
+        if distance > max(doubt, 1e-9 * max(1.0, abs(self.center))):
             self.distance = distance
-            sigma, reason = self._while_behaving()
+            sigma = self._while_behaving()
+            lost = (self.center - self.level(sigma).mean) / distance
+            if self.behaves(sigma):
+                reason = (
+                    f"members lose {max(0.0, lost):.0%} of what there is to lose (at most {MOST_LOST:.0%}); "
+                    f"the model scores {self.center:.3g}, broken text {broken:.3g}"
+                )
+            else:
+                reason = f"the smallest that was tried; members lose {lost:.0%} even there"
         else:
-            sigma, reason = self._near_start()
-        return Calibration(
-            sigma, self.center, self.broken, tuple(sorted(self.levels.values(), key=lambda level: level.sigma)),
-            self.members, self.prompts, self.clock() - began, reason, self._warning(sigma, distance, doubt),
-        )  # fmt: skip
+            sigma = self._near_start()
+            reason = (
+                f"from the size of the weights, as the score does not tell broken text ({broken:.3g}) from the "
+                f"model's own ({self.center:.3g})"
+            )
+        return sigma, reason, self._warning(sigma, broken, distance < -2 * doubt)
 
     def level(self, sigma: float) -> Level:
         if sigma not in self.levels:
@@ -195,7 +213,7 @@ class _Search:
         lost = self.center - level.mean
         return lost <= MOST_LOST * self.distance and lost <= MOST_DEVIATIONS * level.deviation
 
-    def _while_behaving(self) -> tuple[float, str]:
+    def _while_behaving(self) -> float:
         sigma, tried = self.start, 0
         if self.behaves(sigma):
             while tried < UP and self.behaves(2 * sigma):
@@ -203,35 +221,23 @@ class _Search:
         else:
             while tried < DOWN and not self.behaves(sigma):
                 sigma, tried = sigma / 2, tried + 1
-        lost = (self.center - self.level(sigma).mean) / self.distance
-        if not self.behaves(sigma):
-            return sigma, f"the smallest that was tried; members lose {lost:.0%} even there"
-        return sigma, (
-            f"members lose {max(0.0, lost):.0%} of what there is to lose (at most {MOST_LOST:.0%}); "
-            f"the model scores {self.center:.3g}, broken text {self.broken:.3g}"
-        )
+        return sigma
 
-    def _near_start(self) -> tuple[float, str]:
-        sigma = self.start
-        if self.level(sigma).deviation == 0:
-            for times in (2.0, 0.5):
-                if self.level(times * self.start).deviation > 0:
-                    sigma = times * self.start
-                    break
-        return sigma, (
-            f"from the size of the weights, as the score does not tell broken text ({self.broken:.3g}) from the "
-            f"model's own ({self.center:.3g})"
-        )
+    def _near_start(self) -> float:
+        if self.level(self.start).deviation > 0:
+            return self.start
+        others = (2 * self.start, self.start / 2)
+        return next((sigma for sigma in others if self.level(sigma).deviation > 0), self.start)
 
-    def _warning(self, sigma: float, distance: float, doubt: float) -> str:
+    def _warning(self, sigma: float, broken: float, nonsense: bool) -> str:
         if all(level.deviation == 0 for level in self.levels.values()):
             return (
                 f"all members score the same ({self.center:.3g}) at every sigma that was tried, so there may be "
                 "nothing to learn from: give partial credit in the score, or prompts that the model can sometimes do"
             )
-        if distance < -2 * doubt and distance < 0:
+        if nonsense:
             return (
-                f"broken text scores {self.broken:.3g}, more than the model's own answers ({self.center:.3g}): what is "
+                f"broken text scores {broken:.3g}, more than the model's own answers ({self.center:.3g}): what is "
                 "learned may be nonsense. Let the score ask for what a good answer needs, too"
             )
         level = self.level(sigma)

@@ -16,6 +16,7 @@ from eggroll.llm.choosing.budget import Amount, fit
 from eggroll.llm.choosing.calibrate import MEMBERS, Calibration, calibrate, starting_sigma
 from eggroll.llm.choosing.step import learning_rate, relative_step
 from eggroll.llm.config import EggrollConfig
+from eggroll.run.console import duration
 from eggroll.run.run_dir import RunDir
 
 CHOSEN = "chosen"
@@ -86,6 +87,12 @@ def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, not
         lines.append(
             f"{found.generations} generations of {found.members} members on {found.prompts} prompts, about "
             f"{seconds:.3g} s each, for {options.minutes:g} minutes"
+        )
+    elif calibration is not None and "generations" in auto:
+        seconds = chosen.population_size * calibration.chosen.seconds
+        lines.append(
+            f"{chosen.generations} generations of about {seconds:.3g} s each, {duration(seconds * chosen.generations)} "
+            "together (-g or --minutes makes it fewer)"
         )
     if "lr" in auto:
         if "lr_schedule" in auto:
