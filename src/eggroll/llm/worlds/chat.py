@@ -9,8 +9,8 @@ without the new messages, and the text by which the two differ is tokenized, fro
     appended:                                  <|im_end|> <|im_start|>user higher<|im_end|> <|im_start|>assistant
 
 Where the two do not begin alike (a template that writes earlier turns otherwise once there are later ones), the new
-messages are written as a conversation of their own behind an end token. A template that refuses the role ``tool`` gets
-results as the user's messages.
+messages are written as a conversation of their own behind an end token. A template that refuses the role ``tool``, or
+leaves out what such a message says, gets results as the user's messages.
 """
 
 from __future__ import annotations
@@ -73,14 +73,20 @@ class Chat:
         before = self._written(begun, columns, opened=False)
         after = self._written([*begun, *messages], columns, opened=True)
         start = before.rfind(ANSWER)
-        places = [before.rfind(end) for end in self.ends]
-        end = max((place for place in places if place > start), default=-1)
+        places = [before.find(end, start) for end in self.ends]
+        end = min((place for place in places if place >= 0), default=-1)
         if end < 0:  # nothing ends a turn in this template
             end = start + len(ANSWER) if "tool_calls" not in begun[-1] else len(before)
-        if start >= 0 and after.startswith(before[: max(end, start + len(ANSWER))]):
-            return after[end:]
-        alone = self._written(messages, columns, opened=True)
-        return (self.ends[0] if self.ends else "") + alone.removeprefix(str(getattr(self.tokenizer, "bos_token", None)))
+        if start >= 0 and after.startswith(before[:end]):
+            written = after[end:]
+        else:
+            alone = self._written(messages, columns, opened=True)
+            start_token = str(getattr(self.tokenizer, "bos_token", None))
+            written = "".join(self.ends[:1]) + alone.removeprefix(start_token)
+        if any(str(message["content"]).strip() not in written for message in messages):
+            roles = [message["role"] for message in messages]
+            raise DataError(f"the chat template leaves out what messages with the roles {roles} say")
+        return written
 
     def _written(self, messages: list[Message], columns: Mapping[str, Any], *, opened: bool) -> str:
         if opened:

@@ -15,6 +15,7 @@ from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example
 from eggroll.llm.rewards import Reward
 from eggroll.llm.worlds.host import Host, Hosting
+from eggroll.llm.worlds.processes import ProcessHost
 from eggroll.llm.worlds.reward import ENVIRONMENTS, SCORE, WorldReward, world_of
 from eggroll.llm.worlds.rollout import Limits, Played, Speaker, Stage
 
@@ -77,7 +78,11 @@ class Worlds:
         self, part: WorldReward, reward: Reward, tokenizer: Any, config: EggrollConfig, ends: Sequence[int]
     ) -> None:
         self.part, self.config = part, config
-        host: Hosting = Host(part.world, config.world_timeout, part.name)
+        host: Hosting
+        if config.world_workers:
+            host = ProcessHost(part.world, config.world_timeout, part.name, config.world_workers)
+        else:
+            host = Host(part.world, config.world_timeout, part.name)
         limits = Limits(config.max_turns, config.max_length)
         self.stage = Stage(
             host, tokenizer, limits, ends=ends, system=config.system, scored=part.scored, show=shows(reward)
