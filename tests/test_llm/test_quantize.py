@@ -1,10 +1,14 @@
 """Models loaded in a quantized format: they compute what their expanded twins do, and are saved as they came."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
+from quantized_layers import gptq
+from safetensors.torch import load_file, save_file
 from tiny_models import write_gguf, write_llama
 from transformers import modeling_gguf_pytorch_utils as gguf_names
 
@@ -193,3 +197,49 @@ def test_the_estimate_counts_what_there_is(directory, tmp_path, form):
     evolved = [grid for name, grid in held.items() if "embed" not in name]
     assert counted["residual"] == 2 * sum(grid.shape.numel() for grid in evolved)
     assert counted["masters"] == 0
+
+
+def write_gptq(folder, **changes):
+    """A Llama whose linear layers are in GPTQ's layout, as its libraries save it."""
+    write_llama(folder, hidden_size=64, intermediate_size=96)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            model.set_submodule(name, gptq(4, module, torch.float32, shuffled=name.endswith("v_proj")))
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    for name in changes.pop("without", ()):
+        tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, model.eval()
+
+
+def test_a_gptq_checkpoint_is_loaded_by_its_name_and_trained_and_saved_as_one(tmp_path):
+    folder, made = write_gptq(tmp_path / "gptq")
+    loaded = llm.load(str(folder), dtype="float32")
+    assert loaded.notes[-1] == "quantized: 14 weights in GPTQ int4"
+    assert torch.allclose(logits(loaded.model), logits(made), atol=1e-5)
+    assert bump(loaded.model) > 0
+    moved = logits(loaded.model)
+    assert not torch.allclose(moved, logits(made), atol=1e-3)
+    save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved", metadata={})
+    written = load_file(tmp_path / "saved" / "model.safetensors")
+    assert set(written) == set(load_file(folder / "model.safetensors"))
+    assert torch.equal(logits(llm.load(str(tmp_path / "saved"), dtype="float32").model), moved)
+
+
+def test_a_gptq_checkpoint_that_cannot_be_read_is_refused(tmp_path):
+    folder, _ = write_gptq(tmp_path / "three", bits=3)
+    with pytest.raises(ModelError, match=r"bits=3 and checkpoint_format='gptq'; known are bits 2, 4, 8"):
+        llm.load(str(folder))
+    folder, _ = write_gptq(tmp_path / "part", without=["model.norm.weight"])
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's parameters \(the first is 'model.norm.weight'\)"):
+        llm.load(str(folder))
+    folder, _ = write_gptq(tmp_path / "none")
+    save_file({"model.norm.weight": torch.ones(64)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"says that it is a GPTQ checkpoint, but has no tensors named \*.qweight"):
+        llm.load(str(folder))

@@ -13,6 +13,7 @@ from eggroll.errors import ConfigError, ModelError
 from eggroll.llm.config import Attention, Quantize
 from eggroll.llm.models.dtype import choose_dtype, parse_dtype, typical_shape
 from eggroll.llm.models.gguf_file import MergedTensorsError, load_gguf
+from eggroll.llm.models.gptq_file import load_gptq, quantization_of
 from eggroll.llm.models.hub import dense_gguf, drop_quantization
 from eggroll.llm.models.locate import Located, locate
 from eggroll.llm.models.quantize import (
@@ -106,6 +107,8 @@ def load(
                 model = load_gguf(Path(located.path) / located.gguf, about.config, about.auto, about.dtype, place)
             except MergedTensorsError as error:
                 merged = [f"{error}, so its weights are expanded to floating point"]
+        elif form == "own" and quantization_of(about.config) is not None:
+            model = load_gptq(located, about.config, about.auto, about.dtype)
         if model is None:
             model = about.auto.from_pretrained(located.path, dtype=about.dtype, **about.arguments, **weights)
         tokenizer = _tokenizer_of(located, about.config, about.arguments)
