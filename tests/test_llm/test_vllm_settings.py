@@ -1,5 +1,6 @@
 """What can be said about a run on vLLM before an engine is started, and the parts that need none."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -17,7 +18,7 @@ from eggroll.errors import ConfigError, MissingExtraError, ModelError
 from eggroll.llm.backends import vllm_parallel
 from eggroll.llm.backends.passes import reduce_samples
 from eggroll.llm.backends.pool import placement_of
-from eggroll.llm.backends.vllm_engine import VllmEngine, check_vllm
+from eggroll.llm.backends.vllm_engine import VllmEngine, _state_bytes, check_vllm
 from eggroll.llm.backends.vllm_parallel import across_nodes, check_parallel, worker_engine_args
 from eggroll.llm.backends.vllm_worker import MemberAddress, check_equal
 from eggroll.llm.models.adapter import save_adapter
@@ -56,6 +57,15 @@ def test_matrices_are_taken(tiny_tokenizer):
 def test_what_an_adapter_cannot_change_is_refused(settings, text, tiny_tokenizer):
     with pytest.raises(ConfigError, match=text):
         check_vllm(EggrollConfig(**settings), outline(), as_reward(score, tiny_tokenizer))
+
+
+@pytest.mark.parametrize(("dtype", "element"), [("float32", 4), ("bfloat16", 2)])
+def test_the_start_weights_are_counted_beside_the_engine(dtype, element, tiny_tokenizer):
+    config = EggrollConfig(anchored_weight_decay=0.1)
+    specs = check_vllm(config, outline(), as_reward(len, tiny_tokenizer))
+    size = sum(spec.size for spec in specs)
+    plain = _state_bytes(specs, dataclasses.replace(config, anchored_weight_decay=0.0), dtype)
+    assert _state_bytes(specs, config, dtype) == plain + element * size
 
 
 def test_all_problems_come_at_once(tiny_tokenizer):

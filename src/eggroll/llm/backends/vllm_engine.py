@@ -331,10 +331,12 @@ def _cache_bytes(per_row: int, rows: int) -> int:
 
 
 def _state_bytes(specs: Sequence[ParameterSpec], config: EggrollConfig, dtype: str) -> int:
-    """What workers keep besides the engine: a copy of the evolved weights, masters, optimizer state, one gradient."""
+    """What workers keep besides the engine: copies of the evolved weights, masters, optimizer state, one gradient."""
     size = sum(spec.size for spec in specs)
-    each = 4 if dtype == "float32" else 2
+    element = each = 4 if dtype == "float32" else 2
     if each == 2 and config.rounding in ("auto", "master"):
         each += 4
     each += {"sgd": 0, "momentum": 4}.get(config.optimizer, 8)
+    if config.anchored_weight_decay:
+        each += element  # the start weights
     return size * each + 8 * max(spec.size for spec in specs)
