@@ -240,8 +240,8 @@ def test_a_run_is_resumed_only_with_options_that_change_no_result(recipe, tmp_pa
         "  - --seed: 0 in the run, 1 now\n"
         "  - --batch: 8 in the run, 16 now\n"
         "Leave them out, as --resume takes them from the run, or start a new run in another directory (-o). Only "
-        "--generations, --members-per-forward, --device, --report-to, --workers, --ray-address, "
-        "--worker-cpus, --worker-gpus, --backprop may change.\n"
+        "--generations, --members-per-forward, --device, --patience, --report-to, --workers, "
+        "--ray-address, --worker-cpus, --worker-gpus, --backprop may change.\n"
     )
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     allowed = ["--members-per-forward", "4", "--device", "cpu", "-g", "4", "--backprop"]
