@@ -110,7 +110,7 @@ def test_the_report_is_written_again(eggroll):
     assert done.out == "report   run/report.html\n"
     assert "run/model" in (eggroll.work / "run/report.html").read_text()
     text = (eggroll.work / "run/report.html").read_text()
-    assert '<tr class="changed"><td>sigma</td><td>0.05</td><td>0.01</td></tr>' in text
+    assert '<tr class="changed"><td>sigma</td><td>0.05</td><td>auto</td></tr>' in text
     assert eggroll("report", "run", "-o", "page.html").out == "report   page.html\n"
     assert (eggroll.work / "page.html").read_text() == text
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from eggroll.core.config import ESConfig
 from eggroll.llm.choosing.auto import automatic, with_stand_ins
 from eggroll.llm.choosing.budget import Amount, fit
 from eggroll.llm.choosing.calibrate import calibrate, components, scores_of, starting_sigma
+from eggroll.llm.choosing.choose import choose
 from eggroll.llm.choosing.step import estimate_size, learning_rate, relative_step
 from eggroll.llm.options import TuneOptions
 from eggroll.loop import Evaluation
@@ -165,8 +167,10 @@ def test_what_fits_into_a_time():
     fewer = fit(WANTED, FREE, seconds=300, cell_seconds=0.1, prompts=40)
     assert fewer == Amount(20, 32, 4)
     few = fit(WANTED, FREE, seconds=200, cell_seconds=0.1, prompts=40)
-    assert (few.prompts, few.members) == (4, 16)
-    assert 180 < cost(few) <= 200
+    assert few == Amount(21, 20, 4)
+    fewest = fit(WANTED, FREE, seconds=50, cell_seconds=0.1, prompts=40)
+    assert fewest == Amount(6, 16, 4)
+    assert cost(few) <= 200
     some = fit(WANTED, FREE, seconds=900, cell_seconds=0.1, prompts=40)
     assert some == Amount(30, 32, 8)
     many = fit(WANTED, FREE, seconds=9000, cell_seconds=0.1, prompts=40)
@@ -189,3 +193,58 @@ def test_stand_ins():
     numbers = with_stand_ins(options)
     assert (numbers.sigma, numbers.lr, numbers.population_size, numbers.lr_schedule) == (0.3, 0.003, 32, "exponential")
     assert not automatic(numbers)
+
+
+class Elsewhere:
+    """A worker whose members are somewhere else, as those of a pool are."""
+
+    setup = SimpleNamespace(specs=())
+
+    def __init__(self):
+        self.asked = []
+        self.world = world()
+
+    def evaluate(self, generation, sigma, members):
+        self.asked.append((generation, len(members)))
+        return self.world(sigma, members)
+
+
+def chosen(**settings):
+    said = []
+    options = TuneOptions(model="tiny", **settings)
+    return choose(options, Elsewhere(), prompts=40, heldout=0, notify=said.append), said
+
+
+def test_what_is_chosen_for_workers_elsewhere():
+    """Their population stays as it is: another one would need other workers."""
+    choice, said = chosen(minutes=0.5)
+    options = choice.options
+    assert not automatic(options)
+    assert (options.population_size, options.prompts_per_generation, options.sigma) == (32, 8, 0.02)
+    assert options.generations > 1000
+    assert options.lr == pytest.approx(
+        0.02 * 1.5 / math.sqrt(options.generations / 3) / (0.289 / math.sqrt(32)), rel=0.1
+    )
+    assert [line.split()[0] for line in choice.lines] == ["sigma", str(options.generations), "lr"]
+    assert said == ["choosing settings: evaluating a few members at several sizes of perturbation"]
+    assert choice.record()["levels"][0]["members"] == MEMBERS
+
+
+def test_a_decay_that_was_given_stays():
+    choice, _ = chosen(lr_decay=0.9)
+    assert (choice.options.lr_schedule, choice.options.lr_decay) == ("exponential", 0.9)
+    choice, _ = chosen(lr_schedule="cosine")
+    assert choice.options.lr_schedule == "cosine"
+    choice, _ = chosen(lr=0.1)
+    assert (choice.options.lr, choice.options.lr_schedule) == (0.1, "exponential")
+
+
+def test_nothing_is_evaluated_where_sigma_is_given():
+    options = TuneOptions(model="tiny", sigma=0.01)
+    worker = Elsewhere()
+    choice = choose(options, worker, prompts=40, heldout=0, notify=print)
+    assert worker.asked == []
+    assert choice.calibration is None
+    assert choice.lines == (
+        f"lr {choice.options.lr:g}, linear (first steps of up to 0.26 sigma per entry, over 100 generations)",
+    )

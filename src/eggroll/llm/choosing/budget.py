@@ -29,9 +29,9 @@ def fit(
 ) -> Amount:
     """The amount that fits into a time; what is not ``free`` stays as it is.
 
-    More steps of a less certain direction are worth more than a few of a certain one, down to a point: prompts and
-    members are halved once each while there would be fewer than ``FEW`` generations. Beyond ``MANY`` more members are
-    better: they and the generations grow alike.
+    More steps of a less certain direction are worth more than a few of a certain one, down to a point: where there would
+    be fewer than ``FEW`` generations, there are fewer prompts in each, and if need be fewer members. Beyond ``MANY``
+    more members are better: they and the generations grow alike.
 
     Args:
         wanted: what is done without a limit.
@@ -56,8 +56,9 @@ def fit(
         return amount
     if generations(amount.members, amount.prompts) < FEW and "prompts_per_generation" in free:
         amount = replace(amount, prompts=min(amount.prompts, LEAST_PROMPTS))
-    if generations(amount.members, amount.prompts) < FEW and "population_size" in free:
-        amount = replace(amount, members=min(amount.members, LEAST_MEMBERS))
+    share = generations(amount.members, amount.prompts) / FEW
+    if share < 1 and "population_size" in free:
+        amount = replace(amount, members=_even(amount.members * share, min(LEAST_MEMBERS, amount.members)))
     surplus = generations(amount.members, amount.prompts) / MANY
     if surplus > 1 and "population_size" in free:
         amount = replace(amount, members=_even(amount.members * math.sqrt(surplus), amount.members))

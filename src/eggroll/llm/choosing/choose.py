@@ -95,7 +95,7 @@ def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, not
             "together (-g or --minutes makes it fewer)"
         )
     if "lr" in auto:
-        if "lr_schedule" in auto:
+        if "lr_schedule" in auto and chosen.lr_decay == 1.0:  # else it is asked for a decay of its own
             chosen = dataclasses.replace(chosen, lr_schedule="linear")
         config = narrowed(chosen, EggrollConfig)
         deviation = calibration.chosen.deviation if calibration is not None else 1.0
