@@ -228,11 +228,13 @@ def test_it_travels_to_another_process():
         assert pickle.loads(pickle.dumps(reward)).score(["q"], ["12345"]) == [0.5]
 
 
-@pytest.mark.parametrize("name", ["response_format", "max_tokens", "temperature"])
+@pytest.mark.parametrize("name", ["response_format", "max_tokens", "temperature", "a schema"])
 def test_what_a_server_does_not_know_is_left_out(name):
+    said, name = (name, "response_format") if name == "a schema" else (f"Unsupported parameter: {name}", name)
+
     def behave(body):
         if name in body:
-            return 400, {}, f"Unsupported parameter: {name}".encode()
+            return 400, {}, said.encode()
         return by_length(body)
 
     with judging(behave) as server:

@@ -173,9 +173,10 @@ class Evaluator(ABC):
             for start in range(0, len(batch), together):
                 part = batch[start : start + together]
                 scores = self._score(self._repeated(part), None, 0, range(1), notes)
-                reduced = self._reduced(scores.values.reshape(1, -1))[0]
+                table, without = scores.values.reshape(1, -1), scores.missing(1)
+                reduced = self._reduced(table if times == 1 else self._filled(table, without))[0]
                 values.append(reduced)
-                missing.append(scores.missing(1))
+                missing.append(without)
                 for row, (example, completion, value) in enumerate(
                     zip(part, scores.completions[::times], reduced, strict=False)
                 ):

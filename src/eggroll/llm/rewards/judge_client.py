@@ -33,6 +33,7 @@ NO_USE = {
 """Answers that every further question would get."""
 MOST_BYTES = 1 << 20
 LONGEST_WAIT_S = 60.0
+_TOO_LONG = re.compile(r"context|too long|length|tokens", re.I)
 MAX_TOKENS = 400
 """Of a judge's reply; a reasoning model's thoughts are not counted here by most servers."""
 
@@ -131,8 +132,8 @@ class JudgeClient:
     def _adapted(self, sent: dict[str, Any], said: str) -> bool:
         """Whether a request that was refused can be sent again without what the server does not know."""
         named = next((name for name in ("response_format", "max_tokens", "temperature") if name in said), None)
-        if named is None and "response_format" in sent:
-            named = "response_format" if re.search(r"json_?schema|schema|grammar|structured", said, re.I) else None
+        if named is None and "response_format" in sent and not _TOO_LONG.search(said):
+            named = "response_format"  # what fewest servers know
         if named is None or named not in sent:
             return False
         if self.extras.pop(named, None) is not None and named == "max_tokens":
