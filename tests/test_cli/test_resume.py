@@ -123,8 +123,9 @@ def test_changed_settings_are_refused(eggroll):
         "  - --sigma: 0.05 in the run, 0.5 now\n"
         '  - --target-modules: not given in the run, ["q_proj"] now\n'
         "Leave them out, as --resume takes them from the run, or start a new run in another directory (-o). Only "
-        "--generations, --members-per-forward, --eval-every, --checkpoint-every, --samples-per-generation, --device, "
-        "--patience, --report-to, --workers, --ray-address, --worker-cpus, --worker-gpus, --minutes, --keep, "
+        "--generations, --members-per-forward, --eval-every, --checkpoint-every, --samples-per-generation, "
+        "--judge-requests, --judge-rate, --judge-timeout, --judge-failures, --device, --patience, "
+        "--report-to, --workers, --ray-address, --worker-cpus, --worker-gpus, --minutes, --keep, "
         "--engine-args, --push-to-hub, --hub-model-id, --hub-private may change.\n"
     )
     assert (eggroll.work / "run/config.json").read_bytes() == before
