@@ -191,7 +191,7 @@ def _plan(options: TuneOptions) -> Plan:
     check_auto(options)
     worker = make_worker(with_stand_ins(options), reward)
     worker.use(train, heldout)
-    data = Data(reward, train, heldout, notes)
+    data = Data(reward, train, heldout, notes, _fingerprints(options, train, heldout))
     if options.resume is not None or not (automatic(options) or options.minutes):
         return _planned(options, worker, data)
     return dataclasses.replace(
@@ -207,6 +207,7 @@ class Data:
     train: list[Example]
     heldout: list[Example] | None
     notes: list[str]
+    fingerprints: dict[str, str]
 
 
 def _chosen(options: TuneOptions, worker: ModelWorker, data: Data, notify: Callable[[str], None]) -> Plan:
@@ -260,7 +261,7 @@ def _planned(options: TuneOptions, worker: ModelWorker, data: Data, choice: Choi
             **({} if choice is None else {CHOSEN: choice.record()}),
         },
         seconds=seconds_left(options, choice),
-        fingerprints=_fingerprints(options, train, heldout),
+        fingerprints=data.fingerprints,
         pools_itself=True,
         spread_advice=SPREAD_ADVICE,
         finish_interrupted=True,
