@@ -29,9 +29,9 @@ def fit(
 ) -> Amount:
     """The amount that fits into a time; what is not ``free`` stays as it is.
 
-    More steps of a less certain direction are worth more than a few of a certain one, down to a point: where there would
-    be fewer than ``FEW`` generations, there are fewer prompts in each, and if need be fewer members. Beyond ``MANY``
-    more members are better: they and the generations grow alike.
+    More steps of a less certain direction are worth more than a few of a certain one, down to a point: where there
+    would be fewer than ``FEW`` generations, there are fewer prompts in each, and if need be fewer members. Beyond
+    ``MANY`` more members are better: they and the generations grow alike.
 
     Args:
         wanted: what is done without a limit.

@@ -80,7 +80,7 @@ def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, not
         cell = calibration.chosen.seconds / calibration.prompts
         free = auto if isinstance(worker, LanguageWorker) and chosen.backend == "torch" else auto & {"generations"}
         if chosen.group_size or chosen.elite_k:  # numbers that go with a population's size
-            free -= {"population_size"}
+            free = free - {"population_size"}
         found = fit(wanted, free, seconds=left, cell_seconds=cell, prompts=prompts, heldout=heldout)
         chosen = dataclasses.replace(
             chosen, generations=found.generations, population_size=found.members, prompts_per_generation=found.prompts
