@@ -1,11 +1,11 @@
 """Answer with a list of exactly three short items, one a line, and nothing else.
 
-    reward = count * listed * short * fresh              each in [0, 1]; a perfect answer scores exactly 1
+reward = count * listed * short * fresh              each in [0, 1]; a perfect answer scores exactly 1
 
-    count   1 for three lines, 3/n for n more than that, (n/3)^2 for fewer
-    listed  the mean over the lines of 1 if the line begins with a bullet or a number, else 1/2
-    short   the mean over the lines of 1 for up to three words, 3/n for n more
-    fresh   the part of the items that differ
+count   1 for three lines, 3/n for n more than that, (n/3)^2 for fewer
+listed  the mean over the lines of 1 if the line begins with a bullet or a number, else 1/2
+short   the mean over the lines of 1 for up to three words, 3/n for n more
+fresh   the part of the items that differ
 """
 
 import re

@@ -18,7 +18,7 @@ from eggroll._command import typed
 from eggroll.core.settings import narrowed
 from eggroll.errors import ConfigError, DataError, EggrollError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
-from eggroll.llm.backends.build import WorkerFactory
+from eggroll.llm.backends.build import WorkerFactory, with_population
 from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
 from eggroll.llm.choosing.auto import automatic, with_stand_ins
 from eggroll.llm.choosing.choose import CHOSEN, CalibrationWarning, Choice, check_auto, choose, seconds_left
@@ -218,8 +218,7 @@ def _chosen(options: TuneOptions, worker: ModelWorker, data: Data, notify: Calla
         config, before = narrowed(choice.options, EggrollConfig), worker.setup.config
         sizes = ("population_size", "prompts_per_generation")
         if any(getattr(config, name) != getattr(before, name) for name in sizes):
-            worker.close()
-            worker = make_worker(choice.options, data.reward)
+            worker = with_population(worker, config)
             worker.use(data.train, data.heldout)
         worker.settle(config)
     except BaseException:  # nobody else knows of this worker yet
