@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from eggroll.core.settings import flag_of
+from eggroll.llm.choosing.budget import Amount
+
 NAMES = ("sigma", "lr", "lr_schedule", "generations", "population_size", "prompts_per_generation")
 BARE = ["tune", "tiny", "-r", "good.py", "-d", "prompts.txt", "--max-tokens", "4", "--report-to", "none"]
 
@@ -88,6 +91,19 @@ def test_a_time_is_kept(eggroll, bare):
         line.startswith(f"{found['generations']} generations of ") for line in chosen(eggroll.work / "run")["lines"]
     )
     assert json.loads((eggroll.work / "run" / "config.json").read_text())["options"]["minutes"] == 0.03
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_population_that_was_chosen_is_as_one_that_was_given(eggroll, bare, monkeypatch, dtype):
+    """The worker is made anew around the module whose members were tried."""
+    monkeypatch.setattr("eggroll.llm.choosing.choose.fit", lambda *_, **__: Amount(2, 6, 3))
+    assert bare("--minutes", "9", "--dtype", dtype, "-o", "chosen").status == 0
+    found = settings(eggroll.work / "chosen")
+    assert list(found.values())[3:] == [2, 6, 3]
+    flags = [word for name, value in found.items() for word in (flag_of(name), str(value))]
+    assert bare(*flags, "--dtype", dtype, "-o", "given").status == 0
+    logs = [(eggroll.work / name / "updates.jsonl").read_text() for name in ("chosen", "given")]
+    assert logs[0] == logs[1]
 
 
 def test_a_score_without_a_difference_is_said_and_the_run_goes_on(eggroll):

@@ -18,7 +18,7 @@ from eggroll._command import typed
 from eggroll.core.settings import narrowed
 from eggroll.errors import ConfigError, DataError, EggrollError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
-from eggroll.llm.backends.build import WorkerFactory
+from eggroll.llm.backends.build import WorkerFactory, with_population
 from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
 from eggroll.llm.choosing.auto import automatic, with_stand_ins
 from eggroll.llm.choosing.choose import CHOSEN, CalibrationWarning, Choice, check_auto, choose, seconds_left
@@ -211,7 +211,7 @@ def _plan(options: TuneOptions) -> Plan:
     check_auto(options)
     worker = make_worker(with_stand_ins(options), reward)
     worker.use(train, heldout)
-    data = Data(reward, train, heldout, notes)
+    data = Data(reward, train, heldout, notes, _fingerprints(options, train, heldout))
     if options.resume is not None or not (automatic(options) or options.minutes):
         return _planned(options, worker, data)
     return dataclasses.replace(
@@ -227,6 +227,7 @@ class Data:
     train: list[Example]
     heldout: list[Example] | None
     notes: list[str]
+    fingerprints: dict[str, str]
 
 
 def _chosen(options: TuneOptions, worker: ModelWorker, data: Data, notify: Callable[[str], None]) -> Plan:
@@ -237,8 +238,7 @@ def _chosen(options: TuneOptions, worker: ModelWorker, data: Data, notify: Calla
         config, before = narrowed(choice.options, EggrollConfig), worker.setup.config
         sizes = ("population_size", "prompts_per_generation")
         if any(getattr(config, name) != getattr(before, name) for name in sizes):
-            worker.close()
-            worker = make_worker(choice.options, data.reward)
+            worker = with_population(worker, config)
             worker.use(data.train, data.heldout)
         worker.settle(config)
     except BaseException:  # nobody else knows of this worker yet
@@ -279,7 +279,7 @@ def _planned(options: TuneOptions, worker: ModelWorker, data: Data, choice: Choi
             **({} if choice is None else {CHOSEN: choice.record()}),
         },
         seconds=seconds_left(options, choice),
-        fingerprints=_fingerprints(options, train, heldout),
+        fingerprints=data.fingerprints,
         pools_itself=True,
         spread_advice=SPREAD_ADVICE,
         finish_interrupted=True,

@@ -15,7 +15,7 @@ from eggroll.llm.backends.torch import TorchEvaluator, replica_for
 from eggroll.llm.backends.vllm import VllmEvaluator
 from eggroll.llm.backends.vllm_engine import VllmEngine, check_vllm
 from eggroll.llm.backends.vllm_parallel import worker_engine_args
-from eggroll.llm.backends.worker import LanguageWorker, Setup
+from eggroll.llm.backends.worker import LanguageWorker, ModelWorker, Setup
 from eggroll.llm.config import Attention, EggrollConfig, Quantize
 from eggroll.llm.data.examples import Example
 from eggroll.llm.estimate.machine import check_memory
@@ -167,6 +167,18 @@ def check_anchor(config: EggrollConfig, outline: Outline) -> None:
     quantized = [spec.name for spec in outline.evolved(config) if spec.name in outline.bits]
     if config.anchored_weight_decay and quantized:
         raise ConfigError(refusal(config.anchored_weight_decay, quantized))
+
+
+def with_population(worker: ModelWorker, config: EggrollConfig) -> LanguageWorker:
+    """A worker in PyTorch of the same module, before its first update, with a population of another size or batch.
+
+    Raises:
+        MemoryBudgetError: the run cannot fit into this machine's memory.
+    """
+    setup = worker.setup
+    made = worker_of(worker.module, config, setup.reward, setup.tokenizer)
+    made.setup = replace(setup, config=config)
+    return made
 
 
 def generation_notes(reward: Reward, defaults: GenerationDefaults, *, vllm: bool = False) -> tuple[str, ...]:

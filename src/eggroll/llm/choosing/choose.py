@@ -79,6 +79,8 @@ def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, not
         wanted = Amount(chosen.generations, chosen.population_size, chosen.prompts_per_generation)
         cell = calibration.chosen.seconds / calibration.prompts
         free = auto if isinstance(worker, LanguageWorker) and chosen.backend == "torch" else auto & {"generations"}
+        if chosen.group_size or chosen.elite_k:  # numbers that go with a population's size
+            free = free - {"population_size"}
         found = fit(wanted, free, seconds=left, cell_seconds=cell, prompts=prompts, heldout=heldout)
         chosen = dataclasses.replace(
             chosen, generations=found.generations, population_size=found.members, prompts_per_generation=found.prompts
@@ -136,9 +138,7 @@ def seconds_left(options: Any, choice: Choice | None) -> float | None:
 
 
 def _calibrate(options: Any, worker: ModelWorker, *, fixed: bool) -> Calibration:
-    members = min(MEMBERS, options.population_size)
-    if options.antithetic:
-        members -= members % 2
+    members = min(MEMBERS, options.population_size) // 2 * 2
     relative = options.quantized_update == "scales"
     shapes = [] if relative else [spec.matrix_shape for spec in worker.setup.specs if spec.low_rank]
     start = options.sigma if fixed else starting_sigma(shapes)
