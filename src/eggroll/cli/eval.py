@@ -35,7 +35,7 @@ class EvalOptions(ModelOptions, WorldOptions, GenerationOptions):
     models: tuple[str, ...] = setting(positional="MODEL [MODEL]")
     """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m."""
     task: str = setting()
-    """countdown, gsm8k, guess_number, one_sentence, zeros, or reasoning-gym:NAME."""
+    """calculator, countdown, gsm8k, guess_number, maze, one_sentence, zeros, or reasoning-gym:NAME."""
     shots: int = 0
     """Worked examples before each problem (countdown, gsm8k)."""
     samples: int | None = None

@@ -40,8 +40,8 @@ class ProcessHost:
             pickle.dumps(factory)
         except Exception as error:
             raise ConfigError(
-                f"the world {name} cannot be sent to processes ({error}): define it at the top of a module or a file, or "
-                "leave world_workers (--world-workers) at 0"
+                f"the world {name} cannot be sent to processes ({error}): define it at the top of a module or a file, "
+                "or leave world_workers (--world-workers) at 0"
             ) from error
         self.factory, self.timeout, self.name, self.workers = factory, timeout, name, workers
         self._processes: list[_Process | None] = [None] * workers
