@@ -24,7 +24,9 @@ def splits_of(task):
 
 def test_names():
     suites = ["aime24", "aime25", "amc", "math500", "minerva", "olympiad"]
-    assert names() == sorted([*suites, "countdown", "gsm8k", "guess_number", "one_sentence", "zeros"])
+    assert names() == sorted(
+        [*suites, "calculator", "countdown", "gsm8k", "guess_number", "maze", "one_sentence", "zeros"]
+    )
     assert is_task("one-sentence")
     assert is_task("reasoning_gym:whatever")
     assert not is_task("score.py:reward")

@@ -36,8 +36,8 @@ class EvalOptions(ModelOptions, WorldOptions, GenerationOptions):
     """One model, or two to compare, before and after: hub id, local directory, .gguf file, or smollm2-135m,
     gemma3-270m, qwen2.5-coder-1.5b."""
     task: str = setting()
-    """countdown, gsm8k, guess_number, one_sentence, zeros, reasoning-gym:NAME, or a suite: aime24, aime25, amc,
-    math500, minerva, olympiad."""
+    """calculator, countdown, gsm8k, guess_number, maze, one_sentence, zeros, reasoning-gym:NAME, or a suite: aime24,
+    aime25, amc, math500, minerva, olympiad."""
     shots: int = 0
     """Worked examples before each problem (countdown, gsm8k)."""
     problems: int | None = None

@@ -75,8 +75,8 @@ class TuneOptions(WorkerOptions, RunOptions, ModelOptions, JudgeOptions, TuneSet
     """perplexity, a .py file, "lambda text: ...", package.module:function, or a task; needed without --task and
     --judge-url or --world."""
     task: str | None = None
-    """countdown, gsm8k, guess_number, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts, held-out prompts
-    and settings."""
+    """calculator, countdown, gsm8k, guess_number, maze, one_sentence, zeros, or reasoning-gym:NAME: reward, prompts,
+    held-out prompts and settings."""
     shots: int = 0
     """Worked examples before each problem of a task (countdown, gsm8k)."""
     world: str | None = setting(None, flags=("--environment",), runs_code=bool)

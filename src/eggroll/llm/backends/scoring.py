@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from eggroll.distributed.host import check_taken_back
-from eggroll.errors import ConfigError, RewardError
+from eggroll.errors import RewardError
 from eggroll.llm.backends.passes import fill_unscored, reduce_samples
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.batches import Batch
@@ -28,7 +28,6 @@ from eggroll.llm.rewards import FunctionReward, Reward
 from eggroll.llm.rewards.base import Unscored, as_scores, guarded
 from eggroll.llm.rewards.event_loop import finished
 from eggroll.llm.rewards.notes import Notes, noting, with_extra
-from eggroll.llm.worlds.reward import world_of
 from eggroll.llm.worlds.rollout import Speaker
 from eggroll.llm.worlds.scoring import Worlds
 from eggroll.loop import Evaluation, Heldout
@@ -108,14 +107,9 @@ class Evaluator(ABC):
         A prompt's samples are consecutive rows of the batch. Without ``active`` it is the center that writes.
         """
 
+    @abstractmethod
     def speaker(self, batch: Sequence[Example], active: Any, generation: int, members: range) -> Speaker:
-        """Lets the rows of a batch hold conversations: what :meth:`complete` is for one completion.
-
-        Raises:
-            ConfigError: the backend cannot.
-        """
-        name = getattr(world_of(self.reward), "name", "")
-        raise ConfigError(f"conversations with the world {name} need --backend torch (backend='torch')")
+        """Lets the rows of a batch hold conversations: what :meth:`complete` is for one completion."""
 
     @abstractmethod
     def center_prompts(self, batch: Sequence[Example]) -> int:

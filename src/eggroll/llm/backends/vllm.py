@@ -97,23 +97,60 @@ class VllmEvaluator(Evaluator):
         made = [_before_end(part.token_ids, self.eos_ids) for output in outputs for part in output.outputs]
         return self.tokenizer.batch_decode(made, skip_special_tokens=True), sum(map(len, made))
 
-    def _sampling(self, generation: int, row: int) -> Any:
+    def speaker(
+        self, batch: Sequence[Example], active: list[Any] | None, generation: int, members: range
+    ) -> EngineSpeaker:
+        """Lets the rows of a batch hold conversations; the engine's prefix cache keeps what they have read."""
+        return EngineSpeaker(self, active, generation, members.start * len(batch), len(batch))
+
+    def sampling(self, generation: int, row: int, turn: int = 0) -> Any:
+        """How a row's tokens are chosen, in a turn of its conversation; one completion each."""
+        return self._sampling(generation, row, turn, samples=1)
+
+    def _sampling(self, generation: int, row: int, turn: int = 0, samples: int | None = None) -> Any:
         from vllm import SamplingParams
 
         config = self.config
         seed = None
         if config.temperature > 0.0:
             key = fold_in(fold_in(fold_in(seed_key(config.seed), SAMPLING_STREAM), generation), row)
+            key = fold_in(key, turn) if turn else key
             seed = int(key[1]) & 0x7FFFFFFF
         return SamplingParams(
             temperature=config.temperature,
             max_tokens=config.max_tokens,
-            n=config.samples_per_prompt,
+            n=samples or config.samples_per_prompt,
             seed=seed,
             stop_token_ids=self.eos_ids,
             detokenize=False,
             **self.defaults.vllm_arguments(),
         )
+
+
+class EngineSpeaker:
+    """Lets rows say something, turn by turn: a :class:`~eggroll.llm.worlds.rollout.Speaker`.
+
+    Args:
+        evaluator: has the engine and the settings.
+        active: the adapter request of each member; ``None`` for the center.
+        generation: for sampled tokens.
+        first: the number of the first row in its generation, for the same.
+        prompts: rows of each member.
+    """
+
+    def __init__(
+        self, evaluator: VllmEvaluator, active: list[Any] | None, generation: int, first: int, prompts: int
+    ) -> None:
+        self.evaluator, self.active, self.generation = evaluator, active, generation
+        self.first, self.prompts = first, prompts
+
+    def say(self, rows: Sequence[int], ids: Sequence[list[int]], turn: int) -> list[list[int]]:
+        """See :class:`~eggroll.llm.worlds.rollout.Speaker`."""
+        evaluator, active = self.evaluator, self.active
+        sampling = [evaluator.sampling(self.generation, self.first + row, turn) for row in rows]
+        requests = None if active is None else [active[row // self.prompts] for row in rows]
+        outputs = evaluator.engine.generate([list(row) for row in ids], sampling, requests)
+        return [_before_end(output.outputs[0].token_ids, evaluator.eos_ids) for output in outputs]
 
 
 def _before_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:

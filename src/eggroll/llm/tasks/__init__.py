@@ -20,14 +20,25 @@ from types import ModuleType
 from typing import Any
 
 from eggroll.errors import ConfigError
-from eggroll.llm.tasks import countdown, gsm8k, guess_number, math_suites, one_sentence, reasoning, zeros
+from eggroll.llm.tasks import (
+    calculator,
+    countdown,
+    gsm8k,
+    guess_number,
+    math_suites,
+    maze,
+    one_sentence,
+    reasoning,
+    zeros,
+)
 from eggroll.llm.tasks.task import Task, with_shots
 
 __all__ = ["SOLVED", "Task", "check_trainable", "get_task", "is_task", "names", "row_check"]
 
 _DATA = Path(__file__).parent / "data"
 _MODULES: dict[str, ModuleType] = {
-    "countdown": countdown, "gsm8k": gsm8k, "guess_number": guess_number, "zeros": zeros,
+    "calculator": calculator, "countdown": countdown, "gsm8k": gsm8k, "guess_number": guess_number, "maze": maze,
+    "zeros": zeros,
 }  # fmt: skip
 SOLVED = 1.0
 """An answer with at least this score counts as right, in every task."""
