@@ -39,13 +39,13 @@ BROUGHT = {
     "jaxtyping": "rl", "optax": "rl", "gymnax": "rl", "gymnasium": "rl", "plotly": "report",
 }  # fmt: skip
 """Modules that an extra brings, and which one; a module that is missing otherwise is a fault, not an extra."""
-USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help lists its options)
+USAGE = """usage: eggroll COMMAND ...   (eggroll COMMAND --help: the options that matter; --help-all: all of them)
 
   tune MODEL     evolve a language model on a reward
   eval MODEL     measure a model on a task, or compare two
   chat RUN       ask a run's model questions, before and after side by side; or any model
   generate RUN   write a model's completions of the prompts in a file
-  recipe NAME    run a published result: cartpole, mnist, mnist_cnn, profile, hyperscale, or all
+  recipe NAME    run a published result: cartpole, mnist, mnist_cnn, rwkv7, profile, hyperscale, or all
   rl --env NAME  evolve a policy on a JAX or Gymnasium environment (--list shows them)
   pretrain       train a language model from scratch in int8 (--data FILE), or sample from one
   info MODEL     show a model's parameters and what a population of it needs

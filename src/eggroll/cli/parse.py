@@ -12,12 +12,11 @@ from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
-import tyro
-
+from eggroll.cli.helping import ALL, WORDS, Option, lines, options
 from eggroll.core.config import ESConfig
 from eggroll.core.settings import about
 from eggroll.errors import ConfigError
-from eggroll.run.terminal import printable
+from eggroll.run.terminal import Terminal, printable
 
 Options = TypeVar("Options")
 ON_THE_COMMAND_LINE = {
@@ -56,12 +55,18 @@ def parse(
         SystemExit: --help was asked for, or the command line is wrong, which has been said then.
         ConfigError: settings that cannot work.
     """
-    command = command_type(cast(Any, kind), given is not None)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     known = {} if default is None else {name: getattr(default, name) for name in names}
     if given:
         known = _defaults(kind) | known | dict(given)
     shown = {name: _printable(value) for name, value in known.items()}
+    if not WORDS.isdisjoint(arguments):
+        told = options(kind, field_texts(cast(Any, kind)), shown, None if given is None else CONFIG_TEXT)
+        _print_help(prog, description, told, everything=ALL in arguments)
+        raise SystemExit(0)
+    import tyro
+
+    command = command_type(cast(Any, kind), given is not None)
     absent: Any = command(**shown) if shown else tyro.MISSING_NONPROP
     typed = tyro.cli(command, args=arguments, prog=prog, description=description, default=absent)
     if given is not None and getattr(typed, CONFIG) != config:
@@ -78,7 +83,15 @@ def parse(
         raise type(error)(text) from None
 
 
+def _print_help(prog: str, description: str, told: Sequence[Option], *, everything: bool) -> None:
+    console = Terminal(highlight=False, markup=False, soft_wrap=True)
+    for line in lines(prog, description, told, everything=everything, width=console.width):
+        console.print(line, style="bold" if line.endswith(":") and not line.startswith(" ") else None)
+
+
 def _defaults(kind: Any) -> dict[str, Any]:
+    import tyro
+
     found: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -96,6 +109,8 @@ def _printable(value: Any) -> Any:
 @cache
 def command_type(kind: Any, takes_config: bool = False) -> Any:
     """A dataclass with the fields of ``kind`` (and ``--config``), annotated for tyro, that checks nothing."""
+    import tyro
+
     hints: dict[str, Any] = get_type_hints(kind, include_extras=True)
     texts = field_texts(kind)
     namespace: dict[str, Any] = {"__annotations__": {}, "__doc__": kind.__doc__, "__module__": kind.__module__}
