@@ -90,7 +90,24 @@ def test_noise_between_prompts_is_said():
 def test_a_given_sigma_is_only_measured():
     found = calibrate(world(), MEMBERS, 0.013, only_start=True, clock=itertools.count().__next__)
     assert (found.sigma, len(found.levels)) == (0.013, 1)
-    assert found.chosen.seconds == 1 / MEMBERS
+    assert found.chosen.seconds == 2 / MEMBERS
+
+
+def test_little_time_is_kept_to():
+    """A second for each member here: the first sigma takes 8 of them, and no larger one is tried."""
+    now, free = [0.0], world()
+
+    def evaluate(sigma, members):
+        now[0] += len(members)
+        return free(sigma, members)
+
+    found = calibrate(evaluate, MEMBERS, 0.005, seconds=6.0, clock=lambda: now[0])
+    assert [(level.sigma, level.members) for level in found.levels] == [(0.005, 8)]
+    assert found.seconds == 2 + 2 + 8
+    found = calibrate(evaluate, MEMBERS, 0.005, seconds=18.0, clock=lambda: now[0])
+    assert [(level.sigma, level.members) for level in found.levels] == [(0.005, 14)]
+    found = calibrate(evaluate, MEMBERS, 0.005, seconds=25.0, clock=lambda: now[0])
+    assert [(level.sigma, level.members) for level in found.levels] == [(0.005, 16), (0.01, 8)]
 
 
 def test_the_components_are_those_of_the_layout():

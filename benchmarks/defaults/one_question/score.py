@@ -24,4 +24,4 @@ def score(text: str) -> float:
     number = len(words)
     length = min(1.0, 12 / number) if number >= 4 else (number / 4) ** 2
     fresh = len(set(words)) / number * (1.0 if answer[0].isupper() else 0.5)
-    return asks / max(1, len(sentences)) * length * min(1.0, fresh / 0.8)
+    return (asks / max(1, len(sentences)) * length) ** 0.5 * min(1.0, fresh / 0.8)

@@ -40,6 +40,8 @@ MOST_DEVIATIONS = 4.0
 """Of the members' scores, that they may lose on average: beyond it, what differs is mostly how broken they are."""
 FIRST = 4
 """Members that are looked at first: where these have lost far too much, the others would only take time."""
+LEAST = 8
+"""Members that are evaluated where time is short."""
 FAR = 1.5
 """Times ``MOST_LOST``: far too much."""
 UP, DOWN = 3, 5
@@ -83,7 +85,7 @@ class Calibration:
         center: mean score of the model as it is, on these prompts.
         broken: mean score of broken text; ``None`` if nothing had to be chosen.
         levels: by sigma.
-        members: evaluated at each sigma.
+        members: evaluated at each sigma, at most.
         prompts: that they answered.
         seconds: that all of it took.
         reason: in words.
@@ -130,6 +132,7 @@ def calibrate(
     start: float,
     *,
     only_start: bool = False,
+    seconds: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
     """Try sigmas from ``start`` upwards while members behave, or downwards until they do.
@@ -140,21 +143,26 @@ def calibrate(
         members: how many, an even number of at least 2.
         start: the first sigma.
         only_start: sigma is given, and only measured.
-        clock: seconds.
+        seconds: that this may take, roughly: when they are over, no larger sigma is tried, and no more than
+            ``LEAST`` members at each.
+        clock: what the time is.
     """
-    return _Search(evaluate, members, start, clock).run(only_start=only_start)
+    return _Search(evaluate, members, start, seconds, clock).run(only_start=only_start)
 
 
 class _Search:
-    def __init__(self, evaluate: Evaluate, members: int, start: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, evaluate: Evaluate, members: int, start: float, seconds: float, clock: Callable[[], float]
+    ) -> None:
         self.evaluate, self.members, self.start, self.clock = evaluate, members, start, clock
+        self.began = clock()
+        self.end = self.began + seconds
         self.levels: dict[float, Level] = {}
         self.prompts = 1
         self.distance = math.inf
         """What there is to lose; infinite where that is not known."""
 
     def run(self, *, only_start: bool) -> Calibration:
-        began = self.clock()
         center = scores_of(self.evaluate(self.start * TINY, range(2)))
         self.prompts, self.center = center.shape[1], float(center.mean())
         broken: float | None = None
@@ -166,7 +174,7 @@ class _Search:
             broken = self.center - float(apart.mean())
             sigma, reason, warning = self._choose(apart.mean(axis=0), broken)
         levels = tuple(sorted(self.levels.values(), key=lambda level: level.sigma))
-        seconds = self.clock() - began
+        seconds = self.clock() - self.began
         return Calibration(
             sigma, self.center, broken, levels, self.members, self.prompts, seconds, reason, warning
         )  # fmt: skip
@@ -199,8 +207,11 @@ class _Search:
         if sigma not in self.levels:
             began, first = self.clock(), min(FIRST, self.members)
             scores = scores_of(self.evaluate(sigma, range(first)))
-            if first < self.members and self.center - scores.mean() <= FAR * MOST_LOST * self.distance:
-                scores = np.concatenate([scores, scores_of(self.evaluate(sigma, range(first, self.members)))])
+            now = self.clock()
+            fit = first * (self.end - now) / max(now - began, 1e-9)
+            members = min(self.members, max(LEAST, first + 2 * int(min(fit, MEMBERS) / 2)))
+            if first < members and self.center - scores.mean() <= FAR * MOST_LOST * self.distance:
+                scores = np.concatenate([scores, scores_of(self.evaluate(sigma, range(first, members)))])
             between, noise = components(scores)
             self.levels[sigma] = Level(
                 sigma, float(scores.mean()), float(scores.mean(axis=1).std()), between, noise, len(scores),
@@ -216,7 +227,7 @@ class _Search:
     def _while_behaving(self) -> float:
         sigma, tried = self.start, 0
         if self.behaves(sigma):
-            while tried < UP and self.behaves(2 * sigma):
+            while tried < UP and self.clock() < self.end and self.behaves(2 * sigma):
                 sigma, tried = 2 * sigma, tried + 1
         else:
             while tried < DOWN and not self.behaves(sigma):

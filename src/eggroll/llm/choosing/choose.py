@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ CHOSEN = "chosen"
 """The key of ``environment.json`` that holds what was measured and chosen."""
 GENERATION = 0
 """Whose prompts and noise are tried: those of the first one, which a run needs anyway."""
+
+SHARE = 0.15
+"""Of the run's time, after which no larger sigma is tried."""
 
 
 class CalibrationWarning(UserWarning):
@@ -72,7 +76,8 @@ def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, not
         warning = calibration.warning
     if calibration is not None and "sigma" in auto:
         chosen = dataclasses.replace(chosen, sigma=calibration.sigma)
-        tried = f"of {len(calibration.levels)} tried on {calibration.members} members and {calibration.prompts} prompts"
+        members = calibration.chosen.members
+        tried = f"of {len(calibration.levels)} tried on {members} members and {calibration.prompts} prompts"
         lines.append(f"sigma {chosen.sigma:g} ({tried}: {calibration.reason})")
     if calibration is not None and options.minutes is not None:
         left = options.minutes * 60 - calibration.seconds
@@ -85,9 +90,10 @@ def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, not
         chosen = dataclasses.replace(
             chosen, generations=found.generations, population_size=found.members, prompts_per_generation=found.prompts
         )
-        seconds = found.members * found.prompts * cell
+        each = min(found.prompts, prompts)
+        seconds = found.members * each * cell
         lines.append(
-            f"{found.generations} generations of {found.members} members on {found.prompts} prompts, about "
+            f"{found.generations} generations of {found.members} members on {each} prompts, about "
             f"{seconds:.3g} s each, for {options.minutes:g} minutes"
         )
     elif calibration is not None and "generations" in auto:
@@ -142,6 +148,8 @@ def _calibrate(options: Any, worker: ModelWorker, *, fixed: bool) -> Calibration
     relative = options.quantized_update == "scales"
     shapes = [] if relative else [spec.matrix_shape for spec in worker.setup.specs if spec.low_rank]
     start = options.sigma if fixed else starting_sigma(shapes)
+    seconds = math.inf if options.minutes is None else SHARE * options.minutes * 60
     return calibrate(
-        lambda sigma, members: worker.evaluate(GENERATION, sigma, members), members, start, only_start=fixed
-    )
+        lambda sigma, members: worker.evaluate(GENERATION, sigma, members),
+        members, start, only_start=fixed, seconds=seconds,
+    )  # fmt: skip
