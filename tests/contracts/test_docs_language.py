@@ -20,7 +20,7 @@ RUN_ELSEWHERE = {
     "docs/start.md", "docs/resume.md",
 }  # fmt: skip
 RUN_HERE = {"docs/tune.md", "docs/tasks.md", "docs/from-trl.md", "docs/serve.md", "docs/rl.md", "docs/rwkv7.md"}
-RUN_HERE |= {"docs/report.md", "docs/quantised.md", "docs/judges.md"}
+RUN_HERE |= {"docs/report.md", "docs/quantised.md", "docs/judges.md", "docs/worlds.md"}
 
 
 def blocks(page):
@@ -78,9 +78,24 @@ def test_the_page_on_scripts_for_trl(tiny):
         ('"smollm2-135m"', '"runs/short/model"'),
         ("population_size=32", "population_size=4"),
         ("generations=20, max_tokens=24", "generations=2, max_tokens=8"),
+        ("generations=20, max_tokens=48", "generations=1, max_length=2000, max_tokens=8"),
     ]
     run("docs/from-trl.md", {}, changes=fewer)
     assert Path("short-answers/config.json").exists()
+
+
+def test_the_page_on_conversations(tiny):
+    fewer = [
+        ('"smollm2-135m"', '"runs/short/model"'),
+        ("population_size=32", "population_size=4"),
+        ("generations=20, max_tokens=12", "generations=2, max_tokens=8"),
+    ]
+    names = run("docs/worlds.md", {}, changes=fewer)
+    assert Path("capitals/config.json").exists()
+    world = names["Capitals"]()
+    assert world.reset(names["rows"][0]) == "What is the capital of France?"
+    assert world.step("Paris.").messages == "And of Peru?"
+    assert world.step("Cusco").score == 0.5
 
 
 def test_the_pages_on_reports_and_quantized_models():

@@ -14,7 +14,7 @@ from tiny_models import write_llama
 FOLDER = Path(__file__).parents[2] / "examples"
 PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py"))
 SMALL = ("cnn", "database_score", "lstm", "pipeline", "self_play")
-LANGUAGE = ("llm_judge", "own_reward", "trl_script")
+LANGUAGE = ("llm_judge", "own_reward", "quiz_world", "trl_script")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ CONVENTIONS = (
     "reward_fn(outputs, prompts) -> list[float] or reward_fn(model, inputs) -> float"
 )
 KNOWN_NAME = re.compile(r"score|reward.*|.*reward(_fn|_func|_function)?")
-BATCH_PARAMETERS = {"completions", "outputs", "completion_ids", "completions_ids"}
+BATCH_PARAMETERS = {"completions", "outputs", "completion_ids", "completions_ids", "environments"}
 
 
 def load_reward(spec: str, tokenizer: Any) -> Reward:
