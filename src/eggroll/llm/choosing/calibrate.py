@@ -155,7 +155,9 @@ class _Search:
 
     def run(self, *, only_start: bool) -> Calibration:
         began = self.clock()
-        center = scores_of(self.evaluate(self.start * TINY, range(2)))
+        first = self.evaluate(self.start * TINY, range(2))
+        self.numbers = bool(np.isfinite(np.asarray(first.fitness, dtype=np.float64)).any())
+        center = scores_of(first)
         broken = scores_of(self.evaluate(self.start * BROKEN, range(2)))
         self.prompts = center.shape[1]
         self.center, self.broken = float(center.mean()), float(broken.mean())
@@ -224,6 +226,11 @@ class _Search:
         )
 
     def _warning(self, sigma: float, distance: float, doubt: float) -> str:
+        if not self.numbers:
+            return (
+                "not one score of the model's own answers is a number: the score returned None or NaN for all of them, "
+                "so sigma cannot be chosen by them; a function without a return gives None"
+            )
         if all(level.deviation == 0 for level in self.levels.values()):
             return (
                 f"all members score the same ({self.center:.3g}) at every sigma that was tried, so there may be "
