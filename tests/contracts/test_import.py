@@ -64,10 +64,20 @@ def test_layers_load_only_their_own_libraries(package, forbidden):
     assert not modules_after(imports_of(package)) & set(forbidden)
 
 
-def test_help_of_the_command_line_loads_no_torch():
+@pytest.mark.parametrize(
+    ("words", "forbidden"),
+    [
+        (["--help"], ("numpy", "rich", "tyro")),
+        (["--version"], ("numpy", "rich", "tyro")),
+        (["tune", "--help"], ("tyro",)),
+        (["rl", "--help"], ("tyro",)),
+    ],
+)
+def test_help_of_the_command_line_loads_little(words, forbidden):
+    """It is there at once: what it does not need is not loaded."""
     statement = "import contextlib, io\nfrom eggroll.cli.main import main\n"
-    statement += "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main(['--help'])"
-    assert not modules_after(statement) & set(HEAVY)
+    statement += f"with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main({words})"
+    assert not modules_after(statement) & {*HEAVY, *forbidden}
 
 
 def test_public_names():

@@ -222,6 +222,13 @@ def test_other_runs_and_models_without_a_before(eggroll):
     )
 
 
+def test_a_run_that_is_not_there(eggroll):
+    """What is missing is said first, before a question is asked for, and no hub is asked for a run's name."""
+    RunDir.create("runs/policy", {"kind": "rl", "options": {}}, command=["eggroll"])
+    for words in (("chat", "runs/polcy"), ("generate", "runs/polcy", "prompts.txt")):
+        assert eggroll(*words).err == "error: runs/polcy does not exist. Runs in runs: policy\n"
+
+
 def test_no_code_of_a_run_directory_is_run(eggroll):
     """The reward is not even looked at; a model's own code needs the user's word."""
     stored = {**STORED, "reward": "lambda text: open('ran', 'w')"}

@@ -484,3 +484,12 @@ def test_numbers_of_countdown_that_are_none(eggroll):
     done = eggroll("tune", "tiny", "--task", "countdown", "-d", "own.jsonl")
     assert refused(done, "data set own.jsonl, row 1: target (='4O') must be a whole number, as in ")
     assert not (eggroll.work / "runs").exists()
+
+
+def test_several_unknown_flags_are_told_at_once(eggroll):
+    done = eggroll("tune", "tiny", "--generation", "3", "--pop_sise=8", "--zzz")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == (
+        "Unrecognized options: --generation, --pop_sise, --zzz. Perhaps you meant --generations, --pop-size. "
+        "eggroll tune --help-all shows every option\n"
+    )

@@ -64,6 +64,8 @@ def test_scores_of_zero_everywhere():
     found = calibrate(lambda sigma, members: Evaluation(np.zeros((len(members), PROMPTS))), MEMBERS, 0.01)
     assert found.sigma == 0.01
     assert "all members score the same (0) at every sigma that was tried" in found.warning
+    nothing = calibrate(lambda sigma, members: Evaluation(np.full((len(members), PROMPTS), np.nan)), MEMBERS, 0.01)
+    assert "the score returned None or NaN for all of them" in nothing.warning
 
 
 def test_a_sigma_that_makes_scores_differ_is_taken_where_the_start_does_not():

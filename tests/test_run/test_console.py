@@ -9,7 +9,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from eggroll.run.console import Display, duration, forgive, number, rate, sparkline
+from eggroll._streams import forgive
+from eggroll.run.console import Display, duration, number, rate, sparkline
 
 START = {"generation": 0, "event": "start", "heldout_reward": -2.5}
 LINE = {

@@ -116,11 +116,13 @@ def run_at(place: str) -> RunDir | None:
     """The run in a directory; ``None`` for what is a model.
 
     Raises:
-        RunError: there is a run, but it cannot be read.
+        RunError: there is a run, but it cannot be read; or a name in a folder of runs that is none of them.
     """
     from eggroll.run.run_dir import RunDir
 
     path = Path(place).expanduser()
+    if not path.exists() and any(path.parent.glob(f"*/{name}") for name in MARKS if path.parent != Path()):
+        return RunDir.open(path)  # which says what runs there are
     return RunDir.open(path) if any((path / name).is_file() for name in MARKS) else None
 
 

@@ -48,8 +48,8 @@ def run(options: ChatOptions) -> int:
     console = Terminal(soft_wrap=True, highlight=False)
     notes = Terminal(stderr=True, soft_wrap=True, highlight=False)
     interactive = options.question is None and sys.stdin is not None and sys.stdin.isatty()
-    given = None if interactive else _given(options)
     asked, config = subjects(options, "chat", () if options.only is None else (options.only,))
+    given = None if interactive else _given(options)
     chat = _Chat(options, asked, config, console, notes)
     if given is None:
         chat.introduce()

@@ -43,7 +43,7 @@ def choose_threads(options: Any) -> str | None:
         return None
     set_threads(threads)
     return (
-        f"{_count(threads)} instead of {usual}: other programs keep {others:.0f} of {cores} cores busy "
+        f"{_count(threads)} instead of {usual}: other programs keep {min(others, cores):.0f} of {cores} cores busy "
         "(OMP_NUM_THREADS sets the number)"
     )
 

@@ -14,15 +14,8 @@ from types import ModuleType
 from typing import Any
 
 from eggroll import _environment
-from eggroll._command import typed
-from eggroll._optional import missing
-from eggroll.cli.config_file import COMMANDS as CONFIGURED
-from eggroll.cli.config_file import parse_with_file
-from eggroll.cli.parse import parse
-from eggroll.cli.watch import option_given
+from eggroll._streams import forgive
 from eggroll.errors import EggrollError, raised_at
-from eggroll.run.console import forgive
-from eggroll.run.terminal import Terminal, printable
 
 COMMANDS = ("tune", "eval", "chat", "generate", "info", "replay", "report", "runs", "rl", "pretrain")
 """Each is a module of this package with ``OPTIONS`` (a dataclass), ``run(options)``, and perhaps
@@ -90,6 +83,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     # tokenizers warns about forks otherwise; completions are decoded in one process anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _environment.wait_passively()
+    from eggroll.run.terminal import Terminal, printable
+
     format_warning = warnings.formatwarning
     warnings.formatwarning = lambda *about, **more: printable(format_warning(*about, **more))
     try:
@@ -108,6 +103,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         module = (error.name or "").partition(".")[0]
         if module not in BROUGHT:
             raise
+        from eggroll._optional import missing
+
         extra = EXTRAS.get(given[0], BROUGHT[module])
         wanted = missing(f"'eggroll {given[0]}' needs {module}, which is not installed", extra)
         Terminal(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(wanted))}")
@@ -182,6 +179,10 @@ def load(name: str) -> ModuleType:
 
 def options_of(command: ModuleType, arguments: Sequence[str], *, prog: str) -> Any:
     """What a command line says to a command."""
+    from eggroll.cli.config_file import COMMANDS as CONFIGURED
+    from eggroll.cli.config_file import parse_with_file
+    from eggroll.cli.parse import parse
+
     description, defaults = command.run.__doc__ or "", getattr(command, "default_options", None)
     if command.__name__.rpartition(".")[2] in CONFIGURED:
         return parse_with_file(command.OPTIONS, arguments, prog=prog, description=description, default_options=defaults)
@@ -201,6 +202,8 @@ def _hinting(command: str, arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _hints(command: str, arguments: Sequence[str]) -> Iterator[str]:
+    from eggroll._command import typed
+    from eggroll.cli.watch import option_given
     from eggroll.llm.tasks import names
     from eggroll.llm.tasks.reasoning import PREFIX
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -60,10 +62,13 @@ def parse(
     if given:
         known = _defaults(kind) | known | dict(given)
     shown = {name: _printable(value) for name, value in known.items()}
+    told = options(kind, field_texts(cast(Any, kind)), shown, None if given is None else CONFIG_TEXT)
     if not WORDS.isdisjoint(arguments):
-        told = options(kind, field_texts(cast(Any, kind)), shown, None if given is None else CONFIG_TEXT)
         _print_help(prog, description, told, everything=ALL in arguments)
         raise SystemExit(0)
+    if unknown := _unknown(arguments, [flag for option in told for flag in option.flags]):
+        print(printable(f"{unknown}. {prog} {ALL} shows every option"), file=sys.stderr)
+        raise SystemExit(2)
     import tyro
 
     command = command_type(cast(Any, kind), given is not None)
@@ -81,6 +86,17 @@ def parse(
         for words, here in ON_THE_COMMAND_LINE.items():
             text = text.replace(words, here)
         raise type(error)(text) from None
+
+
+def _unknown(arguments: Sequence[str], flags: Sequence[str]) -> str:
+    """Which long options there are not, and what may be meant; empty if all are known."""
+    given = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
+    unknown = [flag for flag in dict.fromkeys(given) if flag.replace("_", "-") not in flags]
+    if not unknown:
+        return ""
+    near = [difflib.get_close_matches(flag.replace("_", "-"), flags, n=1) for flag in unknown]
+    meant = ", ".join(dict.fromkeys(flag for found in near for flag in found))
+    return f"Unrecognized options: {', '.join(unknown)}" + (f". Perhaps you meant {meant}" if meant else "")
 
 
 def _print_help(prog: str, description: str, told: Sequence[Option], *, everything: bool) -> None:

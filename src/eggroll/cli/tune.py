@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -47,6 +46,8 @@ def default_options(arguments: Sequence[str]) -> TuneOptions | None:
     task, shots = option_given(arguments, "--task"), option_given(arguments, "--shots") or "0"
     if not task or task.startswith("-") or not shots.isdecimal():  # none, or wrong and told by the command line
         return None
+    import tyro
+
     # A default of another word would make that word a choice of the command line.
     backend: Literal["torch", "vllm"] = "vllm" if option_given(arguments, "--backend") == "vllm" else "torch"
     options = with_task(TuneOptions(model=tyro.MISSING_NONPROP, task=task, shots=int(shots), backend=backend))

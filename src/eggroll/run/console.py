@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from eggroll._streams import forgive
 from eggroll.run.metrics import series
 from eggroll.run.terminal import Terminal, printable, without_echo_of_keys
 
@@ -253,17 +253,6 @@ def _reward(row: Mapping[str, Any]) -> float:
 
 def _has(values: Mapping[str, Any], what: str) -> bool:
     return f"{what}_per_s" in values
-
-
-def forgive(*streams: Any) -> None:
-    """Let text streams write a question mark for what their encoding lacks, where they would raise.
-
-    A terminal in an old code page, or ``LANG=C``, must not end a run because of an umlaut in a path, an arrow in a
-    prompt or half an emoji in an answer.
-    """
-    for stream in streams:
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="replace")
 
 
 def sparkline(values: list[float], width: int = SPARK_WIDTH) -> str:
