@@ -163,8 +163,9 @@ class _Search:
         """What there is to lose; infinite where that is not known."""
 
     def run(self, *, only_start: bool) -> Calibration:
-<<<<<<< HEAD
-        center = scores_of(self.evaluate(self.start * TINY, range(2)))
+        first = self.evaluate(self.start * TINY, range(2))
+        self.numbers = bool(np.isfinite(np.asarray(first.fitness, dtype=np.float64)).any())
+        center = scores_of(first)
         self.prompts, self.center = center.shape[1], float(center.mean())
         broken: float | None = None
         if only_start:
@@ -183,17 +184,6 @@ class _Search:
     def _choose(self, apart: NDArray[np.float64], broken: float) -> tuple[float, str, str]:
         """Sigma, the reason and a warning, from how far broken text is from the center on each prompt."""
         # The prompts are the same ones, so their differences say how well the distance is known.
-=======
-        began = self.clock()
-        first = self.evaluate(self.start * TINY, range(2))
-        self.numbers = bool(np.isfinite(np.asarray(first.fitness, dtype=np.float64)).any())
-        center = scores_of(first)
-        broken = scores_of(self.evaluate(self.start * BROKEN, range(2)))
-        self.prompts = center.shape[1]
-        self.center, self.broken = float(center.mean()), float(broken.mean())
-        # Prompts are the same, so their differences say how well the distance is known.
-        apart = (center - broken).mean(axis=0)
->>>>>>> newcomer
         doubt = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
         distance = float(apart.mean())
         if distance > max(doubt, 1e-9 * max(1.0, abs(self.center))):
@@ -252,16 +242,12 @@ class _Search:
         others = (2 * self.start, self.start / 2)
         return next((sigma for sigma in others if self.level(sigma).deviation > 0), self.start)
 
-<<<<<<< HEAD
     def _warning(self, sigma: float, broken: float, nonsense: bool) -> str:
-=======
-    def _warning(self, sigma: float, distance: float, doubt: float) -> str:
         if not self.numbers:
             return (
                 "not one score of the model's own answers is a number: the score returned None or NaN for all of them, "
                 "so sigma cannot be chosen by them; a function without a return gives None"
             )
->>>>>>> newcomer
         if all(level.deviation == 0 for level in self.levels.values()):
             return (
                 f"all members score the same ({self.center:.3g}) at every sigma that was tried, so there may be "
