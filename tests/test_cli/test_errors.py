@@ -452,7 +452,7 @@ def test_a_task_without_its_name(eggroll, command, given):
     ("given", "texts"),
     [
         (("tune", "--task", "countdown"), ("Missing from eggroll tune: MODEL", "Hub id, local directory, .gguf file")),
-        (("eval",), ("--task STR countdown, gsm8k, one_sentence, zeros",
+        (("eval",), ("--task STR countdown, gsm8k, guess_number, one_sentence, zeros",
                      "eval needs a model, or two to compare, and a task: eggroll eval smollm2-135m --task countdown")),
         (("rl", "CartPole-v9"),
          ("'CartPole-v9' needs the option before it that says what it is: eggroll rl --env CartPole-v9",)),

@@ -31,7 +31,7 @@ def test_a_run_a_sample_and_a_replay(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(command(text, "-g", "4", "-o", str(out))) == 0
     shown = capsys.readouterr().out
-    for piece in ("1 layers x 16", "int8 parameters", "validation bits per byte", "unigram bits per byte", "--sample"):
+    for piece in ("1 layer x 16", "int8 parameters", "validation bits per byte", "unigram bits per byte", "--sample"):
         assert piece in shown
     result = json.loads((out / "result.json").read_text())
     assert result["member_tokens"] == 4 * 16 * 16

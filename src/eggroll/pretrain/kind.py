@@ -112,7 +112,7 @@ def _here(options: PretrainOptions, **machine: Any) -> PretrainOptions:
 def _plan(options: PretrainOptions) -> Plan:
     corpus = load_corpus(options.data, text_column=options.text_column)
     corpus.check(options.context + options.tokens + 1)
-    title = f"{options.n_layers} layers x {options.hidden}"
+    title = f"{options.n_layers} {'layer' if options.n_layers == 1 else 'layers'} x {options.hidden}"
     size, parts = options.population_size, parts_of(options)
     ensure_fits(f"a population of {size:,} members of {title}", parts, ways_out(options))
     name = re.sub(r"[^A-Za-z0-9.]+", "-", Path(options.data).stem).strip("-").lower()
