@@ -128,7 +128,10 @@ def test_weights_are_never_made(run, model_directory):
 def test_unknown_model(run):
     status, _, error = run("smollm2-135n")
     assert status == 1
-    assert error.startswith("error: model 'smollm2-135n' cannot be loaded. Tried: a directory or file of that name")
+    assert error.startswith("error: there is no model 'smollm2-135n'; did you mean 'smollm2-135m'?")
+    status, _, error = run("smollm2")
+    assert status == 1
+    assert error.startswith("error: model 'smollm2' cannot be loaded. Tried: a directory or file of that name")
     assert "an alias is near: 'smollm2-135m'" in error
 
 

@@ -98,7 +98,10 @@ def test_unknown_hub_id():
 
 
 def test_near_alias():
-    assert "an alias is near: 'smollm2-135m'" in message_of(lambda: models.load("smolm2-135"))
+    assert "there is no model 'smolm2-135'; did you mean 'smollm2-135m'?" in message_of(
+        lambda: models.load("smolm2-135")
+    )
+    assert "an alias is near: 'smollm2-135m'" in message_of(lambda: models.load("smollm2"))
 
 
 def test_paths_that_hold_no_model(tmp_path, saved):

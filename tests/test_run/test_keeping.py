@@ -92,7 +92,7 @@ def test_standing(scores, best, last, waited):
         ),
         (
             Kept("best", 50, 50, Standing([(30, 0.7), (50, 0.79)])),
-            "best 0.7900 at generation 50, the last; saved: best",
+            "best and last 0.7900 at generation 50; saved: best",
         ),
         (
             Kept("best", 30, 53, Standing([(30, 0.81), (50, 0.79)])),

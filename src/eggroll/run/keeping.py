@@ -122,7 +122,8 @@ class Kept:
             return ""
         unscored = "" if last[0] == self.generations else f", and generation {self.generations} has no score"
         if best[0] == last[0]:
-            scores = f"best {number(best[1])} at generation {best[0]}{unscored or ', the last'}"
+            what = "best" if unscored else "best and last"
+            scores = f"{what} {number(best[1])} at generation {best[0]}{unscored}"
         else:
             scores = f"best {number(best[1])} at generation {best[0]}, last {number(last[1])} at {last[0]}{unscored}"
         return f"{scores}; saved: {self.saved}"

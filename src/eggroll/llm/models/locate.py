@@ -57,6 +57,10 @@ class Located:
             raise ModelError(_not_loaded(self.source, self.path, error, self.revision)) from error
 
 
+ALMOST = 0.85
+"""How like an alias a name is that is a mistyped one; names of the hub without a user are few, and unlike these."""
+
+
 def locate(source: str, *, gguf: bool = False, revision: str | None = None) -> Located:
     """Where a model is; an alias is fetched.
 
@@ -96,6 +100,10 @@ def locate(source: str, *, gguf: bool = False, revision: str | None = None) -> L
         raise ModelError(f"model {path} is a file, but neither .gguf nor .pth (RWKV-7); give the model's directory")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ModelError(f"model directory {path} does not exist{_files_near(path)}")
+    if "/" not in source and (near := difflib.get_close_matches(source.lower(), ALIASES, n=1, cutoff=ALMOST)):
+        raise ModelError(  # without asking the hub, which takes a minute where there is no network
+            f"there is no model {source!r}; did you mean {near[0]!r}? A model of the hub is given as 'user/{source}'"
+        )
     return Located(source, source, revision=revision)
 
 
