@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import re
 
 import plotly.graph_objects
@@ -14,6 +15,7 @@ from test_run.toys import train
 
 from eggroll.errors import ConfigError, MissingExtraError
 from eggroll.run import RunDir
+from eggroll.run.console import number
 from eggroll.run.report import before_and_after, page, write_comparison, write_report
 from eggroll.run.report.plots import MAX_POINTS
 from eggroll.run.report.view import RunView
@@ -324,3 +326,18 @@ def test_several_runs_on_one_page(sampled, tmp_path, record):
     assert "layers" in found.text  # a setting of one of them
     with pytest.raises(ConfigError, match="a page compares at most 8 runs, and 9 were given; leave some out"):
         write_comparison([RunView(sampled, str(number)) for number in range(9)], path)
+
+
+def test_what_was_chosen_is_shown_with_what_was_measured(sampled):
+    path = sampled.path / "environment.json"
+    about = json.loads(path.read_text())
+    levels = [{"sigma": 0.01, "mean": 0.5, "deviation": 0.125, "noise": 0.0625, "members": 16}]
+    path.write_text(json.dumps(about | {"chosen": {"lines": ["sigma 0.01 (of <1> tried)"], "levels": levels}}))
+    report_of(RunDir.open(sampled.path))  # is well-formed
+    text = (sampled.path / "report.html").read_text()
+    assert "Chosen before the run" in text
+    assert "<li>sigma 0.01 (of &lt;1&gt; tried)</li>" in text
+    row = "".join(f"<td>{value}</td>" for value in map(number, (0.01, 0.5, 0.125, 0.0625)))
+    assert f"<tr>{row}</tr>" in text
+    path.write_text(json.dumps(about | {"chosen": {"lines": [3, None], "levels": "all"}}))  # somebody's file
+    assert "Chosen before the run" not in report_of(RunDir.open(sampled.path)).text

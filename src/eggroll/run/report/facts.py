@@ -170,13 +170,33 @@ def _facts(values: Mapping[str, Any]) -> str:
     return f'<table class="facts">{"".join(rows)}</table>'
 
 
+def chosen(view: RunView) -> str:
+    """What ``auto`` chose and why, with what members scored at each sigma; empty where nothing was chosen."""
+    found = view.run.environment.get("chosen")
+    if not isinstance(found, Mapping):
+        return ""
+    lines = [line for line in found.get("lines") or () if isinstance(line, str)]
+    levels = [level for level in found.get("levels") or () if isinstance(level, Mapping)]
+    columns = {"sigma": "sigma", "mean": "members score", "deviation": "spread", "noise": "noise between prompts"}
+    head = "".join(f"<th>{title}</th>" for title in columns.values())
+    rows = "".join(f"<tr>{''.join(f'<td>{_cell(level.get(key))}</td>' for key in columns)}</tr>" for level in levels)
+    table = f'<table class="facts">{"<tr>" + head + "</tr>"}{rows}</table>' if levels else ""
+    told = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<h3>Chosen before the run</h3><ul>{told}</ul>{table}" if lines or levels else ""
+
+
+def _cell(value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number(value) if is_number else escape(value)
+
+
 def environment_table(view: RunView) -> str:
     """Versions, hardware and sources."""
     found: dict[str, Any] = {}
     for key, value in view.run.environment.items():
         if key == "packages" and isinstance(value, Mapping):
             value = ", ".join(f"{name} {version}" for name, version in value.items())
-        if key != "command":
+        if key not in ("command", "chosen"):
             found[str(key)] = value
     return _facts(found)
 

@@ -101,6 +101,7 @@ def report_page(view: RunView) -> bytes:
         "<h2>More curves</h2>" if any(not plot.main for plot in found) else "",
         _grid([plot for plot in found if not plot.main], found, ""),
         f"<h2>How it was made</h2><pre>{escape(facts.command(view))}</pre>",
+        facts.chosen(view),
         facts.settings_table(view),
         f"<details><summary>Environment</summary>{facts.environment_table(view)}</details>",
     ]
