@@ -208,6 +208,11 @@ def test_whatever_scores_nothing_or_cannot_be_described_is_refused():
         with_world(None)
 
 
+def test_a_rollout_function_is_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"Write what it does as a World with reset\(row\) and step\(completion\)"):
+        EggrollTrainer.from_model_id("tiny", CONFIG, [count_reward], rollout_func=lambda prompts, trainer: {})
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
