@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -264,3 +265,85 @@ class TestTemplates:
         )
         begin = re.split(r"\?", opening)[1]  # the end of the user's turn, and the opening of the assistant's
         assert said.endswith(begin.strip("\n")) or begin.endswith(said[-12:])
+
+
+def test_templates_without_end_tokens_or_with_short_messages(tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = Chat(tiny_tokenizer, [tiny_tokenizer.eos_token_id])
+    assert tiny_tokenizer.decode(chat.after([{"role": "user", "content": "why"}], {})) == "\nuser: why\nassistant: "
+    tiny_tokenizer.chat_template = TOOL_TEMPLATE
+    chat = Chat(tiny_tokenizer, [tiny_tokenizer.eos_token_id])
+    for content in ("", "t", "}"):
+        said = tiny_tokenizer.decode(chat.after([{"role": "tool", "name": "f", "content": content}], {}))
+        assert said == f"<|end|><|user|><tool_response>{content}</tool_response><|end|><|assistant|>"
+
+
+def test_a_template_that_drops_messages_cannot_be_used(tiny_tokenizer):
+    tiny_tokenizer.chat_template = "Hello!"
+    with pytest.raises(DataError, match=r"leaves out what messages with the roles \['user'\] say"):
+        Chat(tiny_tokenizer, []).after([{"role": "user", "content": "why"}], {})
+
+
+class TestWithTrl:
+    """The same classes and functions under TRL itself."""
+
+    @pytest.fixture
+    def tokenizer(self, plain_tokenizer):
+        pytest.importorskip("trl", reason="trl, of the extra `grpo`, is not installed")
+        from importlib.resources import files
+
+        plain_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        plain_tokenizer.eos_token = plain_tokenizer.pad_token = "<|im_end|>"
+        plain_tokenizer.padding_side = "left"
+        self.folder = files("trl") / "chat_templates"
+        plain_tokenizer.chat_template = (self.folder / "qwen2_5.jinja").read_text()
+        return plain_tokenizer
+
+    @pytest.mark.parametrize(
+        ("name", "stable"),
+        [("qwen2_5", "qwen2_5"), ("qwen3", "qwen3_training"), ("qwen3_instruct_2507", "qwen3_instruct_2507")],
+    )
+    def test_what_follows_a_call_is_what_trl_puts_there(self, tokenizer, name, stable):
+        """TRL needs another template where a model's own writes earlier turns otherwise; this package does not."""
+        from trl import GRPOTrainer
+
+        messages = [{"role": "tool", "name": "f", "content": "7"}, {"role": "tool", "name": "g", "content": "eight"}]
+        stand_in = SimpleNamespace(
+            processing_class=tokenizer, _tokenizer=tokenizer, chat_template_kwargs={}, _is_vlm=False
+        )
+        stand_in.chat_template = (self.folder / f"{stable}.jinja").read_text()
+        theirs = GRPOTrainer._get_tool_suffix_ids(stand_in, messages)
+        tokenizer.chat_template = (self.folder / f"{name}.jinja").read_text()
+        ours = Chat(tokenizer, [tokenizer.eos_token_id]).after(messages, {})
+        assert ours == [tokenizer.eos_token_id, *theirs]
+
+    def test_calls_are_read_as_trl_reads_them(self, tokenizer):
+        from trl.chat_template_utils import add_response_schema, parse_response
+
+        add_response_schema(tokenizer)
+        assert tokenizer.response_template
+        prefix = tokenizer.apply_chat_template(DATA[0]["prompt"], add_generation_prompt=True, return_dict=False)
+        for text in (call("increment", step=4), call("f", a="x") + call("g"), "no call", "<tool_call>broken"):
+            ids = tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
+            theirs = parse_response(tokenizer, ids, prefix=prefix).get("tool_calls") or []
+            ours = calls_in(tokenizer, text, ids, prefix, [])
+            assert ours == [one["function"] for one in theirs]
+
+    @pytest.mark.slow
+    def test_one_script_runs_with_both(self, build_model, tokenizer, tmp_path):
+        from trl import GRPOConfig, GRPOTrainer
+
+        settings = {"output_dir": str(tmp_path), "max_steps": 1, "num_generations": 2, "max_completion_length": 8}
+        settings |= {"per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+        theirs = GRPOTrainer(
+            model=build_model("llama"), reward_funcs=[count_reward], args=GRPOConfig(**settings), train_dataset=DATA,
+            processing_class=tokenizer, environment_factory=Counter,
+        )  # fmt: skip
+        theirs.train()
+        assert theirs.state.global_step == 1
+        ours = EggrollTrainer(build_model("llama"), CONFIG, [count_reward], tokenizer, environment_factory=Counter)
+        ours.evolve(DATA)
+        assert ours.history[-1]["worlds/turns"] == 1.0

@@ -12,6 +12,7 @@ from eggroll.errors import ConfigError, RewardError
 from eggroll.llm import Turn, World, WorldReward
 from eggroll.llm.backends import turns
 from eggroll.llm.backends.build import worker_of
+from eggroll.llm.backends.torch import MESSAGE_TOKENS
 from eggroll.llm.backends.turns import TurnSpeaker
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.generation.memory import Memory
@@ -258,3 +259,13 @@ def test_the_settings_are_checked():
 def test_what_makes_no_world_is_refused():
     with pytest.raises(RewardError, match="WorldReward needs a class of worlds"):
         WorldReward(3)
+
+
+def test_an_estimate_knows_that_conversations_are_long(tiny_model, tiny_tokenizer):
+    lengths = []
+    for changes in ({"max_turns": 1}, {"max_turns": 3}, {"max_turns": 100}):
+        made = worker(tiny_model, tiny_tokenizer, Echo, **changes)
+        (load,) = made.evaluator._workloads(made.source.at(0))
+        lengths.append(load.prompt)
+    assert lengths[1] - lengths[0] == 2 * (6 + MESSAGE_TOKENS)
+    assert lengths[2] == 512, "a conversation that gets longer than max_length is over"
