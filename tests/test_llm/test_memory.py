@@ -15,7 +15,7 @@ ENDS = [5, 9, 17, 33, 57, 111, 112, 113, 114, 120, 130, 140, 200, 201, 202, 203]
 
 
 def talk(
-    model, prompts, news, *, keep, members=1, active=None, max_tokens=12, rewrite=False, temperature=0.0, ends=ENDS
+    model, prompts, news, *, keep, members=1, active=None, max_tokens=7, rewrite=False, temperature=0.0, ends=ENDS
 ):
     """Conversations of ``members`` with every prompt; each turn some rows go on, with what ``news`` says of it."""
     count = len(prompts)
@@ -62,8 +62,9 @@ NEWS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "granite", "mixtral"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "temperature"), [("llama", 0.0), ("llama", 1.0), ("gpt2", 0.0), ("cohere", 0.0), ("mixtral", 0.0)]
+)
 def test_cached_turns_are_those_read_anew(build_model, name, temperature):
     model = build_model(name, torch.float64)
     kept, read = talk(model, PROMPTS, NEWS, keep=True, temperature=temperature)
@@ -74,10 +75,10 @@ def test_cached_turns_are_those_read_anew(build_model, name, temperature):
     assert all(few < all_of_it / 2 for few, all_of_it in zip(read[1:], whole[1:], strict=True))
 
 
-@pytest.mark.parametrize("members", [2, 6])
+@pytest.mark.parametrize("members", [2, 4])
 def test_members_go_on_as_themselves(build_model, members):
     model = build_model("llama")
-    population = Population(model, population_size=6, sigma=0.2, rank=1)
+    population = Population(model, population_size=4, sigma=0.2, rank=1)
     with torch.no_grad(), population.perturbed(0, range(members)) as active:
         together, _ = talk(model, PROMPTS, NEWS, keep=True, members=members, active=active)
     assert len({str(together[row]) for row in together}) > len(PROMPTS)
