@@ -1,5 +1,6 @@
 """TRL's environments and tools, as a GRPOTrainer takes them, and how tools get to a model and calls from it."""
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -196,6 +197,26 @@ def test_a_template_without_tools_gets_them_in_the_system_message(tiny_model, ti
     assert [sample["reward"] for sample in found.samples] == [4.0, 6.0]
     assert seen[0][0].startswith("<|system|>You may call functions.")
     assert '"name": "increment"' in seen[0][0]
+
+
+def test_rewards_do_not_see_environments_that_failed(tiny_model, tool_tokenizer, scripted):
+    class Fragile(Counter):
+        def reset(self, start: int = 0, **kwargs) -> None:
+            if start == 5:
+                raise OSError("no server")
+            super().reset(start)
+
+    def checked(completions, environments, log_extra, **kwargs):
+        log_extra("count", [environment.count for environment in environments])
+        return [float(environment.count) for environment in environments]
+
+    scripted(tool_tokenizer, "Done.")
+    worker = trainer(tiny_model, tool_tokenizer, [checked], environment_factory=Fragile)
+    worker.evaluator.worlds.config = dataclasses.replace(CONFIG, world_failure_score=-1.0)
+    with pytest.warns(match="reset.. raised OSError: no server"):
+        found = worker.heldout(0)
+    assert [sample["reward"] for sample in found.samples] == [3.0, -1.0]
+    assert [sample["logged"]["count"] for sample in found.samples] == [3, None]
 
 
 def test_whatever_scores_nothing_or_cannot_be_described_is_refused():

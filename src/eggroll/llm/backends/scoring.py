@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,28 +26,13 @@ from eggroll.llm.rewards.base import as_scores, guarded
 from eggroll.llm.rewards.event_loop import finished
 from eggroll.llm.rewards.notes import Notes, noting, with_extra
 from eggroll.llm.worlds.rollout import Speaker
-from eggroll.llm.worlds.scoring import Worlds
+from eggroll.llm.worlds.scoring import Scores, Worlds
 from eggroll.loop import Evaluation, Heldout
 
 LOGGED, HELDOUT_LOGGED = "rewards/", "heldout_rewards/"
 """What a reward logs as NAME is in the metrics as ``rewards/NAME``, and that of the held-out data apart from it."""
 HELDOUT_MEMBER = -1
 """The center in the place of a member in ``samples.jsonl``."""
-
-
-@dataclass
-class Scores:
-    """Scores of some rows: ``values (rows,)``, what was written (text rewards only), tokens processed.
-
-    ``extra`` are columns that a reward has logged, with a value for each row. Where worlds are, completions are lists
-    of messages, and ``prompts`` what conversations began with.
-    """
-
-    values: NDArray[np.float64]
-    completions: Sequence[Any] = field(default_factory=list)
-    tokens: int = 0
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    prompts: Sequence[Any] | None = None
 
 
 class Evaluator(ABC):
@@ -206,7 +190,7 @@ class Evaluator(ABC):
             else:
                 speaker = self.speaker(batch, active, generation, members)
                 talk = self.worlds.hold(batch, speaker, len(members))
-                completions, tokens = talk.completions, talk.tokens
+                tokens = talk.tokens
         for part, weight in self.reward.parts:
             if part.needs == "text":
                 assert not isinstance(batch, dict)
@@ -217,19 +201,18 @@ class Evaluator(ABC):
                     prompts, columns = talk.prompts, talk.columns
                     texts = talk.completions if isinstance(part, FunctionReward) else talk.texts
                 with guarded(f"reward {part.name!r}"):  # also of a class of the user's own
-                    found = finished(part.score(prompts, texts, columns))
-                values = np.asarray(as_scores(found, len(completions), f"reward {part.name!r}"), dtype=np.float64)
+                    found = finished(part.score(prompts, texts, columns)) if texts else []
+                values = np.asarray(as_scores(found, len(texts), f"reward {part.name!r}"), dtype=np.float64)
             else:
                 values, used = self.beyond_text(part, batch, active, len(members))
                 tokens += used
             total = total + weight * values
-            if len(self.reward.parts) > 1 and np.size(values) == len(completions):
+            if len(self.reward.parts) > 1 and np.size(values) == (len(completions) if talk is None else talk.kept):
                 parts[part.name] = np.ravel(values).tolist()
         extra = {**parts, **notes.take_extra()}
         if talk is None or self.worlds is None:
             return Scores(np.asarray(total), completions, tokens, extra)
-        settled = self.worlds.settled(np.asarray(total), talk)
-        return Scores(settled, completions, tokens, {**talk.extra, **extra}, talk.prompts)
+        return self.worlds.scores(np.asarray(total), talk, extra)
 
     def _world_metrics(self) -> dict[str, float]:
         return {} if self.worlds is None else self.worlds.take_counts()
