@@ -1,7 +1,9 @@
 """TRL's environments and tools, as a GRPOTrainer takes them, and how tools get to a model and calls from it."""
 
+import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -197,6 +199,26 @@ def test_a_template_without_tools_gets_them_in_the_system_message(tiny_model, ti
     assert '"name": "increment"' in seen[0][0]
 
 
+def test_rewards_do_not_see_environments_that_failed(tiny_model, tool_tokenizer, scripted):
+    class Fragile(Counter):
+        def reset(self, start: int = 0, **kwargs) -> None:
+            if start == 5:
+                raise OSError("no server")
+            super().reset(start)
+
+    def checked(completions, environments, log_extra, **kwargs):
+        log_extra("count", [environment.count for environment in environments])
+        return [float(environment.count) for environment in environments]
+
+    scripted(tool_tokenizer, "Done.")
+    worker = trainer(tiny_model, tool_tokenizer, [checked], environment_factory=Fragile)
+    worker.evaluator.worlds.config = dataclasses.replace(CONFIG, world_failure_score=-1.0)
+    with pytest.warns(match="reset.. raised OSError: no server"):
+        found = worker.heldout(0)
+    assert [sample["reward"] for sample in found.samples] == [3.0, -1.0]
+    assert [sample["logged"]["count"] for sample in found.samples] == [3, None]
+
+
 def test_whatever_scores_nothing_or_cannot_be_described_is_refused():
     with pytest.raises(ConfigError, match=r"nothing scores Counter: give a reward, or a method get_reward\(\)"):
         with_world(None, Counter)
@@ -206,6 +228,11 @@ def test_whatever_scores_nothing_or_cannot_be_described_is_refused():
         with_world(lambda text: 1.0, None, [lambda a: a])
     with pytest.raises(ConfigError, match="there is no reward, and no world that scores"):
         with_world(None)
+
+
+def test_a_rollout_function_is_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"Write what it does as a World with reset\(row\) and step\(completion\)"):
+        EggrollTrainer.from_model_id("tiny", CONFIG, [count_reward], rollout_func=lambda prompts, trainer: {})
 
 
 @pytest.mark.parametrize(
@@ -259,3 +286,85 @@ class TestTemplates:
         )
         begin = re.split(r"\?", opening)[1]  # the end of the user's turn, and the opening of the assistant's
         assert said.endswith(begin.strip("\n")) or begin.endswith(said[-12:])
+
+
+def test_templates_without_end_tokens_or_with_short_messages(tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = Chat(tiny_tokenizer, [tiny_tokenizer.eos_token_id])
+    assert tiny_tokenizer.decode(chat.after([{"role": "user", "content": "why"}], {})) == "\nuser: why\nassistant: "
+    tiny_tokenizer.chat_template = TOOL_TEMPLATE
+    chat = Chat(tiny_tokenizer, [tiny_tokenizer.eos_token_id])
+    for content in ("", "t", "}"):
+        said = tiny_tokenizer.decode(chat.after([{"role": "tool", "name": "f", "content": content}], {}))
+        assert said == f"<|end|><|user|><tool_response>{content}</tool_response><|end|><|assistant|>"
+
+
+def test_a_template_that_drops_messages_cannot_be_used(tiny_tokenizer):
+    tiny_tokenizer.chat_template = "Hello!"
+    with pytest.raises(DataError, match=r"leaves out what messages with the roles \['user'\] say"):
+        Chat(tiny_tokenizer, []).after([{"role": "user", "content": "why"}], {})
+
+
+class TestWithTrl:
+    """The same classes and functions under TRL itself."""
+
+    @pytest.fixture
+    def tokenizer(self, plain_tokenizer):
+        pytest.importorskip("trl", reason="trl, of the extra `grpo`, is not installed")
+        from importlib.resources import files
+
+        plain_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        plain_tokenizer.eos_token = plain_tokenizer.pad_token = "<|im_end|>"
+        plain_tokenizer.padding_side = "left"
+        self.folder = files("trl") / "chat_templates"
+        plain_tokenizer.chat_template = (self.folder / "qwen2_5.jinja").read_text()
+        return plain_tokenizer
+
+    @pytest.mark.parametrize(
+        ("name", "stable"),
+        [("qwen2_5", "qwen2_5"), ("qwen3", "qwen3_training"), ("qwen3_instruct_2507", "qwen3_instruct_2507")],
+    )
+    def test_what_follows_a_call_is_what_trl_puts_there(self, tokenizer, name, stable):
+        """TRL needs another template where a model's own writes earlier turns otherwise; this package does not."""
+        from trl import GRPOTrainer
+
+        messages = [{"role": "tool", "name": "f", "content": "7"}, {"role": "tool", "name": "g", "content": "eight"}]
+        stand_in = SimpleNamespace(
+            processing_class=tokenizer, _tokenizer=tokenizer, chat_template_kwargs={}, _is_vlm=False
+        )
+        stand_in.chat_template = (self.folder / f"{stable}.jinja").read_text()
+        theirs = GRPOTrainer._get_tool_suffix_ids(stand_in, messages)
+        tokenizer.chat_template = (self.folder / f"{name}.jinja").read_text()
+        ours = Chat(tokenizer, [tokenizer.eos_token_id]).after(messages, {})
+        assert ours == [tokenizer.eos_token_id, *theirs]
+
+    def test_calls_are_read_as_trl_reads_them(self, tokenizer):
+        from trl.chat_template_utils import add_response_schema, parse_response
+
+        add_response_schema(tokenizer)
+        assert tokenizer.response_template
+        prefix = tokenizer.apply_chat_template(DATA[0]["prompt"], add_generation_prompt=True, return_dict=False)
+        for text in (call("increment", step=4), call("f", a="x") + call("g"), "no call", "<tool_call>broken"):
+            ids = tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
+            theirs = parse_response(tokenizer, ids, prefix=prefix).get("tool_calls") or []
+            ours = calls_in(tokenizer, text, ids, prefix, [])
+            assert ours == [one["function"] for one in theirs]
+
+    @pytest.mark.slow
+    def test_one_script_runs_with_both(self, build_model, tokenizer, tmp_path):
+        from trl import GRPOConfig, GRPOTrainer
+
+        settings = {"output_dir": str(tmp_path), "max_steps": 1, "num_generations": 2, "max_completion_length": 8}
+        settings |= {"per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+        theirs = GRPOTrainer(
+            model=build_model("llama"), reward_funcs=[count_reward], args=GRPOConfig(**settings), train_dataset=DATA,
+            processing_class=tokenizer, environment_factory=Counter,
+        )  # fmt: skip
+        theirs.train()
+        assert theirs.state.global_step == 1
+        ours = EggrollTrainer(build_model("llama"), CONFIG, [count_reward], tokenizer, environment_factory=Counter)
+        ours.evolve(DATA)
+        assert ours.history[-1]["worlds/turns"] == 1.0

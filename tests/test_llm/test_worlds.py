@@ -12,6 +12,7 @@ from eggroll.errors import ConfigError, RewardError
 from eggroll.llm import Turn, World, WorldReward
 from eggroll.llm.backends import turns
 from eggroll.llm.backends.build import worker_of
+from eggroll.llm.backends.torch import MESSAGE_TOKENS
 from eggroll.llm.backends.turns import TurnSpeaker
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.generation.memory import Memory
@@ -202,6 +203,30 @@ def test_a_world_that_cannot_begin_costs_its_row(tiny_model, tiny_tokenizer):
     assert found.samples[1]["completion"] == []
 
 
+def test_an_opening_that_the_template_refuses_costs_its_row(tiny_model, tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'oracle' %}{{ raise_exception('no oracles') }}{% endif %}"
+        + tiny_tokenizer.chat_template
+    )
+
+    class Oracle(Echo):
+        def reset(self, row):
+            said = super().reset(row)
+            return [{"role": "oracle", "content": "hm"}] if row["prompt"] == "b" else said
+
+    rows = [{"prompt": "a", "turns": 1}, {"prompt": "b", "turns": 1}]
+    with pytest.warns(
+        WorldFailureWarning, match="what the conversation begins with cannot be put to the model.*no ora"
+    ):
+        found = worker(tiny_model, tiny_tokenizer, Oracle, rows).heldout(0)
+    assert [sample["logged"]["end"][:6] for sample in found.samples] == ["done", "failed"]
+
+
+def test_a_model_without_a_chat_template_cannot_converse(tiny_model, plain_tokenizer):
+    with pytest.raises(RewardError, match="every one of the first 4 conversations failed.*has no chat template"):
+        worker(tiny_model, plain_tokenizer, Echo).heldout(0)
+
+
 def test_a_run_does_not_begin_if_every_conversation_fails(tiny_model, tiny_tokenizer):
     made = worker(tiny_model, tiny_tokenizer, Failing, [{"prompt": "a", "turns": 0}])
     with pytest.raises(RewardError, match=r"every one of the first 4 conversations failed; world Failing: reset\(\)"):
@@ -258,3 +283,13 @@ def test_the_settings_are_checked():
 def test_what_makes_no_world_is_refused():
     with pytest.raises(RewardError, match="WorldReward needs a class of worlds"):
         WorldReward(3)
+
+
+def test_an_estimate_knows_that_conversations_are_long(tiny_model, tiny_tokenizer):
+    lengths = []
+    for changes in ({"max_turns": 1}, {"max_turns": 3}, {"max_turns": 100}):
+        made = worker(tiny_model, tiny_tokenizer, Echo, **changes)
+        (load,) = made.evaluator._workloads(made.source.at(0))
+        lengths.append(load.prompt)
+    assert lengths[1] - lengths[0] == 2 * (6 + MESSAGE_TOKENS)
+    assert lengths[2] == 512, "a conversation that gets longer than max_length is over"

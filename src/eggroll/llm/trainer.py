@@ -115,6 +115,11 @@ class EggrollTrainer:
             ConfigError: settings, backend and workers do not fit each other.
             EggrollError: the model, the reward or the engine cannot be had.
         """
+        if "rollout_func" in placement:
+            raise ConfigError(
+                "rollout_func generates by itself, with one model; a population is generated for all members at once. "
+                "Write what it does as a World with reset(row) and step(completion), and give environment_factory"
+            )
         if environment_factory is not None or tools or reward is None:
             reward = with_world(reward, environment_factory, tools)
         factory = WorkerFactory(

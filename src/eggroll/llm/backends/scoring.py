@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from eggroll.llm.rewards.base import Unscored, as_scores, guarded
 from eggroll.llm.rewards.event_loop import finished
 from eggroll.llm.rewards.notes import Notes, noting, with_extra
 from eggroll.llm.worlds.rollout import Speaker
-from eggroll.llm.worlds.scoring import Worlds
+from eggroll.llm.worlds.scoring import Scores, Worlds
 from eggroll.loop import Evaluation, Heldout
 
 LOGGED, HELDOUT_LOGGED = "rewards/", "heldout_rewards/"
@@ -38,27 +37,6 @@ UNSCORED_SHARE = "unscored_share"
 """The metric that says which part of a generation's answers had no score; logged if some could be without."""
 HELDOUT_MEMBER = -1
 """The center in the place of a member in ``samples.jsonl``."""
-
-
-@dataclass
-class Scores:
-    """Scores of some rows: ``values (rows,)``, what was written (text rewards only), tokens processed.
-
-    ``extra`` are columns that a reward has logged, with a value for each row; ``unscored (rows,)`` are the rows whose
-    value stands for nothing. Where worlds are, completions are lists of messages, and ``prompts`` what conversations
-    began with.
-    """
-
-    values: NDArray[np.float64]
-    completions: Sequence[Any] = field(default_factory=list)
-    tokens: int = 0
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    unscored: NDArray[np.bool_] | None = None
-    prompts: Sequence[Any] | None = None
-
-    def missing(self, members: int) -> NDArray[np.bool_]:
-        """``unscored`` member by member, ``(members, rows of each)``."""
-        return (np.zeros(self.values.size, bool) if self.unscored is None else self.unscored).reshape(members, -1)
 
 
 class Evaluator(ABC):
@@ -223,7 +201,7 @@ class Evaluator(ABC):
             else:
                 speaker = self.speaker(batch, active, generation, members)
                 talk = self.worlds.hold(batch, speaker, len(members))
-                completions, tokens = talk.completions, talk.tokens
+                tokens = talk.tokens
         for part, weight in self.reward.parts:
             if part.needs == "text":
                 assert not isinstance(batch, dict)
@@ -234,22 +212,21 @@ class Evaluator(ABC):
                     prompts, columns = talk.prompts, talk.columns
                     texts = talk.completions if isinstance(part, FunctionReward) else talk.texts
                 with guarded(f"reward {part.name!r}"):  # also of a class of the user's own
-                    found = finished(part.score(prompts, texts, columns))
-                checked = as_scores(found, len(completions), f"reward {part.name!r}")
+                    found = finished(part.score(prompts, texts, columns)) if texts else []
+                checked = as_scores(found, len(texts), f"reward {part.name!r}")
                 values = np.asarray(checked, dtype=np.float64)
-                without = np.array([isinstance(value, Unscored) for value in checked])
+                without = np.array([isinstance(value, Unscored) for value in checked], dtype=np.bool_)
                 unscored = without if unscored is None else unscored | without
             else:
                 values, used = self.beyond_text(part, batch, active, len(members))
                 tokens += used
             total = total + weight * values
-            if len(self.reward.parts) > 1 and np.size(values) == len(completions):
+            if len(self.reward.parts) > 1 and np.size(values) == (len(completions) if talk is None else talk.kept):
                 parts[part.name] = np.ravel(values).tolist()
         extra = {**parts, **notes.take_extra()}
         if talk is None or self.worlds is None:
-            return Scores(np.asarray(total), completions, tokens, extra, unscored)
-        settled = self.worlds.settled(np.asarray(total), talk)
-        return Scores(settled, completions, tokens, {**talk.extra, **extra}, unscored, talk.prompts)
+            return Scores(np.asarray(total), completions, tokens, extra, unscored=unscored)
+        return self.worlds.scores(np.asarray(total), talk, extra, unscored)
 
     def _world_metrics(self) -> dict[str, float]:
         return {} if self.worlds is None else self.worlds.take_counts()

@@ -31,6 +31,8 @@ from eggroll.torch import Active, Population, Replica
 
 MOST_CENTER_ROWS = 64
 """Held-out rows that the center is evaluated on together, at most."""
+MESSAGE_TOKENS = 48
+"""What a message of a world is taken to need in an estimate, with what the chat template writes around it."""
 
 
 def replica_for(model: Any, config: EggrollConfig) -> Replica:
@@ -152,10 +154,14 @@ class TorchEvaluator(Evaluator):
         return found or [Workload(rows, self.config.max_length)]
 
     def _prompt_length(self, batch: Batch) -> int:
-        """Tokens of the longest prompt."""
+        """Tokens of the longest prompt; of a conversation, what is read before its last turn."""
         if isinstance(batch, dict):
             return int(batch["input_ids"].shape[1])
-        return self.encode(batch).longest
+        first = self.encode(batch).longest
+        if self.worlds is None:
+            return first
+        later = (self.config.max_turns - 1) * (self.config.max_tokens + MESSAGE_TOKENS)
+        return min(self.config.max_length, first + MESSAGE_TOKENS + later)
 
     def complete(
         self, batch: Sequence[Example], active: Active | None, generation: int, members: range

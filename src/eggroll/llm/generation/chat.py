@@ -102,12 +102,10 @@ def apply_template(
     *,
     system: str | None = None,
     tokenize: bool = False,
-    closed: bool = False,
 ) -> Any:
     """What a tokenizer's ``apply_chat_template`` makes of a conversation: text, or token ids.
 
-    The assistant's turn is opened at the end; a last turn of the assistant's is left open instead. With ``closed`` the
-    conversation is written as it is.
+    The assistant's turn is opened at the end; a last turn of the assistant's is left open instead.
 
     Raises:
         DataError: the template refuses the conversation.
@@ -117,12 +115,12 @@ def apply_template(
         arguments["return_dict"] = False
     if system and not any(message["role"] == "system" for message in messages):
         try:
-            return _apply(tokenizer, [{"role": "system", "content": system}, *messages], arguments, closed)
+            return _apply(tokenizer, [{"role": "system", "content": system}, *messages], arguments)
         except Exception:
             # templates without a system role raise an error of their own; the first user turn takes the text instead
             messages = _into_user_turn(messages, system)
     try:
-        return _apply(tokenizer, messages, arguments, closed)
+        return _apply(tokenizer, messages, arguments)
     except Exception as error:
         roles = [message.get("role") for message in messages]
         raise DataError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
@@ -219,10 +217,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _apply(tokenizer: Any, messages: list[Message], arguments: Mapping[str, Any], closed: bool = False) -> Any:
-    continued = messages[-1]["role"] == "assistant" and not closed
+def _apply(tokenizer: Any, messages: list[Message], arguments: Mapping[str, Any]) -> Any:
+    continued = messages[-1]["role"] == "assistant"
     return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=not continued and not closed, continue_final_message=continued, **arguments
+        messages, add_generation_prompt=not continued, continue_final_message=continued, **arguments
     )
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from eggroll.llm.backends.scoring import Scores
 from eggroll.llm.backends.torch import TorchEvaluator
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example
 from eggroll.llm.generation.encode import encode_prompts
 from eggroll.llm.models.loading import LoadedModel
 from eggroll.llm.rewards import FunctionReward, Reward
+from eggroll.llm.worlds.scoring import Scores
 from eggroll.torch import Population
 
 __all__ = ["Conversation", "Writer"]

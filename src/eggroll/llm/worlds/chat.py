@@ -1,16 +1,15 @@
 """The token ids of a conversation: what was really generated, and what the chat template writes around it.
 
 A conversation's ids only grow. What a model has said stays as it was generated, token for token: it is never decoded
-and tokenized again. What follows it is the template's difference: a short conversation is written twice, with and
-without the new messages, and the text by which the two differ is tokenized, from the end of the assistant's turn on.
+and tokenized again. What follows it is what the template writes behind an answer: a short conversation is written with
+a stand-in for the answer, and the text from the end of the stand-in's turn on is tokenized.
 
-    without:   ... <|im_start|>assistant ANSWER<|im_end|>
-    with:      ... <|im_start|>assistant ANSWER<|im_end|> <|im_start|>user higher<|im_end|> <|im_start|>assistant
+    written:   ... <|im_start|>assistant ANSWER<|im_end|> <|im_start|>user higher<|im_end|> <|im_start|>assistant
     appended:                                  <|im_end|> <|im_start|>user higher<|im_end|> <|im_start|>assistant
 
-Where the two do not begin alike (a template that writes earlier turns otherwise once there are later ones), the new
-messages are written as a conversation of their own behind an end token. A template that refuses the role ``tool``, or
-leaves out what such a message says, gets results as the user's messages.
+So it does not matter whether the template writes earlier turns otherwise once there are later ones (without their
+thoughts, say). A template that leaves out the answer gets the new messages as a conversation of their own behind an end
+token; one that refuses the role ``tool``, or leaves out what such a message says, gets results as the user's messages.
 """
 
 from __future__ import annotations
@@ -60,38 +59,34 @@ class Chat:
         return self._known[key]
 
     def _text(self, messages: list[Message], columns: Mapping[str, Any]) -> str:
-        begun = [{"role": "user", "content": "?"}, _assistant(messages)]
         try:
-            return self._difference(begun, messages, columns)
+            return self._behind_answer(messages, columns)
         except DataError:
             if not any(message["role"] == "tool" for message in messages):
                 raise
         plain = [as_user(message) if message["role"] == "tool" else message for message in messages]
-        return self._difference([begun[0], _assistant(plain)], plain, columns)
+        return self._behind_answer(plain, columns)
 
-    def _difference(self, begun: list[Message], messages: list[Message], columns: Mapping[str, Any]) -> str:
-        before = self._written(begun, columns, opened=False)
-        after = self._written([*begun, *messages], columns, opened=True)
-        start = before.rfind(ANSWER)
-        places = [before.find(end, start) for end in self.ends]
-        end = min((place for place in places if place >= 0), default=-1)
-        if end < 0:  # nothing ends a turn in this template
-            end = start + len(ANSWER) if "tool_calls" not in begun[-1] else len(before)
-        if start >= 0 and after.startswith(before[:end]):
-            written = after[end:]
+    def _behind_answer(self, messages: list[Message], columns: Mapping[str, Any]) -> str:
+        answer = _assistant(messages)
+        text = str(apply_template(self.tokenizer, [{"role": "user", "content": "?"}, answer, *messages], columns))
+        start = text.rfind(ANSWER)
+        if start >= 0:
+            begin = start + len(ANSWER)
+            ends = [place for place in (text.find(end, begin) for end in self.ends) if place >= 0]
+            # A template whose turns have no end token: behind the answer itself, unless that stands within a call.
+            places = [*([min(ends)] if ends else []), *([] if "tool_calls" in answer else [begin])]
+            written = [text[place:] for place in places]
         else:
-            alone = self._written(messages, columns, opened=True)
             start_token = str(getattr(self.tokenizer, "bos_token", None))
-            written = "".join(self.ends[:1]) + alone.removeprefix(start_token)
-        if any(str(message["content"]).strip() not in written for message in messages):
-            roles = [message["role"] for message in messages]
-            raise DataError(f"the chat template leaves out what messages with the roles {roles} say")
-        return written
-
-    def _written(self, messages: list[Message], columns: Mapping[str, Any], *, opened: bool) -> str:
-        if opened:
-            return str(apply_template(self.tokenizer, messages, columns))
-        return str(apply_template(self.tokenizer, messages, columns, closed=True))
+            alone = str(apply_template(self.tokenizer, messages, columns))
+            written = ["".join(self.ends[:1]) + alone.removeprefix(start_token)]
+        contents = [str(message["content"]).strip() for message in messages]
+        for one in written:
+            if all(content in one for content in contents):
+                return one
+        roles = [message["role"] for message in messages]
+        raise DataError(f"the chat template leaves out what messages with the roles {roles} say")
 
 
 def _assistant(messages: Sequence[Message]) -> Message:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from eggroll.distributed.host import check_taken_back
@@ -37,7 +37,7 @@ class ProcessHost:
 
     def __init__(self, factory: Factory, timeout: float, name: str, workers: int) -> None:
         try:
-            pickle.dumps(factory)
+            ForkingPickler.dumps(factory)
         except Exception as error:
             raise ConfigError(
                 f"the world {name} cannot be sent to processes ({error}): define it at the top of a module or a file, "
@@ -145,9 +145,9 @@ def _serve(pipe: Connection, factory: Factory, timeout: float, name: str) -> Non
         answer: Any
         try:
             answer = host.end(list(rows), **more) if method == "end" else getattr(host, method)(rows)
-            blob = pickle.dumps(answer)
+            blob = ForkingPickler.dumps(answer)
         except Exception as error:
-            blob = pickle.dumps(
+            blob = ForkingPickler.dumps(
                 ConfigError(
                     f"what the world {name} holds cannot be sent between processes ({error}); leave world_workers "
                     "(--world-workers) at 0"

@@ -14,7 +14,7 @@ from eggroll.llm.generation.encode import encode_prompts
 from eggroll.llm.worlds.chat import Chat
 from eggroll.llm.worlds.host import Hosting
 from eggroll.llm.worlds.toolcalls import calls_in, described, knows_tools
-from eggroll.llm.worlds.world import Completion, Failure, Opening, Turn, WorldError, as_messages
+from eggroll.llm.worlds.world import Completion, Failure, Opening, Turn
 
 
 class Speaker(Protocol):
@@ -138,21 +138,27 @@ class Stage:
                 _fail(row, opening)
                 continue
             row.columns = {**example.columns, **({"tools": opening.tools} if opening.tools else {})}
-            row.opening = self._with_tools(
-                as_messages(example.prompt, "the prompt") if opening.messages is None else opening.messages, row
-            )
+            row.opening = self._with_tools(_prompt(example) if opening.messages is None else opening.messages, row)
             playing.append(index)
         known: dict[str, list[int]] = {}
-        for index in playing:
+        for index in list(playing):
             row = rows[index]
             key = repr((row.opening, row.columns.get("tools"), row.columns.get("chat_template_kwargs")))
-            if key not in known:
-                known[key] = encode_prompts(
-                    self.tokenizer, [row.opening], self.limits.max_length, system=self.system, columns=[row.columns],
-                    ends=self.ends,
-                ).input_ids[0]  # fmt: skip
-            row.ids = list(known[key])
+            try:
+                known[key] = known.get(key) or self._read(row)
+            except DataError as error:
+                _fail(row, Failure("wrong", f"what the conversation begins with cannot be put to the model: {error}"))
+                playing.remove(index)
+            else:
+                row.ids = list(known[key])
         return playing
+
+    def _read(self, row: Conversation) -> list[int]:
+        encoded = encode_prompts(
+            self.tokenizer, [row.opening], self.limits.max_length, system=self.system, columns=[row.columns],
+            ends=self.ends,
+        )  # fmt: skip
+        return encoded.input_ids[0]
 
     def _with_tools(self, messages: list[Message], row: Conversation) -> list[Message]:
         """The opening; with the functions in its system message where the template knows none."""
@@ -228,8 +234,14 @@ def row_of(example: Example) -> dict[str, Any]:
     return {"prompt": example.prompt, **example.columns}
 
 
+def _prompt(example: Example) -> list[Message]:
+    """A row's own prompt as a conversation."""
+    prompt = example.prompt or ""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+
+
 def _fail(row: Conversation, failure: Failure) -> None:
     row.failure, row.end, row.score = failure, "failed", None
 
 
-__all__ = ["Conversation", "Limits", "Played", "Speaker", "Stage", "WorldError", "row_of"]
+__all__ = ["Conversation", "Limits", "Played", "Speaker", "Stage", "row_of"]

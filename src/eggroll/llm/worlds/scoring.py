@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from eggroll.llm.rewards import Reward
 from eggroll.llm.worlds.host import Host, Hosting
 from eggroll.llm.worlds.processes import ProcessHost
 from eggroll.llm.worlds.reward import ENVIRONMENTS, SCORE, WorldReward, world_of
-from eggroll.llm.worlds.rollout import Limits, Played, Speaker, Stage
+from eggroll.llm.worlds.rollout import Conversation, Limits, Played, Speaker, Stage
 
 
 class WorldFailureWarning(UserWarning):
@@ -40,27 +40,51 @@ class Counts:
         return {"worlds/turns": self.turns / total, "worlds/failed_fraction": self.failed / total}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Talk:
-    """Conversations as rewards get them.
+    """Conversations as rewards get them: those whose world has not failed.
 
     Attributes:
-        prompts: what models read first, one per row.
+        rows: all of them, also those that failed.
+        prompts: what models read first.
         completions: what was said after that, as messages.
         texts: what models said last.
         columns: the data set's, and the worlds' scores.
-        failed: ``(rows,)`` whose world has failed.
-        extra: for ``samples.jsonl``, a value per row.
         tokens: that were generated.
     """
 
+    rows: list[Conversation]
     prompts: list[Any]
     completions: list[Any]
     texts: list[str]
     columns: dict[str, list[Any]]
-    failed: NDArray[np.bool_]
-    extra: dict[str, list[Any]] = field(default_factory=dict)
     tokens: int = 0
+
+    @property
+    def kept(self) -> int:
+        """How many have not failed."""
+        return len(self.prompts)
+
+
+@dataclass
+class Scores:
+    """Scores of some rows: ``values (rows,)``, what was written (text rewards only), tokens processed.
+
+    ``extra`` are columns that a reward has logged, with a value for each row; ``unscored (rows,)`` are the rows whose
+    value stands for nothing. Where worlds are, completions are lists of messages, and ``prompts`` what conversations
+    began with.
+    """
+
+    values: NDArray[np.float64]
+    completions: Sequence[Any] = field(default_factory=list)
+    tokens: int = 0
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    prompts: Sequence[Any] | None = None
+    unscored: NDArray[np.bool_] | None = None
+
+    def missing(self, members: int) -> NDArray[np.bool_]:
+        """``unscored`` member by member, ``(members, rows of each)``."""
+        return (np.zeros(self.values.size, bool) if self.unscored is None else self.unscored).reshape(members, -1)
 
 
 class Worlds:
@@ -105,26 +129,51 @@ class Worlds:
         """
         played = self.stage.play(batch, speaker, copies)
         self._report(played)
-        rows = played.rows
-        columns = {name: [row.columns.get(name) for row in rows] for name in _names(batch)}
-        failure = self.config.world_failure_score
-        columns[SCORE] = [failure if row.failure is not None else row.score for row in rows]
+        kept = [row for row in played.rows if row.failure is None]
+        columns = {name: [row.columns.get(name) for row in kept] for name in _names(batch)}
+        columns[SCORE] = [row.score for row in kept]
         if self.stage.show:
-            columns[ENVIRONMENTS] = [row.environment for row in rows]
-        ends = [row.end if row.failure is None else f"failed: {row.failure.text}" for row in rows]
+            columns[ENVIRONMENTS] = [row.environment for row in kept]
         return Talk(
-            prompts=[row.opening for row in rows],
-            completions=[row.messages for row in rows],
-            texts=[row.text for row in rows],
+            rows=played.rows,
+            prompts=[row.opening for row in kept],
+            completions=[row.messages for row in kept],
+            texts=[row.text for row in kept],
             columns=columns,
-            failed=np.array([row.failure is not None for row in rows], dtype=np.bool_),
-            extra={"turns": [row.turns for row in rows], "end": ends},
             tokens=played.tokens,
         )
 
-    def settled(self, scores: NDArray[np.float64], talk: Talk) -> NDArray[np.float64]:
-        """Scores ``(rows,)`` with those of failed worlds in their place."""
-        return np.where(talk.failed, self.config.world_failure_score, scores)
+    def scores(
+        self,
+        values: NDArray[np.float64],
+        talk: Talk,
+        extra: Mapping[str, list[Any]],
+        unscored: NDArray[np.bool_] | None = None,
+    ) -> Scores:
+        """Scores of all rows, with the one that is set for failures in the place of those that a world has spoiled.
+
+        Args:
+            values: ``(kept,)`` or ``(rows,)`` what rewards say.
+            talk: the conversations.
+            extra: what rewards have logged, for the rows that were kept.
+            unscored: which of ``values`` stand for nothing; what a world has spoiled has a score, the one for that.
+        """
+        there = np.array([row.failure is None for row in talk.rows], dtype=np.bool_)
+        all_of_them = np.full(len(talk.rows), self.config.world_failure_score, dtype=np.float64)
+        all_of_them[there] = values[there] if len(values) == len(talk.rows) else values
+        logged: dict[str, list[Any]] = {
+            "turns": [row.turns for row in talk.rows],
+            "end": [row.end if row.failure is None else f"failed: {row.failure.text}" for row in talk.rows],
+        }
+        for name, found in extra.items():
+            each = iter(found)
+            logged[name] = list(found) if len(found) == len(there) else [next(each) if ok else None for ok in there]
+        completions, prompts = [row.messages for row in talk.rows], [row.opening for row in talk.rows]
+        without = None
+        if unscored is not None:
+            without = np.zeros(len(talk.rows), dtype=np.bool_)
+            without[there] = unscored[there] if len(unscored) == len(talk.rows) else unscored
+        return Scores(all_of_them, completions, talk.tokens, logged, prompts, without)
 
     def take_counts(self) -> dict[str, float]:
         """Metrics of the conversations since the last call."""
@@ -173,4 +222,4 @@ def _names(batch: Sequence[Example]) -> list[str]:
     return list(dict.fromkeys(name for example in batch for name in example.columns))
 
 
-__all__ = ["Talk", "WorldFailureWarning", "Worlds"]
+__all__ = ["Scores", "Talk", "WorldFailureWarning", "Worlds"]
