@@ -223,7 +223,7 @@ def test_an_opening_that_the_template_refuses_costs_its_row(tiny_model, tiny_tok
 
 
 def test_a_model_without_a_chat_template_cannot_converse(tiny_model, plain_tokenizer):
-    with pytest.raises(RewardError, match="every one of the first 4 conversations failed.*has no chat template"):
+    with pytest.raises(RewardError, match=r"every one of the first 4 conversations failed.*has no chat template"):
         worker(tiny_model, plain_tokenizer, Echo).heldout(0)
 
 
