@@ -216,14 +216,14 @@ def test_an_opening_that_the_template_refuses_costs_its_row(tiny_model, tiny_tok
 
     rows = [{"prompt": "a", "turns": 1}, {"prompt": "b", "turns": 1}]
     with pytest.warns(
-        WorldFailureWarning, match="what the conversation begins with cannot be put to the model.*no ora"
+        WorldFailureWarning, match=r"what the conversation begins with cannot be put to the model.*no ora"
     ):
         found = worker(tiny_model, tiny_tokenizer, Oracle, rows).heldout(0)
     assert [sample["logged"]["end"][:6] for sample in found.samples] == ["done", "failed"]
 
 
 def test_a_model_without_a_chat_template_cannot_converse(tiny_model, plain_tokenizer):
-    with pytest.raises(RewardError, match="every one of the first 4 conversations failed.*has no chat template"):
+    with pytest.raises(RewardError, match=r"every one of the first 4 conversations failed.*has no chat template"):
         worker(tiny_model, plain_tokenizer, Echo).heldout(0)
 
 

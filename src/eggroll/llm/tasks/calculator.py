@@ -29,9 +29,7 @@ DESCRIPTION = "Compute with a calculator that the model has to call."
 MAX_TOKENS = 24
 MAX_TURNS = 3
 BEST = 1.0
-SYSTEM: str | None = (
-    "You have a calculator. To use it, write calc(...) and nothing else, such as calc(12 * 34). Then say what it gave."
-)
+SYSTEM: str | None = "You have a calculator. To use it, write calc(...) and nothing else. Then say what it gave."
 SETTINGS: dict[str, Any] = {
     "population_size": 32,
     "rank": 1,
@@ -45,6 +43,13 @@ SETTINGS: dict[str, Any] = {
     "max_turns": MAX_TURNS,
 }
 
+WORKED = (
+    {"role": "user", "content": "What is 12 * 34?"},
+    {"role": "assistant", "content": "calc(12 * 34)"},
+    {"role": "user", "content": "calc: 408"},
+    {"role": "assistant", "content": "It is 408."},
+)
+"""How a conversation goes; without it, no answer of a small model is a call, and there is nothing to begin with."""
 SEED = 2026
 SIZES = {"train": 1024, "validation": 64, "heldout": 64, "test": 256}
 _QUESTIONS = ("What is {}?", "Compute {}.", "How much is {}?")
@@ -55,10 +60,11 @@ _NUMBER = re.compile(r"-?\d[\d,]{0,12}", re.ASCII)
 class Calculator(World):
     """Computes what it is asked for; a row gives the sum and its ``answer``."""
 
-    def reset(self, row: Mapping[str, Any]) -> None:
-        """Begin with the row's own prompt."""
+    def reset(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        """Begin with a worked example, and the row's own prompt."""
         self.answer = int(row["answer"])
         self.called, self.right, self.turns = 0.0, 0.0, 0
+        return [*WORKED, {"role": "user", "content": str(row["prompt"])}]
 
     def step(self, completion: str) -> Turn:
         """Compute, or take the answer."""
