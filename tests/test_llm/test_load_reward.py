@@ -139,7 +139,8 @@ def test_missing_file(tmp_path, tiny_tokenizer):
     message = message_of(lambda: load_reward(str(tmp_path / "scores.py"), tiny_tokenizer))
     assert message == (
         f"reward file {tmp_path / 'scores.py'} does not exist. Python files in {tmp_path}: score.py. A reward is "
-        "'perplexity', a task of eggroll (countdown, gsm8k, one_sentence, zeros, reasoning-gym:NAME), a Python file, "
+        "'perplexity', a task of eggroll (calculator, countdown, gsm8k, guess_number, maze, one_sentence, zeros, "
+        "reasoning-gym:NAME), a Python file, "
         "'lambda text: ...' or 'package.module:function'"
     )
 

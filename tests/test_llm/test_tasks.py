@@ -36,7 +36,7 @@ def commonest_terms(rows):
 def test_registry():
     assert "one_sentence" in names()
     assert get_task("one-sentence").name == "one_sentence"
-    message = "there is no task 'one_sentense'; did you mean one_sentence? The tasks are countdown, gsm8k, one_sentence"
+    message = "there is no task 'one_sentense'; did you mean one_sentence? The tasks are calculator, countdown"
     with pytest.raises(ConfigError, match=re.escape(message)):
         get_task("one_sentense")
 

@@ -23,14 +23,15 @@ def splits_of(task):
 
 
 def test_names():
-    assert names() == ["countdown", "gsm8k", "one_sentence", "zeros"]
+    assert names() == ["calculator", "countdown", "gsm8k", "guess_number", "maze", "one_sentence", "zeros"]
     assert is_task("one-sentence")
     assert is_task("reasoning_gym:whatever")
     assert not is_task("score.py:reward")
     with pytest.raises(ConfigError) as info:
         get_task("count-down")
     assert str(info.value) == (
-        "there is no task 'count-down'; did you mean countdown? The tasks are countdown, gsm8k, one_sentence, zeros, "
+        "there is no task 'count-down'; did you mean countdown? The tasks are calculator, countdown, gsm8k, guess_number, maze, "
+        "one_sentence, zeros, "
         "reasoning-gym:NAME"
     )
 

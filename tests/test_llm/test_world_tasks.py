@@ -62,6 +62,7 @@ def test_better_guesses_score_more():
     [
         (["calc(12 * 34)", "It is 408."], 1.0),
         (["The product: calc(12*34)", "12 * 34 is 408"], 1.0),
+        (["calc: 12 * 34", "408"], 1.0),
         (["calc(12 + 34)", "408"], 0.7),
         (["calc(12 + 34)", "46"], 0.3),
         (["calc(12 * 34)", "I do not know"], 0.6),
@@ -82,7 +83,7 @@ def test_the_calculator_takes_calls_of_functions():
     world = calculator.Calculator()
     world.reset({"prompt": "What is 12 * 34?", "answer": 408})
     turn = world.step(Completion("", [{"name": "calculate", "arguments": {"expression": "12 * 34"}}]))
-    assert turn.messages == "calc: 408"
+    assert turn.messages == "The calculator says 408."
 
 
 def test_every_maze_can_be_left():
