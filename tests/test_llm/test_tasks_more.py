@@ -30,7 +30,8 @@ def test_names():
     with pytest.raises(ConfigError) as info:
         get_task("count-down")
     assert str(info.value) == (
-        "there is no task 'count-down'; did you mean countdown? The tasks are calculator, countdown, gsm8k, guess_number, maze, "
+        "there is no task 'count-down'; did you mean countdown? The tasks are calculator, countdown, "
+        "gsm8k, guess_number, maze, "
         "one_sentence, zeros, "
         "reasoning-gym:NAME"
     )
