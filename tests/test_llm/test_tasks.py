@@ -36,7 +36,9 @@ def commonest_terms(rows):
 def test_registry():
     assert "one_sentence" in names()
     assert get_task("one-sentence").name == "one_sentence"
-    message = "there is no task 'one_sentense'; did you mean one_sentence? The tasks are aime24, aime25, amc, countdown"
+    message = (
+        "there is no task 'one_sentense'; did you mean one_sentence? The tasks are aime24, aime25, amc, calculator"
+    )
     with pytest.raises(ConfigError, match=re.escape(message)):
         get_task("one_sentense")
 

@@ -62,6 +62,7 @@ def test_better_guesses_score_more():
     [
         (["calc(12 * 34)", "It is 408."], 1.0),
         (["The product: calc(12*34)", "12 * 34 is 408"], 1.0),
+        (["calc: 12 * 34", "408"], 1.0),
         (["calc(12 + 34)", "408"], 0.7),
         (["calc(12 + 34)", "46"], 0.3),
         (["calc(12 * 34)", "I do not know"], 0.6),
@@ -73,16 +74,16 @@ def test_better_guesses_score_more():
     ],
 )
 def test_the_calculator_is_worth_calling(said, score):
-    turn = play(calculator.Calculator(), {"answer": 408}, *said)
+    turn = play(calculator.Calculator(), {"prompt": "What is 12 * 34?", "answer": 408}, *said)
     assert turn.done
     assert turn.score == pytest.approx(score)
 
 
 def test_the_calculator_takes_calls_of_functions():
     world = calculator.Calculator()
-    world.reset({"answer": 408})
+    world.reset({"prompt": "What is 12 * 34?", "answer": 408})
     turn = world.step(Completion("", [{"name": "calculate", "arguments": {"expression": "12 * 34"}}]))
-    assert turn.messages == "calc: 408"
+    assert turn.messages == "The calculator says 408."
 
 
 def test_every_maze_can_be_left():
@@ -104,9 +105,9 @@ def test_every_maze_can_be_left():
 def test_walls_and_other_words():
     row = get_task("maze").test[0]
     world = maze.Maze()
-    assert world.reset(row).startswith("Find the exit. Doors: ")
-    assert world.step(Completion("North!")).messages.startswith("There is a wall. Doors:")
-    assert world.step(Completion("east or south")).messages.startswith("Say one direction. Doors:")
+    assert world.reset(row).startswith("The exit is ")
+    assert world.step(Completion("North!")).messages.startswith("There is a wall. The exit is ")
+    assert world.step(Completion("east or south")).messages.startswith("Say one direction. The exit is ")
     assert world.step(Completion("hm")).score == pytest.approx(0.1 / 3)
     assert len(maze.doors_of(7, 3)) == 49
 

@@ -216,7 +216,7 @@ def test_an_opening_that_the_template_refuses_costs_its_row(tiny_model, tiny_tok
 
     rows = [{"prompt": "a", "turns": 1}, {"prompt": "b", "turns": 1}]
     with pytest.warns(
-        WorldFailureWarning, match="what the conversation begins with cannot be put to the model.*no ora"
+        WorldFailureWarning, match=r"what the conversation begins with cannot be put to the model.*no ora"
     ):
         found = worker(tiny_model, tiny_tokenizer, Oracle, rows).heldout(0)
     assert [sample["logged"]["end"][:6] for sample in found.samples] == ["done", "failed"]

@@ -29,9 +29,7 @@ DESCRIPTION = "Compute with a calculator that the model has to call."
 MAX_TOKENS = 24
 MAX_TURNS = 3
 BEST = 1.0
-SYSTEM: str | None = (
-    "You have a calculator. To use it, write calc(...) and nothing else, such as calc(12 * 34). Then say what it gave."
-)
+SYSTEM: str | None = "You have a calculator. To use it, write calc(...) and nothing else. Then say what it gave."
 SETTINGS: dict[str, Any] = {
     "population_size": 32,
     "rank": 1,
@@ -45,20 +43,28 @@ SETTINGS: dict[str, Any] = {
     "max_turns": MAX_TURNS,
 }
 
+WORKED = (
+    {"role": "user", "content": "What is 12 * 34?"},
+    {"role": "assistant", "content": "calc(12 * 34)"},
+    {"role": "user", "content": "The calculator says 408."},
+    {"role": "assistant", "content": "It is 408."},
+)
+"""How a conversation goes; without it, no answer of a small model is a call, and there is nothing to begin with."""
 SEED = 2026
 SIZES = {"train": 1024, "validation": 64, "heldout": 64, "test": 256}
 _QUESTIONS = ("What is {}?", "Compute {}.", "How much is {}?")
-_CALL = re.compile(r"\bcalc\w{0,8}\(([^()\n]{1,60})\)")
+_CALL = re.compile(r"\bcalc\w{0,8}(?:\(([^()\n]{1,60})\)|: ?(\d[\d ,]{0,12}[*+/×-][^\n]{1,40}))")
 _NUMBER = re.compile(r"-?\d[\d,]{0,12}", re.ASCII)
 
 
 class Calculator(World):
     """Computes what it is asked for; a row gives the sum and its ``answer``."""
 
-    def reset(self, row: Mapping[str, Any]) -> None:
-        """Begin with the row's own prompt."""
+    def reset(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        """Begin with a worked example, and the row's own prompt."""
         self.answer = int(row["answer"])
         self.called, self.right, self.turns = 0.0, 0.0, 0
+        return [*WORKED, {"role": "user", "content": str(row["prompt"])}]
 
     def step(self, completion: str) -> Turn:
         """Compute, or take the answer."""
@@ -75,7 +81,7 @@ class Calculator(World):
         value = computed[0]
         self.called = 1.0
         self.right = max(self.right, float(value == self.answer))
-        return Turn(f"calc: {value}", done=self.turns >= MAX_TURNS, score=self._score(False))
+        return Turn(f"The calculator says {value}.", done=self.turns >= MAX_TURNS, score=self._score(False))
 
     def _score(self, answered: bool) -> float:
         # an answer that was not computed stands for a call that was not needed
@@ -92,7 +98,7 @@ def _asked(completion: str) -> str | None:
         if call["name"] in ("calc", "calculate", "calculator"):
             return str(next(iter(call["arguments"].values()), ""))
     found = _CALL.search(completion)
-    return None if found is None else found.group(1).replace("×", "*").replace(",", "")
+    return None if found is None else (found.group(1) or found.group(2)).replace("×", "*").replace(",", "")
 
 
 def problems(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -69,7 +69,7 @@ class Maze(World):
         self.ways = _distances(self.doors, self.exit)
         self.start = self.nearest = self.ways[self.room]
         self.turns = self.words = 0
-        return f"Find the exit. {self._view()}"
+        return self._view()
 
     def step(self, completion: str) -> Turn:
         """Go where the model says."""
@@ -97,7 +97,7 @@ class Maze(World):
     def _view(self) -> str:
         east, south = self.exit[0] - self.room[0], self.exit[1] - self.room[1]
         parts = [("south" if south > 0 else "north") if south else "", ("east" if east > 0 else "west") if east else ""]
-        return f"Doors: {', '.join(self._open())}. The exit is {' '.join(filter(None, parts))} of you."
+        return f"The exit is {' '.join(filter(None, parts))} of you. Doors: {', '.join(self._open())}."
 
 
 WORLD = Maze
