@@ -93,7 +93,7 @@ def compare(run: Path, task: str, samples: int) -> dict[str, Any]:
     file = run / "eval.json"
     if not file.exists():
         models = ["smollm2-135m", str(run / "model")]
-        options = ["--task", task, "--samples", str(samples), "--dtype", "float32", "--output", str(file)]
+        options = ["--task", task, "--problems", str(samples), "--dtype", "float32", "--output", str(file)]
         subprocess.run([*PROGRAM, "eval", *models, *options], check=True)
     found = json.loads(file.read_text())
     return {"models": found["models"], "difference": found["difference"], "samples": found["samples"]}

@@ -434,7 +434,10 @@ def test_an_unknown_tracker_leaves_no_run_behind(command, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 50)
     assert main([*command.split(), "--report-to", "tensorbord", "-o", "out"]) == 1
-    assert "report_to (='tensorbord') must be one or several of: tensorboard, wandb, none" in capsys.readouterr().err
+    assert (
+        "report_to (='tensorbord') must be one or several of: tensorboard, wandb, trackio, none"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -452,7 +455,7 @@ def test_a_task_without_its_name(eggroll, command, given):
     ("given", "texts"),
     [
         (("tune", "--task", "countdown"), ("Missing from eggroll tune: MODEL", "Hub id, local directory, .gguf file")),
-        (("eval",), ("--task STR countdown, gsm8k, guess_number, one_sentence, zeros",
+        (("eval",), ("--task STR calculator, countdown, gsm8k, guess_number, maze, one_sentence",
                      "eval needs a model, or two to compare, and a task: eggroll eval smollm2-135m --task countdown")),
         (("rl", "CartPole-v9"),
          ("'CartPole-v9' needs the option before it that says what it is: eggroll rl --env CartPole-v9",)),

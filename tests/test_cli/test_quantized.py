@@ -72,7 +72,7 @@ def test_info_and_eval(eggroll, sources):
     for row in ("codes of quantized weights", "their scales", "residual of their updates"):
         assert row in shown.out
     models = (sources / "tiny.gguf", sources / "plain")
-    done = eggroll("eval", *models, "--quantize", "auto", "--task", "zeros", "--samples", "2", "--max-tokens", "4")
+    done = eggroll("eval", *models, "--quantize", "auto", "--task", "zeros", "--problems", "2", "--max-tokens", "4")
     assert done.status == 0, done.err
 
 

@@ -81,7 +81,7 @@ def test_a_run_keeps_its_revision(eggroll, hub):
 
 
 def test_two_models_of_which_one_is_on_the_hub(eggroll, hub):
-    more = ("--task", "zeros", "--samples", "2", "--max-tokens", "2", "--dtype", "float32", "--revision", "v1")
+    more = ("--task", "zeros", "--problems", "2", "--max-tokens", "2", "--dtype", "float32", "--revision", "v1")
     assert eggroll("eval", "me/tiny", "tiny", *more).status == 0
 
 

@@ -67,7 +67,7 @@ def test_a_task_with_a_world_is_tuned_and_measured(eggroll):
         "tiny",
         "--task",
         "guess_number",
-        "--samples",
+        "--problems",
         "3",
         "--dtype",
         "float32",

@@ -40,7 +40,7 @@ def test_a_resumed_run_may_change_what_changes_no_weight():
     assert free == {
         "generations", "minutes", "resume", "report_to", "backend", "device", "threads",
         "members_per_forward", "eval_every", "eval_tokens", "sample_every", "sample_length", "prompt",
-        "workers", "ray_address", "worker_cpus", "worker_gpus", "accept_changes",
+        "workers", "ray_address", "worker_cpus", "worker_gpus", "accept_changes", "patience",
     }  # fmt: skip
     assert free - may_change(PretrainOptions(alpha_schedule="exponential")) == {"generations"}
     held = {"generations", "device", "members_per_forward"}

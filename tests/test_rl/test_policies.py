@@ -97,7 +97,7 @@ def test_presets_are_those_of_the_papers_sixteen():
 def test_what_may_change_on_resume():
     assert may_change(RLConfig()) == {
         "generations", "env_steps", "eval_every", "members_per_forward", "devices", "resume", "report_to",
-        "workers", "ray_address", "worker_cpus", "worker_gpus", "accept_changes",
+        "workers", "ray_address", "worker_cpus", "worker_gpus", "accept_changes", "patience",
     }  # fmt: skip
 
 
