@@ -111,7 +111,8 @@ def train(
                 listeners = opened(Opened(kind, plan, run, worker, start)) if opened is not None else None
                 loop.listeners = [*(listeners or ()), TrackerListener(tracker)]
                 began = time.perf_counter()
-                if start == 0 or start < plan.config.generations:
+                # A run whose last checkpoint could not be written is complete, but for that.
+                if start == 0 or start < plan.config.generations or not run.has_checkpoint(start):
                     loop.go(start)
                 loop.applied = max(loop.applied, start)
                 seconds = time.perf_counter() - began

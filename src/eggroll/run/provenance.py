@@ -86,7 +86,9 @@ def git_revision(directory: Path, *, tracked: str | None = None) -> dict[str, An
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(directory), *arguments]
+    # Without the lock that `status` takes to refresh the index: it would be in the way of the user's own commands, and
+    # stay where git is killed.
+    command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
