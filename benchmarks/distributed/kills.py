@@ -303,7 +303,8 @@ def main() -> None:
             )  # fmt: skip
             print(f"{len(found)} kills, lost {lost}, {'the same weights' if same else 'OTHER WEIGHTS'}")
             common.say(rows[-1])
-    common.finish("distributed/kills", MEASURE, rows, args, load=args.load, ray=ray_version())
+    some = "" if set(args.what) == set(KILLS) else "-" + "-".join(args.what)  # parts of a day do not replace each other
+    common.finish(f"distributed/kills{some}", MEASURE, rows, args, load=args.load, ray=ray_version())
     if not all(row["same_weights"] for row in rows):
         sys.exit("kills.py: a killed run ended with other weights")
 

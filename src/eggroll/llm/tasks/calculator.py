@@ -21,6 +21,7 @@ from typing import Any
 from eggroll.errors import DataError
 from eggroll.llm.tasks.arithmetic import evaluate
 from eggroll.llm.tasks.splits import Splits, fill
+from eggroll.llm.tasks.task import CONVERSATION_SETTINGS, CONVERSATION_SIZES
 from eggroll.llm.worlds.world import Completion, Turn, World
 
 __all__ = ["BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SYSTEM", "Calculator", "check", "problems", "splits"]
@@ -30,18 +31,7 @@ MAX_TOKENS = 24
 MAX_TURNS = 3
 BEST = 1.0
 SYSTEM: str | None = "You have a calculator. To use it, write calc(...) and nothing else. Then say what it gave."
-SETTINGS: dict[str, Any] = {
-    "population_size": 32,
-    "rank": 1,
-    "sigma": 0.01,
-    "lr": 0.05,
-    "optimizer": "sgd",
-    "vectors": True,
-    "prompts_per_generation": 4,
-    "generations": 40,
-    "eval_every": 10,
-    "max_turns": MAX_TURNS,
-}
+SETTINGS: dict[str, Any] = {**CONVERSATION_SETTINGS, "max_turns": MAX_TURNS}
 
 WORKED = (
     {"role": "user", "content": "What is 12 * 34?"},
@@ -51,7 +41,6 @@ WORKED = (
 )
 """How a conversation goes; without it, no answer of a small model is a call, and there is nothing to begin with."""
 SEED = 2026
-SIZES = {"train": 1024, "validation": 64, "heldout": 64, "test": 256}
 _QUESTIONS = ("What is {}?", "Compute {}.", "How much is {}?")
 _CALL = re.compile(r"\bcalc\w{0,8}(?:\(([^()\n]{1,60})\)|: ?(\d[\d ,]{0,12}[*+/×-][^\n]{1,40}))")
 _NUMBER = re.compile(r"-?\d[\d,]{0,12}", re.ASCII)
@@ -117,7 +106,7 @@ def problems(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def splits() -> Splits:
     """The task's problems."""
-    return fill(problems(SEED), SIZES)
+    return fill(problems(SEED), CONVERSATION_SIZES)
 
 
 def check(columns: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from eggroll.errors import DataError
 from eggroll.llm.tasks.splits import Splits, fill
+from eggroll.llm.tasks.task import CONVERSATION_SETTINGS, CONVERSATION_SIZES
 from eggroll.llm.worlds.world import Turn, World
 
 __all__ = ["BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SYSTEM", "GuessNumber", "check", "problems", "splits"]
@@ -30,21 +31,9 @@ MAX_TOKENS = 8
 MAX_TURNS = 5
 BEST = 1.0
 SYSTEM: str | None = "You play a game. Answer with one number and nothing else."
-SETTINGS: dict[str, Any] = {
-    "population_size": 32,
-    "rank": 1,
-    "sigma": 0.01,
-    "lr": 0.05,
-    "optimizer": "sgd",
-    "vectors": True,
-    "prompts_per_generation": 4,
-    "generations": 40,
-    "eval_every": 10,
-    "max_turns": MAX_TURNS,
-}
+SETTINGS: dict[str, Any] = {**CONVERSATION_SETTINGS, "max_turns": MAX_TURNS}
 
 SEED = 2025
-SIZES = {"train": 1024, "validation": 64, "heldout": 64, "test": 256}
 SMALLEST, LARGEST = 40, 160
 _PROMPT = "I think of a number from 1 to {high}. Guess it. I say higher or lower."
 _NUMBER = re.compile(r"\d{1,6}", re.ASCII)
@@ -94,7 +83,7 @@ def problems(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def splits() -> Splits:
     """The task's problems."""
-    return fill(problems(SEED), SIZES)
+    return fill(problems(SEED), CONVERSATION_SIZES)
 
 
 def check(columns: Mapping[str, Any]) -> None:

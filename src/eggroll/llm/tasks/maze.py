@@ -21,6 +21,7 @@ from typing import Any
 
 from eggroll.errors import DataError
 from eggroll.llm.tasks.splits import Splits, fill
+from eggroll.llm.tasks.task import CONVERSATION_SETTINGS, CONVERSATION_SIZES
 from eggroll.llm.worlds.world import Turn, World
 
 __all__ = ["BEST", "DESCRIPTION", "MAX_TOKENS", "SETTINGS", "SYSTEM", "Maze", "check", "doors_of", "problems", "splits"]
@@ -32,21 +33,9 @@ REACH = 6
 """Steps to the exit, at most: two are left for mistakes."""
 BEST = 1.0
 SYSTEM: str | None = "You walk through a maze. Answer with one word: north, south, east or west."
-SETTINGS: dict[str, Any] = {
-    "population_size": 32,
-    "rank": 1,
-    "sigma": 0.01,
-    "lr": 0.05,
-    "optimizer": "sgd",
-    "vectors": True,
-    "prompts_per_generation": 4,
-    "generations": 40,
-    "eval_every": 10,
-    "max_turns": MAX_TURNS,
-}
+SETTINGS: dict[str, Any] = {**CONVERSATION_SETTINGS, "max_turns": MAX_TURNS}
 
 SEED = 2027
-SIZES = {"train": 1024, "validation": 64, "heldout": 64, "test": 256}
 LARGEST = 32
 _STEPS = {"north": (0, -1), "south": (0, 1), "east": (1, 0), "west": (-1, 0)}
 _WORD = re.compile(r"\b(north|south|east|west)\b", re.IGNORECASE)
@@ -152,7 +141,7 @@ def problems(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def splits() -> Splits:
     """The task's problems."""
-    return fill(problems(SEED), SIZES)
+    return fill(problems(SEED), CONVERSATION_SIZES)
 
 
 def check(columns: Mapping[str, Any]) -> None:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 from eggroll.errors import ConfigError
 
-__all__ = ["MAX_SHOTS", "Task", "with_shots"]
+__all__ = ["CONVERSATION_SETTINGS", "CONVERSATION_SIZES", "MAX_SHOTS", "Task", "with_shots"]
 
 MAX_SHOTS = 16
+CONVERSATION_SETTINGS: Mapping[str, Any] = {
+    "population_size": 32,
+    "rank": 1,
+    "sigma": 0.01,
+    "lr": 0.05,
+    "optimizer": "sgd",
+    "vectors": True,
+    "prompts_per_generation": 4,
+    "generations": 40,
+    "eval_every": 10,
+}
+"""What tasks with a world have in common, beside how many turns a conversation has."""
+CONVERSATION_SIZES: Mapping[str, int] = {"train": 1024, "validation": 64, "heldout": 64, "test": 256}
+"""How many conversations the splits of such a task have."""
 
 
 @dataclass(frozen=True)
