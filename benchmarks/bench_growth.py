@@ -32,7 +32,7 @@ VOCABULARY = 8192
 
 
 def llama(millions: int, dtype: str) -> Any:
-    """A random Llama of about so many parameters."""
+    """A random Llama with about this many million parameters."""
     hidden, wide, layers, heads, kv = SIZES[millions]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,

@@ -47,7 +47,8 @@ def test_the_largest_sigma_at_which_members_behave(start, scale):
     assert lost[sigmas.index(found.sigma)] <= 0.5 < lost[sigmas.index(2 * found.sigma)]
     assert found.center == pytest.approx(0.6 * scale, rel=1e-3)
     assert found.levels[-1].members == (4 if lost[-1] > 0.75 else MEMBERS)
-    assert "of what there is to lose" in found.reason
+    assert f"of the way down from the model ({found.center:.3g}) to broken text" in found.reason
+    assert found.reason.endswith("; the limit is 50%")
     assert not found.warning
 
 

@@ -43,12 +43,17 @@ class Components:
     prompts: int
 
     @classmethod
-    def of(cls, fitness: NDArray[np.floating[Any]], *, antithetic: bool) -> Self | None:
+    def of(cls, fitness: NDArray[np.floating[Any]], *, antithetic: bool, least: int = 2) -> Self | None:
         """From ``(N, Q)`` raw scores; rows with a score that is no number are left out.
 
+        Args:
+            fitness: the scores.
+            antithetic: whether members ``2k`` and ``2k + 1`` are a pair.
+            least: rows that there must be; one is enough for pairs.
+
         Returns:
-            ``None`` with fewer than two prompts or rows, or if all of them score the same: then there is nothing to
-            tell apart.
+            ``None`` with fewer than two prompts or ``least`` rows, or if all of them score the same: then there is
+            nothing to tell apart.
         """
         table = np.asarray(fitness, np.float64)
         if table.ndim != 2 or table.shape[1] < 2 or (antithetic and len(table) % 2):
@@ -56,7 +61,7 @@ class Components:
         with np.errstate(invalid="ignore"):
             rows = (table[0::2] - table[1::2]) / math.sqrt(2) if antithetic else table
         rows = rows[np.isfinite(rows).all(axis=1)]
-        if len(rows) < 2:
+        if len(rows) < least:
             return None
         if not antithetic:
             rows = rows - rows.mean(axis=0)

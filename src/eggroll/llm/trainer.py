@@ -175,7 +175,7 @@ class EggrollTrainer:
             keep: ``best`` leaves the model with the weights of the best score on ``eval_data``, which a checkpoint in
                 ``run`` keeps; ``last``, the default, with those of the last generation. ``self.kept`` says whose they
                 are, and ``self.done`` is its generation.
-            patience: end the run when so many evaluations on ``eval_data`` in a row did not beat the best; 0 does not.
+            patience: end the run after this many evaluations in a row that do not beat the best; 0 never ends it.
 
         A trainer goes on where it is: after :meth:`load_checkpoint`, or after a callback or Ctrl-C has ended a run, the
         rest of ``config.generations`` is run. With ``keep="best"`` that is the best generation; ``resume=True`` goes

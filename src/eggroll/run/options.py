@@ -18,7 +18,7 @@ class RunOptions:
     accept_changes: bool = setting(False, resume=True)
     """Resume although the data, the model or a program's source have changed; environment.json notes what."""
     patience: int = setting(0, resume=True)
-    """End the run when so many evaluations in a row did not beat the best held-out score; 0 runs to the end."""
+    """End the run after this many held-out evaluations in a row that do not beat the best; 0 runs to the end."""
     report_to: str = setting("tensorboard", resume=True)
     """tensorboard, wandb, trackio, none, or several separated by commas."""
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eggroll.core.signal import Components
 from eggroll.loop import Evaluation
 
 MEMBERS = 16
@@ -192,11 +193,13 @@ class _Search:
             lost = (self.center - self.level(sigma).mean) / distance
             if self.behaves(sigma):
                 reason = (
-                    f"members lose {max(0.0, lost):.0%} of what there is to lose (at most {MOST_LOST:.0%}); "
-                    f"the model scores {self.center:.3g}, broken text {broken:.3g}"
+                    f"members score {max(0.0, lost):.0%} of the way down from the model ({self.center:.3g}) to broken "
+                    f"text ({broken:.3g}); the limit is {MOST_LOST:.0%}"
                 )
             else:
-                reason = f"the smallest that was tried; members lose {lost:.0%} even there"
+                reason = (
+                    f"the smallest one tried; members lose {lost:.0%} of the model's lead over broken text even there"
+                )
         else:
             sigma = self._near_start()
             reason = (
@@ -285,9 +288,7 @@ def components(scores: NDArray[np.float64]) -> tuple[float, float]:
     Args:
         scores: ``(members, prompts)``, an even number of members.
     """
-    half = (scores[0::2] - scores[1::2]) / 2
-    total = float((half.mean(axis=1) ** 2).mean())  # signs are arbitrary, so the expectation is 0
-    if half.shape[1] < 2:
-        return math.sqrt(total), 0.0
-    noise = float(half.var(axis=1, ddof=1).mean()) / half.shape[1]
-    return math.sqrt(max(0.0, total - noise)), math.sqrt(noise)
+    found = Components.of(scores, antithetic=True, least=1)
+    if found is None:  # one prompt, whose noise cannot be told; or no differences at all
+        return math.sqrt(float((((scores[0::2] - scores[1::2]) / 2).mean(axis=1) ** 2).mean())), 0.0
+    return found.spread / math.sqrt(2), found.noise / math.sqrt(2 * found.prompts)  # of halves, not of 1/sqrt(2)

@@ -43,7 +43,7 @@ class Suite:
     """Where a suite's problems are.
 
     Attributes:
-        title: its name for people.
+        title: its name as texts have it.
         hub: the data set's id, ``name`` or ``name:config``.
         split: of the data set.
         size: problems that it has there.
