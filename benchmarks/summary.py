@@ -31,6 +31,7 @@ TITLES = {
     "pretrain": "Integer pretraining",
     "rwkv7": "RWKV-7",
     "waiting": "Waiting threads",
+    "blocks": "Blocks of rows",
     "quantized": "Quantized weights",
     "growth": "Growth",
     "jax": "JAX",
