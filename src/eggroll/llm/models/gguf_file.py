@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from eggroll._optional import require
 from eggroll.errors import ModelError
+from eggroll.llm.models.gguf_reader import parsed_once
 from eggroll.llm.models.locate import Located
 from eggroll.torch.quantized.gguf import TYPES, GgufGrid
 from eggroll.torch.quantized.grid import Bits
@@ -140,7 +141,7 @@ def save_gguf(model: Any, target: str | Path) -> Path:
     gguf: Any = require("gguf", extra="llm")
     target = Path(target)
     shutil.copyfile(source.path, target)
-    with target.open("r+b") as file:
+    with parsed_once(), target.open("r+b") as file:
         for tensor, contents in _contents(model, source, gguf.GGUFReader(str(source.path))):
             file.seek(int(tensor.data_offset))
             file.write(contents)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from eggroll.errors import MissingExtraError, ModelError
 from eggroll.llm.models import smollm2
+from eggroll.llm.models.gguf_reader import parsed_once
 from eggroll.llm.models.hub import offline_hint, offline_if_unreachable, quiet_progress
 from eggroll.llm.models.packaged import PACKAGED, SMOLLM2
 
@@ -44,12 +45,18 @@ class Located:
     def reading(self) -> Iterator[None]:
         """While files are read or fetched: no progress bars, and no waiting for a hub that cannot be reached.
 
+        A GGUF file is parsed once.
+
         Raises:
             ModelError: in the place of whatever was raised; the message says what was tried.
             MissingExtraError: a library is not installed.
         """
         try:
-            with nullcontext() if Path(self.path).exists() else offline_if_unreachable(), quiet_progress():
+            with (
+                nullcontext() if Path(self.path).exists() else offline_if_unreachable(),
+                nullcontext() if self.gguf is None else parsed_once(),
+                quiet_progress(),
+            ):
                 yield
         except (MissingExtraError, ModelError):
             raise
