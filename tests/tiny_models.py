@@ -54,12 +54,31 @@ def write_llama(folder, **changes):
     return folder
 
 
-def write_gguf(path, kind="Q8_0"):
-    """A Llama of one layer with random weights and a byte-level tokenizer, its matrices in blocks of ``kind``."""
-    writer = gguf.GGUFWriter(path, "llama")
+def gguf_blocks(values, kind):
+    """Numbers in blocks; of K-quants, which gguf cannot make, random codes with small scales."""
+    try:
+        return gguf.quantize(values, kind)
+    except NotImplementedError:
+        weights, size = gguf.GGML_QUANT_SIZES[kind]
+        generator = np.random.default_rng(values.size)
+        blocks = generator.integers(0, 256, (*values.shape[:-1], values.shape[-1] // weights, size), dtype=np.uint8)
+        halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
+        for place in halves:
+            scales = generator.normal(scale=0.01, size=blocks.shape[:-1]).astype(np.float16)
+            blocks[..., place : place + 2] = scales[..., None].view(np.uint8)
+        return blocks.reshape(*values.shape[:-1], -1)
+
+
+def write_gguf(path, kind="Q8_0", architecture="llama", width=64, fields=None, tensors=None):
+    """A Llama of one layer with random weights and a byte-level tokenizer, its matrices in blocks of ``kind``.
+
+    Or one of another architecture, with other ``fields`` and ``tensors`` (shapes by name; ``None``: not there).
+    """
+    writer = gguf.GGUFWriter(path, architecture)
     for name, value in {
-        "context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 96, "head_count": 2,
-        "head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 32, "vocab_size": 256,
+        "context_length": 64, "embedding_length": width, "block_count": 1, "feed_forward_length": 96, "head_count": 2,
+        "head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": width // 2, "vocab_size": 256,
+        **(fields or {}),
     }.items():  # fmt: skip
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")
@@ -68,15 +87,18 @@ def write_gguf(path, kind="Q8_0"):
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     shapes = {
-        "token_embd": (256, 64), "output_norm": (64,), "blk.0.attn_norm": (64,), "blk.0.ffn_norm": (64,),
-        "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64),
-        "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64), "blk.0.ffn_down": (64, 96),
+        "token_embd": (256, width), "output_norm": (width,), "blk.0.attn_norm": (width,), "blk.0.ffn_norm": (width,),
+        "blk.0.attn_q": (width, width), "blk.0.attn_k": (width // 2, width), "blk.0.attn_v": (width // 2, width),
+        "blk.0.attn_output": (width, width), "blk.0.ffn_gate": (96, width), "blk.0.ffn_up": (96, width),
+        "blk.0.ffn_down": (width, 96), **(tensors or {}),
     }  # fmt: skip
     generator = np.random.default_rng(0)
     for name, shape in shapes.items():
-        values = generator.normal(size=shape).astype(np.float32)
-        own = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
-        writer.add_tensor(f"{name}.weight", gguf.quantize(values, own), raw_dtype=own)
+        if shape is None:
+            continue
+        own = gguf.GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
+        name = name if name.endswith(".bias") else f"{name}.weight"
+        writer.add_tensor(name, gguf_blocks(generator.normal(size=shape).astype(np.float32), own), raw_dtype=own)
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()

@@ -130,10 +130,24 @@ def test_a_format_that_cannot_be_moved_is_expanded_and_said(tmp_path):
     assert torch.equal(logits(llm.load(str(saved), dtype="float32").model), logits(loaded.model))
 
 
+def test_a_file_that_is_gone_cannot_be_written_again(tmp_path):
+    path = write_gguf(tmp_path / "five.gguf", "Q8_0")
+    loaded = llm.load(str(path), dtype="float32")
+    path.unlink()
+    with pytest.raises(
+        ModelError, match=r"five\.gguf, which the model came from, is gone; save a Hugging Face directory"
+    ):
+        save_gguf(loaded.model, tmp_path / "other.gguf")
+    saved = save_pretrained(loaded.model, loaded.tokenizer, tmp_path / "saved", metadata={})
+    assert torch.equal(logits(llm.load(str(saved), dtype="float32").model), logits(loaded.model))
+
+
 def test_a_mixed_file_is_saved_expanded_once_more_than_its_blocks_changed(tmp_path):
     loaded = llm.load(str(write_gguf(tmp_path / "mixed.gguf", "Q4_1")), dtype="float32")
     weight = loaded.model.model.layers[0].input_layernorm.weight
-    loaded.model.gguf_source.fixed["model.layers.0.input_layernorm.weight"] = b"as of a form that is not written"
+    loaded.model.gguf_source.fixed["model.layers.0.input_layernorm.weight"] = [
+        "output_norm.weight"
+    ]  # not what it holds
     with torch.no_grad():
         weight.add_(0.5)
     assert bump(loaded.model)

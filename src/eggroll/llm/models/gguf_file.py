@@ -7,7 +7,6 @@ other.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,17 +21,15 @@ from torch import Tensor, nn
 from eggroll._optional import require
 from eggroll.errors import ModelError
 from eggroll.llm.models.gguf_reader import parsed_once
+from eggroll.llm.models.gguf_tensors import EXPERTS, MERGED, PLAIN, in_order, parameter_of, row_order
 from eggroll.llm.models.locate import Located
 from eggroll.torch.quantized.gguf import TYPES, GgufGrid
 from eggroll.torch.quantized.grid import Bits
 from eggroll.torch.quantized.tensor import as_parameter, grid_of, plain
 
-PLAIN = ("F32", "F16", "BF16")
-"""Formats of GGUF that hold plain numbers."""
 
-
-class MergedTensorsError(ModelError):
-    """A model's parameters are made of several tensors of its GGUF file each, so their blocks cannot be kept."""
+class OtherReaderError(ModelError):
+    """A GGUF file that transformers reads in a way of its own, so it has to be asked."""
 
 
 @dataclass
@@ -41,20 +38,26 @@ class GgufSource:
 
     Attributes:
         path: the file.
+        dtype: of the parameters that were expanded.
+        processor: what transformers does to tensors of this architecture.
         tensors: the model's name of a parameter to the file's.
         orders: for parameters whose rows the file has in another order: the file's row of each of the model's rows.
         expanded: the file's formats of tensors that could not be kept, and how many of each.
-        fixed: digests, as loaded, of parameters that the file cannot take back.
+        fixed: parameters that the file cannot take back, and the names of their tensors in it.
     """
 
     path: Path
+    dtype: torch.dtype
+    processor: Any
     tensors: dict[str, str] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     expanded: dict[str, int] = field(default_factory=dict)
-    fixed: dict[str, bytes] = field(default_factory=dict)
+    fixed: dict[str, list[str]] = field(default_factory=dict)
 
 
-def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+def load_gguf(
+    path: Path, config: Any, auto: Any, dtype: torch.dtype, device: torch.device | str = "cpu", *, keep: bool = True
+) -> Any:
     """A model with its weights in the file's blocks.
 
     Args:
@@ -63,44 +66,105 @@ def load_gguf(path: Path, config: Any, auto: Any, dtype: torch.dtype, device: to
         auto: the class of transformers that makes the model.
         dtype: of everything that is not quantized, and of the products' results.
         device: where the weights go.
+        keep: the blocks that can be kept; otherwise everything is expanded, and the model is an ordinary one.
 
     Returns:
-        The model; ``model.gguf_source`` says where everything came from.
+        The model; if blocks are kept, ``model.gguf_source`` says where everything came from.
 
     Raises:
-        ModelError: the file holds tensors that the model has no place for, or not all of the model's.
-        MergedTensorsError: transformers merges tensors (experts), so blocks cannot be kept.
+        ModelError: the file does not hold all of the model's tensors, or experts that the model has no place for.
+        OtherReaderError: transformers reads this architecture in another way.
     """
     gguf: Any = require("gguf", extra="llm")
     accelerate: Any = require("accelerate", extra="llm")
     from transformers import modeling_gguf_pytorch_utils as names
 
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, dtype=dtype)
     reader = gguf.GGUFReader(str(path))
     architecture = reader.fields["general.architecture"].contents()
+    if _has_own_reader(architecture):
+        raise OtherReaderError(f"transformers reads GGUF files of architecture {architecture!r} in a way of its own")
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = auto.from_config(config, dtype=dtype)
     processor = names.TENSOR_PROCESSORS.get(architecture, names.TensorProcessor)(config.to_dict())
-    places = names.get_gguf_hf_weights_map(model, processor)
-    source = GgufSource(path)
-    for tensor in reader.tensors:
-        name = places.get(tensor.name)
-        if name is None:
-            continue  # tables that belong to the file (rotary frequencies)
-        source.tensors[name] = tensor.name
+    source = GgufSource(path, dtype, processor)
+    for name, tensors in _placed(reader, model, architecture, path, processor).items():
         try:
-            contents, kind = _read(tensor, name, processor, dtype, source)
-        except (KeyError, TypeError, AttributeError) as error:  # it asks for the parameters that are made so far
-            raise MergedTensorsError(f"{name} is made of several tensors of {path}") from error
+            contents, kind = _read(tensors, name, source, keep=keep)
+        except (LookupError, TypeError, AttributeError) as error:  # it asks for the parameters that are made so far
+            raise OtherReaderError(f"{name} is made of several tensors of {path}") from error
         _place(model, name, contents.to(device), kind)
     model.tie_weights()
     empty = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if empty:
         raise ModelError(
-            f"the GGUF file {path} lacks {len(empty)} of the model's parameters (the first is {empty[0]!r}); give a "
-            "complete file, or quantize='none' to let transformers read it"
+            f"the GGUF file {path} lacks {len(empty)} of the model's parameters (the first is {empty[0]!r}), by the "
+            f"names that transformers {_version()} knows of architecture {architecture!r}; give a complete file, or "
+            "the model as a Hugging Face directory"
         )
-    model.gguf_source = source
+    if keep:
+        model.gguf_source = source
     return model
+
+
+SIZES = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Fields of a GGUF file that transformers does not read, and what configurations call them."""
+
+
+def complete_config(config: Any, path: Path) -> bool:
+    """Give a configuration the sizes of experts that transformers leaves at its defaults; whether one was changed.
+
+    Args:
+        config: read from the file.
+        path: the file.
+    """
+    gguf: Any = require("gguf", extra="llm")
+    fields = gguf.GGUFReader(str(path)).fields
+    architecture = fields["general.architecture"].contents()
+    changed = False
+    for name, attribute in SIZES.items():
+        found = fields.get(f"{architecture}.{name}")
+        if found is not None and getattr(config, attribute, found.contents()) != found.contents():
+            setattr(config, attribute, found.contents())
+            changed = True
+    return changed
+
+
+def _version() -> str:
+    return str(require("transformers", extra="llm").__version__)
+
+
+def _has_own_reader(architecture: str) -> bool:
+    """Whether transformers reads an architecture by rules that are not in its table of processors."""
+    try:
+        from transformers.integrations.gguf import is_gguf_arch_supported
+    except ImportError:  # versions before 5.20 or so
+        return False
+    return bool(is_gguf_arch_supported(architecture))
+
+
+def _placed(reader: Any, model: Any, architecture: str, path: Path, processor: Any) -> dict[str, list[Any]]:
+    """The model's parameters and the file's tensors that each is made of."""
+    from transformers import modeling_gguf_pytorch_utils as names
+
+    places = names.get_gguf_hf_weights_map(model, processor)
+    found: dict[str, list[Any]] = {}
+    for tensor in reader.tensors:
+        name = places.get(tensor.name) or places.get(tensor.name.removesuffix(".weight"))  # experts are no modules
+        if name is not None:
+            found.setdefault(name, []).append(tensor)
+        elif EXPERTS.search(tensor.name):
+            raise ModelError(
+                f"the GGUF file {path} holds a mixture of experts ({tensor.name}) of architecture {architecture!r}, "
+                f"of which transformers {_version()} cannot read the experts; give the model as a Hugging Face "
+                "directory"
+            )  # all others are tables that belong to the file (rotary frequencies)
+    for name, tensors in found.items():
+        if len(tensors) > 1 and not (len(tensors) == 2 and all(MERGED.search(tensor.name) for tensor in tensors)):
+            raise OtherReaderError(f"{name} is made of several tensors of {path}")
+    return found
 
 
 def gguf_bits(model: Any, located: Located) -> dict[str, Bits]:
@@ -132,6 +196,10 @@ def save_gguf(model: Any, target: str | Path) -> Path:
     source: GgufSource | None = getattr(model, "gguf_source", None)
     if source is None:
         raise ModelError("only a model that was loaded from a GGUF file, with its weights kept, can be saved as one")
+    if not source.path.is_file():
+        raise ModelError(
+            f"the GGUF file {source.path}, which the model came from, is gone; save a Hugging Face directory"
+        )
     changed = changed_beyond(model)
     if changed:
         raise ModelError(
@@ -149,10 +217,26 @@ def save_gguf(model: Any, target: str | Path) -> Path:
 
 
 def changed_beyond(model: Any) -> list[str]:
-    """Parameters that changed since they were loaded, and that the GGUF file which they came from cannot take back."""
+    """Parameters that changed since they were loaded, and that the GGUF file which they came from cannot take back.
+
+    They are read from it again. If the file is gone, that is all parameters.
+    """
     source: GgufSource = model.gguf_source
+    if not source.path.is_file():
+        return [*source.fixed, *source.tensors]
+    if not source.fixed:
+        return []
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return [name for name, digest in source.fixed.items() if _digest(parameters[name].detach().cpu()) != digest]
+    gguf: Any = require("gguf", extra="llm")
+    with parsed_once():
+        by_name = {tensor.name: tensor for tensor in gguf.GGUFReader(str(source.path)).tensors}
+    changed = []
+    for name, tensors in source.fixed.items():
+        held = parameters[name].detach().cpu()
+        loaded = parameter_of([by_name[tensor] for tensor in tensors], source.processor, source.dtype).view(held.shape)
+        if not torch.equal(held, loaded.to(held.dtype)):
+            changed.append(name)
+    return changed
 
 
 @contextmanager
@@ -173,46 +257,25 @@ def expanded(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = weight
 
 
-def _digest(values: Tensor) -> bytes:
-    return hashlib.blake2b(values.contiguous().view(torch.uint8).numpy().data).digest()
-
-
-def _read(tensor: Any, name: str, processor: Any, dtype: torch.dtype, source: GgufSource) -> tuple[Tensor, str | None]:
-    """A tensor's blocks and their format, or its numbers and ``None``; rows in the model's order."""
-    kind, data = tensor.tensor_type.name, np.asarray(tensor.data)
-    order = _row_order(tensor, processor)
-    if kind in TYPES and data.ndim == 2 and order is not None:
-        if not np.array_equal(order, np.arange(len(order))):
-            source.orders[name] = torch.from_numpy(order)
-        return torch.from_numpy(np.ascontiguousarray(data[order])), kind
-    if kind not in PLAIN:
-        source.expanded[kind] = source.expanded.get(kind, 0) + 1
-    gguf: Any = require("gguf", extra="llm")
-    numbers = processor.process(weights=gguf.quants.dequantize(data, tensor.tensor_type), name=tensor.name).weights
-    if order is not None and not np.array_equal(order, np.arange(len(order))):
+def _read(tensors: list[Any], name: str, source: GgufSource, *, keep: bool) -> tuple[Tensor, str | None]:
+    """A parameter's blocks and their format, or its numbers and ``None``; rows in the model's order."""
+    tensor, kinds = tensors[0], [tensor.tensor_type.name for tensor in tensors]
+    order = row_order(tensor, source.processor) if len(tensors) == 1 else None
+    if order is not None and not in_order(order):
         source.orders[name] = torch.from_numpy(order)
-    held = torch.from_numpy(np.array(numbers)).to(dtype)
-    if kind not in PLAIN or order is None:  # in a format that is not written, or with other numbers than the file's
-        source.tensors.pop(name)
-        source.fixed[name] = _digest(held)
+    if keep and kinds[0] in TYPES and order is not None and tensor.data.ndim == 2:
+        source.tensors[name] = tensor.name
+        data = np.asarray(tensor.data)
+        return torch.from_numpy(np.array(data) if name not in source.orders else data[order]), kinds[0]
+    for kind in kinds:
+        if kind not in PLAIN:
+            source.expanded[kind] = source.expanded.get(kind, 0) + 1
+    held = parameter_of(tensors, source.processor, source.dtype)
+    if order is None or kinds[0] not in PLAIN:  # in a format that is not written, or with other numbers than the file's
+        source.fixed[name] = [tensor.name for tensor in tensors]
+    else:
+        source.tensors[name] = tensor.name
     return held, None
-
-
-def _row_order(tensor: Any, processor: Any) -> np.ndarray[Any, Any] | None:
-    """The file's row of each of the model's rows; ``None`` if what transformers does is more than changing their order.
-
-    Found out by letting it process the numbers of the rows instead of the rows.
-    """
-    rows = tensor.data.shape[0]
-    numbers = np.arange(rows, dtype=np.float64)
-    if tensor.data.ndim > 1:
-        numbers = np.repeat(numbers[:, None], 2, axis=1)
-    done = np.asarray(processor.process(weights=numbers, name=tensor.name).weights)
-    if done.shape != numbers.shape:
-        return None
-    order = done if done.ndim == 1 else done[:, 0]
-    same = np.array_equal(np.sort(order), np.arange(rows)) and (done.ndim == 1 or np.array_equal(done[:, 1], order))
-    return order.astype(np.int64) if same else None
 
 
 def _place(model: nn.Module, name: str, contents: Tensor, kind: str | None) -> None:

@@ -55,13 +55,22 @@ def parsed_once() -> Iterator[None]:
             key = _identity(path)
             if key not in checkpoints:
                 checkpoints[key] = parse(path, False, *rest, **more)
-            return copy.deepcopy(checkpoints[key])
+            return _copied(checkpoints[key])
 
         gguf.GGUFReader, names.load_gguf_checkpoint = read, checkpoint
         try:
             yield
         finally:
             gguf.GGUFReader, names.load_gguf_checkpoint = slow, parse
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy of dictionaries and lists; of long lists without asking what each string is."""
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return list(value) if value and isinstance(value[0], str | int | float) else [_copied(entry) for entry in value]
+    return copy.copy(value)
 
 
 def _identity(path: Any) -> tuple[str, int, int]:

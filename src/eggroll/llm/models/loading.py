@@ -12,7 +12,7 @@ from eggroll._optional import require
 from eggroll.errors import ConfigError, ModelError
 from eggroll.llm.config import Attention, Quantize
 from eggroll.llm.models.dtype import choose_dtype, parse_dtype, typical_shape
-from eggroll.llm.models.gguf_file import MergedTensorsError, load_gguf
+from eggroll.llm.models.gguf_file import OtherReaderError, complete_config, load_gguf
 from eggroll.llm.models.gptq_file import load_gptq, quantization_of
 from eggroll.llm.models.hub import dense_gguf, drop_quantization
 from eggroll.llm.models.locate import Located, locate
@@ -101,12 +101,12 @@ def load(
         model: Any = None
         if located.pth:
             model = _rwkv7().load_pth(located.path, about.config, about.dtype)
-        elif form == "gguf":
-            assert located.gguf is not None
+        elif located.gguf is not None and form in ("gguf", "plain"):
+            file = Path(located.path) / located.gguf
             try:
-                model = load_gguf(Path(located.path) / located.gguf, about.config, about.auto, about.dtype, place)
-            except MergedTensorsError as error:
-                merged = [f"{error}, so its weights are expanded to floating point"]
+                model = load_gguf(file, about.config, about.auto, about.dtype, place, keep=form == "gguf")
+            except OtherReaderError as error:
+                merged = [f"{error}, so its weights are expanded to floating point"] if form == "gguf" else []
         elif form == "own" and quantization_of(about.config) is not None:
             model = load_gptq(located, about.config, about.auto, about.dtype)
         if model is None:
@@ -306,7 +306,8 @@ def _read_config(
     mended = _drop_unknown_pad_token(config)
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     auto = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
-    return _About(config, auto, dtype, (*notes, *mended), arguments, bool(mended))
+    sized = located.gguf is not None and complete_config(config, Path(located.path) / located.gguf)
+    return _About(config, auto, dtype, (*notes, *mended), arguments, bool(mended) or sized)
 
 
 def _config_of(located: Located, arguments: dict[str, Any]) -> Any:

@@ -17,17 +17,37 @@ from eggroll.torch.kernels.native import thread_entry
 
 SOURCE = Path(__file__).with_name("gguf.c")
 FLAGS = ("-Wno-psabi", "-ffp-contract=off")  # product and sum are rounded one by one, as plain operations do
-KINDS = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2}
+KINDS = {
+    "Q8_0": (0, 32, 34),
+    "Q4_0": (1, 32, 18),
+    "Q4_1": (2, 32, 20),
+    "Q5_0": (3, 32, 22),
+    "Q5_1": (4, 32, 24),
+    "Q2_K": (5, 256, 84),
+    "Q3_K": (6, 256, 110),
+    "Q4_K": (7, 256, 144),
+    "Q5_K": (8, 256, 176),
+    "Q6_K": (9, 256, 210),
+}
+"""The number by which C knows a format, and weights and bytes of a block."""
 PARALLEL_FROM = 1 << 16
 """Calls that make at least this many numbers are shared out to threads."""
 _NAMES = {torch.float32: "eggroll_gguf_f32", torch.bfloat16: "eggroll_gguf_bf16"}
 
 
-def unpack(
-    blocks: Tensor, kind: str, block_bytes: int, dtype: torch.dtype, rows: slice | Tensor | None
-) -> Tensor | None:
-    """Rows ``(k, n)`` of blocks ``(m, bytes)``, in order or by number; ``None`` where C cannot be used."""
-    if dtype not in _NAMES or not blocks.is_cpu or not blocks.is_contiguous():
+def unpack(blocks: Tensor, kind: str, dtype: torch.dtype, rows: slice | Tensor | None = None) -> Tensor | None:
+    """Rows ``(k, n)`` of blocks ``(m, bytes)``, in order or by number; ``None`` where C cannot be used.
+
+    Args:
+        blocks: uint8, each row whole blocks.
+        kind: of the blocks; other formats than those of :data:`KINDS` are not expanded.
+        dtype: of the result: float32, or bfloat16 (rounded to nearest).
+        rows: which ones; ``None`` for all.
+
+    Raises:
+        IndexError: a row that is not there.
+    """
+    if dtype not in _NAMES or kind not in KINDS or not blocks.is_cpu or not blocks.is_contiguous():
         return None
     entry = _entry(dtype)
     if isinstance(entry, str):
@@ -41,14 +61,15 @@ def unpack(
     else:
         first, stop, _ = (slice(None) if rows is None else rows).indices(blocks.shape[0])
         count = max(0, stop - first)
-    groups = blocks.shape[1] // block_bytes
-    out = torch.empty((count, 32 * groups), dtype=dtype)
+    number, weights, size = KINDS[kind]
+    groups = blocks.shape[1] // size
+    out = torch.empty((count, weights * groups), dtype=dtype)
     threads = torch.get_num_threads()
     parts = 1 if out.numel() < PARALLEL_FROM or threads == 1 else min(count, 4 * threads)
     if out.numel():
         address = None if numbers is None else numbers.data_ptr()
         ways = thread_entry() if parts > 1 else None
-        entry(out.data_ptr(), blocks.data_ptr(), address, first, count, groups, KINDS[kind], parts, ways)
+        entry(out.data_ptr(), blocks.data_ptr(), address, first, count, groups, number, parts, ways)
     return out
 
 

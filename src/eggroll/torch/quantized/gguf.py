@@ -115,7 +115,7 @@ class GgufGrid(Grid):
             packed.copy_(grouped.to(torch.int8).view(torch.uint8))
 
     def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None) -> Tensor:  # noqa: D102
-        unpacked = gguf_c.unpack(self.blocks, self.kind.name, self.kind.bytes, dtype, rows)
+        unpacked = gguf_c.unpack(self.blocks, self.kind.name, dtype, rows)
         if unpacked is not None:
             return unpacked
         codes, scales, offsets = self._parts(rows)
