@@ -59,12 +59,12 @@ def test_a_load_parses_once(path, monkeypatch):
         before(self, *args, **kwargs)
 
     monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
-    reader, parse = gguf.GGUFReader, names.load_gguf_checkpoint
+    replaced = (gguf.GGUFReader, names.load_gguf_checkpoint, gguf.get_tensor_name_map)
     for quantize in ("auto", "none"):
         parsed.clear()
         llm.load(str(path), dtype="float32", quantize=quantize)
         assert len(parsed) == 1
-    assert (gguf.GGUFReader, names.load_gguf_checkpoint) == (reader, parse)
+    assert (gguf.GGUFReader, names.load_gguf_checkpoint, gguf.get_tensor_name_map) == replaced
 
 
 def test_what_is_handed_out_is_nobody_elses_and_a_changed_file_is_parsed_again(path, tmp_path):

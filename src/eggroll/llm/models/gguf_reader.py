@@ -27,8 +27,9 @@ _ALONE = threading.RLock()
 def parsed_once() -> Iterator[None]:
     """Within the block, ``gguf.GGUFReader`` and transformers' ``load_gguf_checkpoint`` parse each file once.
 
-    What they return is as before. A file that changes (size or time) is parsed again, tensors are not kept. One thread
-    at a time is in such a block.
+    What they return is as before. A file that changes (size or time) is parsed again, tensors are not kept. gguf's table
+    of names, which transformers asks for again for each module, is made once for an architecture. One thread at a time
+    is in such a block.
 
     Raises:
         MissingExtraError: gguf or transformers are not installed.
@@ -38,7 +39,7 @@ def parsed_once() -> Iterator[None]:
     readers: dict[Any, Any] = {}
     checkpoints: dict[Any, Any] = {}
     with _ALONE:
-        slow, parse = gguf.GGUFReader, names.load_gguf_checkpoint
+        slow, parse, table = gguf.GGUFReader, names.load_gguf_checkpoint, gguf.get_tensor_name_map
         fast = _fast(slow) if isinstance(slow, type) else slow  # in a block in a block, the outer one's
 
         def read(path: Any, mode: str = "r") -> Any:
@@ -58,10 +59,11 @@ def parsed_once() -> Iterator[None]:
             return _copied(checkpoints[key])
 
         gguf.GGUFReader, names.load_gguf_checkpoint = read, checkpoint
+        gguf.get_tensor_name_map = functools.cache(table)
         try:
             yield
         finally:
-            gguf.GGUFReader, names.load_gguf_checkpoint = slow, parse
+            gguf.GGUFReader, names.load_gguf_checkpoint, gguf.get_tensor_name_map = slow, parse, table
 
 
 def _copied(value: Any) -> Any:
