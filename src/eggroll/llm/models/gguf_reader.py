@@ -27,9 +27,9 @@ _ALONE = threading.RLock()
 def parsed_once() -> Iterator[None]:
     """Within the block, ``gguf.GGUFReader`` and transformers' ``load_gguf_checkpoint`` parse each file once.
 
-    What they return is as before. A file that changes (size or time) is parsed again, tensors are not kept. gguf's table
-    of names, which transformers asks for again for each module, is made once for an architecture. One thread at a time
-    is in such a block.
+    What they return is as before. A file that changes (size or time) is parsed again, tensors are not kept. gguf's
+    table of names, which transformers asks for again for each module, is made once for an architecture. One thread at
+    a time is in such a block.
 
     Raises:
         MissingExtraError: gguf or transformers are not installed.
