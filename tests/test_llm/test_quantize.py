@@ -16,6 +16,7 @@ from eggroll import EggrollTrainer, llm
 from eggroll.errors import ConfigError, ModelError
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.estimate.memory import Estimate
+from eggroll.llm.models import gguf_file
 from eggroll.llm.models.export import load_line, save_pretrained
 from eggroll.llm.models.gguf_file import save_gguf
 from eggroll.llm.models.outline import Outline, look_up
@@ -173,6 +174,17 @@ def test_tensors_that_are_merged_are_expanded(tmp_path, monkeypatch):
     loaded = llm.load(path, dtype="float32")
     assert not grids(loaded.model)
     assert any("is made of several tensors of" in note and "expanded" in note for note in loaded.notes)
+    assert torch.equal(logits(loaded.model), logits(plain.model))
+
+
+@pytest.mark.parametrize("quantize", ["auto", "none"])
+def test_architectures_that_transformers_reads_otherwise_are_left_to_it(quantize, tmp_path, monkeypatch):
+    path = str(write_gguf(tmp_path / "tiny.gguf"))
+    plain = llm.load(path, dtype="float32", quantize="none")
+    monkeypatch.setattr(gguf_file, "_has_own_reader", lambda architecture: architecture == "llama")
+    loaded = llm.load(path, dtype="float32", quantize=quantize)
+    assert not grids(loaded.model)
+    assert any("architecture 'llama' in a way of its own" in note for note in loaded.notes) == (quantize == "auto")
     assert torch.equal(logits(loaded.model), logits(plain.model))
 
 

@@ -140,7 +140,7 @@ def _has_own_reader(architecture: str) -> bool:
     """Whether transformers reads an architecture by rules that are not in its table of processors."""
     try:
         from transformers.integrations.gguf import is_gguf_arch_supported
-    except ImportError:  # versions before 5.20 or so
+    except ImportError:  # older versions have one reader for all
         return False
     return bool(is_gguf_arch_supported(architecture))
 
@@ -233,6 +233,9 @@ def changed_beyond(model: Any) -> list[str]:
     changed = []
     for name, tensors in source.fixed.items():
         held = parameters[name].detach().cpu()
+        if not by_name.keys() >= set(tensors):  # another file has taken its place
+            changed.append(name)
+            continue
         loaded = parameter_of([by_name[tensor] for tensor in tensors], source.processor, source.dtype).view(held.shape)
         if not torch.equal(held, loaded.to(held.dtype)):
             changed.append(name)
