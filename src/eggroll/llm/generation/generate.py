@@ -2,8 +2,10 @@
 
 The members' rows are decoded together with a KV cache. A beginning that all prompts share (a system prompt, worked
 examples) is computed once per member, not once per prompt. When enough rows have ended, they are cut out of the cache,
-the mask and the population's factors, so a member that says little costs little. A recurrent state that can be cut by
-rows (RWKV-7) takes the place of the cache. Models that have neither (T5, Mamba) go through their own ``generate``.
+the mask and the population's factors, so a member that says little costs little. The cache has room to grow, and on
+CPUs the attention of a step is one C call a layer, where the model takes attention functions. A recurrent state that
+can be cut by rows (RWKV-7) takes the place of the cache. Models that have neither (T5, Mamba) go through their own
+``generate``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from eggroll.core.threefry import fold_in, seed_key
+from eggroll.llm.generation.attention import decoding_attention
 from eggroll.llm.generation.defaults import GenerationDefaults, Processing
 from eggroll.llm.generation.memory import Memory
 from eggroll.llm.generation.prefix import common_prefix, plain_cache, spread
@@ -97,6 +100,27 @@ def generate(
     sampling, defaults = sampling or Sampling(), defaults or GenerationDefaults()
     if not _decodes_with_cache(model):
         return _generate_by_model(model, input_ids, attention_mask, max_tokens, eos_ids, pad_id, sampling, defaults)
+    with decoding_attention(model):
+        return _decode(
+            model, input_ids, attention_mask, max_tokens, eos_ids, pad_id, sampling, defaults,
+            select_rows, prompts, memory,
+        )  # fmt: skip
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    max_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    sampling: Sampling,
+    defaults: GenerationDefaults,
+    select_rows: Callable[[Tensor], None] | None,
+    prompts: int | None,
+    memory: Memory | None,
+) -> list[list[int]]:
+    """The arguments of :func:`generate`, for a decoder whose cache can be cut by rows."""
     rows, device = input_ids.shape[0], input_ids.device
     made = torch.full((rows, max_tokens), pad_id, dtype=torch.long, device=device)
     lengths = torch.full((rows,), max_tokens, dtype=torch.long, device=device)
@@ -134,6 +158,8 @@ def generate(
     elif shared and prompts and (empty := plain_cache(model)) is not None:
         cache = _shared_cache(forward, empty, tokens, mask, prompts, shared)
         tokens, positions = tokens[:, shared:], positions[:, shared:]
+    if cache is None and not getattr(model, "cache_has_rows", False):
+        cache = plain_cache(model)
     for step in range(max_tokens):
         out = forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, position_ids=positions)
         cache = out.past_key_values

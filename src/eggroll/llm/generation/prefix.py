@@ -43,7 +43,16 @@ def plain_cache(model: Any) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return cache if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers) else None
+    plain = cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return growing(cache) if plain else None
+
+
+def growing(cache: Any) -> Any:
+    """An empty cache, its layers with room for tokens to come."""
+    from eggroll.llm.generation.cache import GrowingLayer
+
+    cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
 
 
 def spread(cache: Any, owners: Tensor, padding: Tensor) -> Any:

@@ -8,9 +8,6 @@
    Factors are rank-major, a (P, rank, m) and b (P, rank, n), so that vectors run along m and n. x b is made
    for 4, 2 and 1 columns at a time, four rows at once, so that few variants have to be compiled and sums stay in
    registers. Sums are made in float32 and rounded once. The rank is at most MAX_RANK. */
-#include <stdint.h>
-
-typedef void parallel_t(void (*)(void *), void *, unsigned, unsigned);
 typedef struct {
     void *out;
     const void *base, *x, *a, *b, *scales, *bias;
@@ -18,55 +15,8 @@ typedef struct {
     int64_t rows, per_member, n, m, rank, bias_step, step, next;
 } job_t;
 
-typedef float vec __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-#define WIDTH 16
-/* With AVX-512, bfloat16 becomes float32 in one instruction, zeros put between the halves, instead of gcc's four. */
-#if defined(__AVX512BW__) && defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define INTERLEAVE
-#endif
-#endif
 #define MAX_RANK @MAX_RANK@
-#define INLINE static inline __attribute__((always_inline))
 
-INLINE float load_f32(const float *from) { return *from; }
-INLINE void store_f32(float *to, float value) { *to = value; }
-INLINE vec load_vec_f32(const float *from) { vec v; __builtin_memcpy(&v, from, sizeof v); return v; }
-INLINE void store_vec_f32(float *to, vec v) { __builtin_memcpy(to, &v, sizeof v); }
-
-INLINE float load_bf16(const uint16_t *from) {
-    union { uint32_t u; float f; } v; v.u = (uint32_t)*from << 16;
-    return v.f;
-}
-INLINE void store_bf16(uint16_t *to, float value) {
-    union { uint32_t u; float f; } v; v.f = value;
-    uint32_t rounded = (v.u + 0x7FFFu + ((v.u >> 16) & 1u)) >> 16;
-    *to = (uint16_t)((v.u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
-INLINE vec load_vec_bf16(const uint16_t *from) {
-    halves h; __builtin_memcpy(&h, from, sizeof h);
-#ifdef INTERLEAVE
-    return (vec)__builtin_shufflevector((halves){0}, h, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9,
-                                        25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#else
-    return (vec)(__builtin_convertvector(h, words) << 16);
-#endif
-}
-INLINE void store_vec_bf16(uint16_t *to, vec v) {
-    words w = (words)v, rounded = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
-    words is_nan = (words)((w & 0x7FFFFFFFu) > 0x7F800000u);
-    halves h = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0u), halves);
-    __builtin_memcpy(to, &h, sizeof h);
-}
-INLINE float sum_of(vec v) {
-    float sum = 0;
-    for (int i = 0; i < WIDTH; i++) sum += v[i];
-    return sum;
-}
-
-#define UNROLL _Pragma("GCC unroll 4")
 #define TERM(NAME, TYPE) \
     /* s[r][first + k] = x b of `count` rows for `rank` columns of b. */ \
     INLINE void NAME##_dots(float s[4][MAX_RANK], int64_t first, const TYPE *x, const TYPE *b, int64_t n, \

@@ -23,7 +23,7 @@ from eggroll.torch.kernels import compile_c
 from eggroll.torch.kernels.native import is_unobserved, thread_entry
 from eggroll.torch.quantized.tensor import QuantizedTensor
 
-SOURCE = Path(__file__).with_name("low_rank.c")
+SOURCE, VECTORS = (Path(__file__).with_name(name) for name in ("low_rank.c", "vectors.h"))
 # Sums in any order, so that they can be vectors. Not -ffast-math: it would also drop infinities and NaN, and change how
 # the whole process treats denormal numbers. The source spells its vectors out, so -O3 would only take longer.
 FLAGS = ("-O2", "-Wno-psabi", "-fassociative-math", "-fno-signed-zeros", "-ffp-contract=fast")
@@ -170,7 +170,8 @@ def why_not(dtype: torch.dtype = torch.float32) -> str | None:
 
 def source() -> str:
     """The C source."""
-    return SOURCE.read_text(encoding="utf-8").replace("@MAX_RANK@", str(MAX_RANK))
+    whole = VECTORS.read_text(encoding="utf-8") + SOURCE.read_text(encoding="utf-8")
+    return whole.replace("@MAX_RANK@", str(MAX_RANK))
 
 
 def _is_plain(x: Tensor) -> bool:
