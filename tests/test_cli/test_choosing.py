@@ -1,6 +1,7 @@
 """``eggroll tune`` with nothing but a model, a reward and prompts: what it chooses, prints and keeps."""
 
 import json
+import re
 
 import pytest
 
@@ -35,6 +36,9 @@ def test_what_is_chosen_is_printed_and_kept(eggroll, bare):
     assert (found["generations"], found["lr_schedule"]) == (2, "linear")
     assert found["sigma"] == record["sigma"] == min(record["levels"], key=lambda one: one["sigma"])["sigma"]
     assert record["members"] == 16
+    assert re.search(
+        r"^choosing settings: .*\n  the model as it is: mean score [\d.]+ on \d+ prompts \(\d+s\)$", done.out, re.M
+    )
     assert [line for line in done.out.splitlines() if line.startswith("chosen: ")] == [
         f"chosen: {line}" for line in record["lines"]
     ]

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from tiny_models import write_llama
 
+from eggroll.llm.worlds.host import Host
+from eggroll.llm.worlds.world import Completion
+
 FOLDER = Path(__file__).parents[2] / "examples"
 PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py"))
 SMALL = ("cnn", "database_score", "lstm", "pipeline", "self_play")
-LANGUAGE = ("llm_judge", "own_reward", "quiz_world", "trl_script")
+LANGUAGE = ("llm_judge", "own_reward", "quiz_world", "split_world", "trl_script")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,22 @@ def test_the_stand_in_judge_prefers_short_sentences(example):
 def test_the_perfect_player_of_the_game_wins_where_one_can(example):
     game = example("self_play")
     assert game.wins(game.perfect, game.perfect, game.HEAPS).tolist() == (game.HEAPS % 4 != 0).tolist()
+
+
+def test_members_meet_at_the_tables_of_their_world(example):
+    """Four members: the first plays against the third, the second against the fourth; nobody stays behind."""
+    program = example("split_world")
+    host = Host(program.Split, 10.0, "Split")
+    row = {"name": "Ada", "always": None}
+    host.open(dict.fromkeys(range(4), row) | {4: {"name": "Ben", "always": 4}, 5: {"name": "Cleo", "always": None}})
+    said = {0: "3", 1: "I want 9 coins", 2: "7", 3: "2", 4: "6", 5: "5"}
+    turns = host.step({seat: Completion(text) for seat, text in said.items()})
+    assert [turns[seat].score * 30 for seat in range(6)] == pytest.approx([3, 0, 7, 0, 6, 5])
+    assert turns[0].messages[0]["content"] == "Ada wants 7, so you get 3. And now?"
+    assert turns[1].messages[0]["content"] == "Ada wants 2, so nobody gets anything. And now?"
+    host.end(range(6), show=False)
+    assert not any(program.Split.tables.values())
+    host.close()
 
 
 def test_the_database_scores_every_member(example):

@@ -268,3 +268,57 @@ def test_nothing_is_evaluated_where_sigma_is_given():
     assert choice.lines == (
         f"lr {choice.options.lr:g}, linear (first steps of up to 0.26 sigma per entry, over 100 generations)",
     )
+
+
+def told(evaluate, **settings):
+    """What a calibration says of its steps: what is done, what was found."""
+    said = []
+    found = calibrate(evaluate, MEMBERS, 0.005, progress=lambda *step: said.append(step), **settings)
+    return found, said
+
+
+def test_each_sigma_is_told_with_how_many_are_left():
+    found, said = told(world())
+    doing = [step[0] for step in said]
+    assert doing[:4] == [
+        "evaluating the model as it is", "evaluating text that is broken, sigma 0.08",
+        "trying sigma 0.005, at most 5 more", "trying sigma 0.01, at most 2 more",
+    ]  # fmt: skip
+    assert doing[-1] == ""
+    assert len(said) == len(found.levels) + 3
+    assert said[1][1] == f"the model as it is: mean score {found.center:.3g} on {PROMPTS} prompts"
+    assert said[2][1] == f"broken text (sigma 0.08): mean score {found.broken:.3g}"
+    assert said[3][1] == f"sigma 0.005: mean score {found.levels[0].mean:.3g} of 16 members"
+
+
+def test_on_the_way_down_the_last_one_is_called_so():
+    _, said = told(world(breaks=1e-6))
+    assert [step[0] for step in said[2:-1]] == [
+        "trying sigma 0.005, at most 5 more", "trying sigma 0.0025, at most 4 more",
+        "trying sigma 0.00125, at most 3 more", "trying sigma 0.000625, at most 2 more",
+        "trying sigma 0.0003125, at most 1 more", "trying sigma 0.00015625, the last one",
+    ]  # fmt: skip
+
+
+def test_a_choice_that_the_time_cut_short_is_told():
+    now, free = [0.0], world()
+
+    def evaluate(sigma, members):
+        now[0] += len(members)
+        return free(sigma, members)
+
+    found = calibrate(evaluate, MEMBERS, 0.005, seconds=6.0, clock=lambda: now[0])
+    assert found.reason.endswith("no larger one was tried, as the 6 s for choosing were over")
+    assert "no larger one" not in calibrate(world(), MEMBERS, 0.005).reason
+
+
+def test_a_model_that_scores_nothing_is_told():
+    def evaluate(sigma, members):
+        scores = np.zeros((len(members), PROMPTS))
+        if 0.001 < sigma < 0.05:
+            scores[::3] = 0.2
+        return Evaluation(scores)
+
+    found = calibrate(evaluate, MEMBERS, 0.01)
+    assert found.warning.startswith(f"the model itself scores 0 on all {PROMPTS} prompts, so that there is only what")
+    assert "(mean score 0.075 at sigma 0.01)" in found.warning

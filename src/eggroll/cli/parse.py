@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 from eggroll.cli.helping import ALL, WORDS, Option, lines, options
+from eggroll.cli.values import read_values
 from eggroll.core.config import ESConfig
 from eggroll.core.settings import about
 from eggroll.errors import ConfigError
@@ -68,6 +69,10 @@ def parse(
         raise SystemExit(0)
     if unknown := _unknown(arguments, [flag for option in told for flag in option.flags]):
         print(printable(f"{unknown}. {prog} {ALL} shows every option"), file=sys.stderr)
+        raise SystemExit(2)
+    arguments, wrong = read_values(told, get_type_hints(kind), arguments)
+    if wrong:
+        print(printable("\n".join((*wrong, f"{prog} {ALL} shows every option"))), file=sys.stderr)
         raise SystemExit(2)
     import tyro
 

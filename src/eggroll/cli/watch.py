@@ -60,7 +60,7 @@ def run_command(kind: RunKind, options: Any, show: Show | None = None) -> int:
     console = Terminal(soft_wrap=True, highlight=False)
     with Watch(console) as watch:
         watch.about_threads = choose_threads(options)
-        trained = train(kind, options, opened=watch.opened, notify=watch.say)
+        trained = train(kind, options, opened=watch.opened, notify=watch.say, progress=watch.steps)
     figures = {key: value for key, value in trained.result.items() if key not in RESULT_KEYS}
     if set(figures) - {"generations"}:  # a kind of run with figures of its own
         show_result(console, figures)
@@ -91,6 +91,9 @@ class Watch:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.about_threads: str | None = None
+        from eggroll.run.steps import Steps
+
+        self.steps = Steps(console)
         self._display: Display | None = None
         self._warnings = warnings.catch_warnings()
 
@@ -98,6 +101,7 @@ class Watch:
         """Print what is trained and open the display."""
         from eggroll.run.console import Display
 
+        self.steps.close()
         for line in run.plan.describe(run.worker):
             self.console.print(line)
         if self.about_threads is not None:
@@ -126,6 +130,7 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._warnings.__exit__(kind, error, trace)
+        self.steps.close()
         if self._display is not None:
             self._display.__exit__(kind, error, trace)
 

@@ -14,6 +14,9 @@ from eggroll.loop import SPREAD_ADVICE, Worker
 from eggroll.run.keeping import Kept
 from eggroll.run.run_dir import RunDir
 
+Progress = Callable[[str, str], None]
+"""Told what is done now (empty at the end), and what the step before it found."""
+
 
 @dataclass(frozen=True)
 class Sitting:
@@ -63,8 +66,8 @@ class Plan:
         pools_itself: ``make_worker`` makes a pool where the options ask for workers.
         spread_advice: what to try when all members of a generation score the same.
         finish_interrupted: whether ``finish`` is called after an interrupt, too.
-        choose: given who is told of it, evaluates a little and returns the plan with every setting chosen; ``None`` if
-            there is nothing to choose. Called for new runs only, before anything is on disk.
+        choose: given who is told of it and of its steps, evaluates a little and returns the plan with every setting
+            chosen; ``None`` if there is nothing to choose. Called for new runs only, before anything is on disk.
         seconds: for all generations of the run, resumed ones included: it ends after the last one that fits.
     """
 
@@ -86,7 +89,7 @@ class Plan:
     pools_itself: bool = False
     spread_advice: str = SPREAD_ADVICE
     finish_interrupted: bool = False
-    choose: Callable[[Callable[[str], None]], Plan] | None = None
+    choose: Callable[[Callable[[str], None], Progress], Plan] | None = None
     seconds: float | None = None
 
 

@@ -19,7 +19,7 @@ from eggroll.distributed.options import WorkerOptions
 from eggroll.distributed.pool import Pool
 from eggroll.errors import ConfigError, EggrollError, MissingExtraError, RunError, RunWriteError
 from eggroll.lifecycle.keeping import choose, keep_of
-from eggroll.lifecycle.kind import Plan, RunKind, Sitting
+from eggroll.lifecycle.kind import Plan, Progress, RunKind, Sitting
 from eggroll.lifecycle.opening import check_code, check_not_taken, command_line, open_run
 from eggroll.loop import Listener, Loop, Worker
 from eggroll.run.disk import thin_checkpoints
@@ -70,6 +70,7 @@ def train(
     *,
     opened: Callable[[Opened], Iterable[Listener] | None] | None = None,
     notify: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Trained:
     """Run all generations of a new run, or those that are left of the one that ``options.resume`` names.
 
@@ -78,6 +79,7 @@ def train(
         options: an instance of ``kind.options``.
         opened: told when everything is set up, before the first generation; returns who is told of each generation.
         notify: told what happens to worker processes; ``None`` warns.
+        progress: told of the steps in which settings are chosen.
 
     Raises:
         EggrollError: the plan, the worker or the run directory cannot be had, or another process is writing to it; or
@@ -91,7 +93,7 @@ def train(
             held.enter_context(locked(RunDir.open(options.resume).path, command_line()))
         plan = kind.plan(options)
         if plan.choose is not None:
-            plan = plan.choose(notify or (lambda text: None))
+            plan = plan.choose(notify or (lambda text: None), progress or (lambda doing, found: None))
         check_patience(options.patience, heldout=plan.heldout, eval_every=plan.eval_every)
         worker = held.enter_context(make_worker(plan, notify))
         run = open_run(kind, plan, held)

@@ -18,6 +18,7 @@ from eggroll._command import typed
 from eggroll.core.settings import narrowed
 from eggroll.errors import ConfigError, DataError, EggrollError
 from eggroll.lifecycle import Plan, RunKind, Saved, Sitting
+from eggroll.lifecycle.kind import Progress
 from eggroll.llm.backends.build import WorkerFactory, with_population
 from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
 from eggroll.llm.choosing.auto import automatic, with_stand_ins
@@ -230,11 +231,13 @@ class Data:
     fingerprints: dict[str, str]
 
 
-def _chosen(options: TuneOptions, worker: ModelWorker, data: Data, notify: Callable[[str], None]) -> Plan:
+def _chosen(
+    options: TuneOptions, worker: ModelWorker, data: Data, notify: Callable[[str], None], progress: Progress
+) -> Plan:
     """The plan with what was measured on ``worker``."""
     try:
         heldout = len(data.heldout or ())
-        choice = choose(options, worker, prompts=len(data.train), heldout=heldout, notify=notify)
+        choice = choose(options, worker, prompts=len(data.train), heldout=heldout, notify=notify, progress=progress)
         config, before = narrowed(choice.options, EggrollConfig), worker.setup.config
         sizes = ("population_size", "prompts_per_generation")
         if any(getattr(config, name) != getattr(before, name) for name in sizes):

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eggroll.core.signal import Components
+from eggroll.lifecycle.kind import Progress
 from eggroll.loop import Evaluation
 
 MEMBERS = 16
@@ -135,6 +136,7 @@ def calibrate(
     only_start: bool = False,
     seconds: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
+    progress: Progress = lambda doing, found: None,
 ) -> Calibration:
     """Try sigmas from ``start`` upwards while members behave, or downwards until they do.
 
@@ -147,35 +149,46 @@ def calibrate(
         seconds: that this may take, roughly: when they are over, no larger sigma is tried, and no more than
             ``LEAST`` members at each.
         clock: what the time is.
+        progress: told of each sigma before and after it is tried.
     """
-    return _Search(evaluate, members, start, seconds, clock).run(only_start=only_start)
+    return _Search(evaluate, members, start, seconds, clock, progress).run(only_start=only_start)
 
 
 class _Search:
     def __init__(
-        self, evaluate: Evaluate, members: int, start: float, seconds: float, clock: Callable[[], float]
-    ) -> None:
+        self, evaluate: Evaluate, members: int, start: float, seconds: float, clock: Callable[[], float],
+        progress: Progress,
+    ) -> None:  # fmt: skip
         self.evaluate, self.members, self.start, self.clock = evaluate, members, start, clock
+        self.progress, self.found = progress, ""
         self.began = clock()
         self.end = self.began + seconds
         self.levels: dict[float, Level] = {}
         self.prompts = 1
         self.distance = math.inf
         """What there is to lose; infinite where that is not known."""
+        self.early = False
+        """Whether the time was over before a sigma was broken."""
 
     def run(self, *, only_start: bool) -> Calibration:
+        self.progress("evaluating the model as it is", "")
         first = self.evaluate(self.start * TINY, range(2))
         self.numbers = bool(np.isfinite(np.asarray(first.fitness, dtype=np.float64)).any())
         center = scores_of(first)
         self.prompts, self.center = center.shape[1], float(center.mean())
+        self.nothing = not center.any()
+        self.found = f"the model as it is: mean score {self.center:.3g} on {self.prompts} prompts"
         broken: float | None = None
         if only_start:
             sigma, reason, warning = self.start, "given", ""
             self.level(sigma)
         else:
+            self.progress(f"evaluating text that is broken, sigma {self.start * BROKEN:g}", self.found)
             apart = center - scores_of(self.evaluate(self.start * BROKEN, range(2)))
             broken = self.center - float(apart.mean())
+            self.found = f"broken text (sigma {self.start * BROKEN:g}): mean score {broken:.3g}"
             sigma, reason, warning = self._choose(apart.mean(axis=0), broken)
+        self.progress("", self.found)
         levels = tuple(sorted(self.levels.values(), key=lambda level: level.sigma))
         seconds = self.clock() - self.began
         return Calibration(
@@ -196,6 +209,8 @@ class _Search:
                     f"members score {max(0.0, lost):.0%} of the way down from the model ({self.center:.3g}) to broken "
                     f"text ({broken:.3g}); the limit is {MOST_LOST:.0%}"
                 )
+                if self.early:
+                    reason += f"; no larger one was tried, as the {self.end - self.began:.3g} s for choosing were over"
             else:
                 reason = (
                     f"the smallest one tried; members lose {lost:.0%} of the model's lead over broken text even there"
@@ -208,8 +223,10 @@ class _Search:
             )
         return sigma, reason, self._warning(sigma, broken, distance < -2 * doubt)
 
-    def level(self, sigma: float) -> Level:
+    def level(self, sigma: float, left: int = 0) -> Level:
+        """What is measured at a sigma, after which at most ``left`` others are tried."""
         if sigma not in self.levels:
+            self.progress(f"trying sigma {sigma:g}, {f'at most {left} more' if left else 'the last one'}", self.found)
             began, first = self.clock(), min(FIRST, self.members)
             scores = scores_of(self.evaluate(sigma, range(first)))
             now = self.clock()
@@ -222,28 +239,29 @@ class _Search:
                 sigma, float(scores.mean()), float(scores.mean(axis=1).std()), between, noise, len(scores),
                 (self.clock() - began) / len(scores),
             )  # fmt: skip
+            self.found = f"sigma {sigma:g}: mean score {scores.mean():.3g} of {len(scores)} members"
         return self.levels[sigma]
 
-    def behaves(self, sigma: float) -> bool:
-        level = self.level(sigma)
+    def behaves(self, sigma: float, left: int = 0) -> bool:
+        level = self.level(sigma, left)
         lost = self.center - level.mean
         return lost <= MOST_LOST * self.distance and lost <= MOST_DEVIATIONS * level.deviation
 
     def _while_behaving(self) -> float:
         sigma, tried = self.start, 0
-        if self.behaves(sigma):
-            while tried < UP and self.clock() < self.end and self.behaves(2 * sigma):
+        if self.behaves(sigma, max(UP, DOWN)):
+            while tried < UP and self.clock() < self.end and self.behaves(2 * sigma, UP - tried - 1):
                 sigma, tried = 2 * sigma, tried + 1
+            self.early = tried < UP and 2 * sigma not in self.levels
         else:
-            while tried < DOWN and not self.behaves(sigma):
+            while tried < DOWN and not self.behaves(sigma, DOWN - tried):
                 sigma, tried = sigma / 2, tried + 1
         return sigma
 
     def _near_start(self) -> float:
-        if self.level(self.start).deviation > 0:
-            return self.start
-        others = (2 * self.start, self.start / 2)
-        return next((sigma for sigma in others if self.level(sigma).deviation > 0), self.start)
+        tries = (self.start, 2 * self.start, self.start / 2)
+        varied = (sigma for left, sigma in zip((2, 1, 0), tries, strict=True) if self.level(sigma, left).deviation > 0)
+        return next(varied, self.start)
 
     def _warning(self, sigma: float, broken: float, nonsense: bool) -> str:
         if not self.numbers:
@@ -262,6 +280,12 @@ class _Search:
                 "learned may be nonsense. Let the score ask for what a good answer needs, too"
             )
         level = self.level(sigma)
+        if self.nothing:
+            return (
+                f"the model itself scores 0 on all {self.prompts} prompts, so that there is only what members find by "
+                f"chance to learn from (mean score {level.mean:.3g} at sigma {sigma:g}): partial credit in the score, "
+                "easier prompts, or an example of a good answer in them make that more"
+            )
         if level.noise > 2 * level.between:
             return (
                 f"the scores' noise between prompts is {_times(level)} the spread between members: "

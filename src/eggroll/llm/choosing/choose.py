@@ -11,6 +11,7 @@ from typing import Any
 from eggroll.core.check import is_number
 from eggroll.core.settings import flag_of, narrowed
 from eggroll.errors import ConfigError
+from eggroll.lifecycle.kind import Progress
 from eggroll.llm.backends.worker import LanguageWorker, ModelWorker
 from eggroll.llm.choosing.auto import automatic, with_stand_ins
 from eggroll.llm.choosing.budget import Amount, fit
@@ -54,7 +55,10 @@ class Choice:
         return {"lines": list(self.lines)} | ({} if self.calibration is None else self.calibration.record())
 
 
-def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, notify: Callable[[str], None]) -> Choice:
+def choose(
+    options: Any, worker: ModelWorker, *, prompts: int, heldout: int, notify: Callable[[str], None],
+    progress: Progress = lambda doing, found: None,
+) -> Choice:  # fmt: skip
     """Evaluate a few members of a new run's worker, and choose what is ``auto``.
 
     Args:
@@ -63,6 +67,7 @@ def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, not
         prompts: how many there are to train on.
         heldout: how many are held out.
         notify: told what is going on.
+        progress: told of each sigma that is tried.
 
     Returns:
         The choice; its population and prompts may be others than the worker's, which has to be made anew then.
@@ -72,7 +77,7 @@ def choose(options: Any, worker: ModelWorker, *, prompts: int, heldout: int, not
     calibration, warning = None, ""
     if "sigma" in auto or options.minutes is not None:
         notify("choosing settings: evaluating a few members at several sizes of perturbation")
-        calibration = _calibrate(chosen, worker, fixed="sigma" not in auto)
+        calibration = _calibrate(chosen, worker, progress, fixed="sigma" not in auto)
         warning = calibration.warning
     if calibration is not None and "sigma" in auto:
         chosen = dataclasses.replace(chosen, sigma=calibration.sigma)
@@ -143,7 +148,7 @@ def seconds_left(options: Any, choice: Choice | None) -> float | None:
     return max(0.0, options.minutes * 60 - (spent if is_number(spent) else 0.0))
 
 
-def _calibrate(options: Any, worker: ModelWorker, *, fixed: bool) -> Calibration:
+def _calibrate(options: Any, worker: ModelWorker, progress: Progress, *, fixed: bool) -> Calibration:
     members = min(MEMBERS, options.population_size) // 2 * 2
     relative = options.quantized_update == "scales"
     shapes = [] if relative else [spec.matrix_shape for spec in worker.setup.specs if spec.low_rank]
@@ -151,5 +156,5 @@ def _calibrate(options: Any, worker: ModelWorker, *, fixed: bool) -> Calibration
     seconds = math.inf if options.minutes is None else SHARE * options.minutes * 60
     return calibrate(
         lambda sigma, members: worker.evaluate(GENERATION, sigma, members),
-        members, start, only_start=fixed, seconds=seconds,
+        members, start, only_start=fixed, seconds=seconds, progress=progress,
     )  # fmt: skip
