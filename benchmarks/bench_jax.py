@@ -35,6 +35,8 @@ CASES = [  # members, batch, width, layers, rank, members at once, target
     (64, 64, 1024, 3, 1, 8, 0.9),
     (2048, 64, 256, 3, 4, 32, None),
     (2048, 1, 256, 3, 4, 2048, None),
+    (2048, 64, 256, 3, 8, 32, 0.9),
+    (2048, 1, 256, 3, 8, 2048, None),
 ]
 
 
