@@ -18,7 +18,7 @@ from eggroll.cli.watch import heldout_scores, option_given, resumed_options, run
 from eggroll.errors import ModelError
 from eggroll.llm.choosing.auto import AUTO
 from eggroll.llm.options import TuneOptions
-from eggroll.run.terminal import Terminal, printable
+from eggroll.run.terminal import printable
 
 if TYPE_CHECKING:
     from eggroll.lifecycle import Trained
@@ -106,7 +106,7 @@ def _show(console: Console, trained: Trained) -> None:
         table.add_column("after", ratio=3)
         for row in rows[:3]:
             table.add_row(_cell(row.prompt, None), _cell(*_text(row.before)), _cell(*_text(row.after)))
-        Terminal(highlight=False).print(table)
+        console.print(table, soft_wrap=False)
     if (unscored := unscored_line(run.metrics())) is not None:
         console.print(f"\n[yellow]{escape(unscored)}[/]")
     console.print(f"\nmodel    {escape(str(run.path / MODEL))}")
