@@ -38,13 +38,15 @@ def world(*, scale=1.0, center=0.6, broken=0.1, breaks=BREAKS, spread=12.0, nois
 
 @pytest.mark.parametrize("start", [0.005, 0.01, 0.08])
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_the_largest_sigma_at_which_members_behave(start, scale):
+def test_half_of_the_largest_sigma_at_which_members_behave(start, scale):
     """Whatever the score's unit, and from wherever the search begins."""
     found = calibrate(world(scale=scale), MEMBERS, start)
     lost = [(found.center - level.mean) / (found.center - found.broken) for level in found.levels]
     sigmas = [level.sigma for level in found.levels]
-    assert found.sigma == pytest.approx(0.02)
-    assert lost[sigmas.index(found.sigma)] <= 0.5 < lost[sigmas.index(2 * found.sigma)]
+    assert found.sigma == pytest.approx(0.01)
+    assert lost[sigmas.index(2 * found.sigma)] <= 0.5 < lost[sigmas.index(4 * found.sigma)]
+    assert found.chosen.sigma == found.sigma
+    assert found.reason.startswith("members at 0.02 score ")
     assert found.center == pytest.approx(0.6 * scale, rel=1e-3)
     assert found.levels[-1].members == (4 if lost[-1] > 0.75 else MEMBERS)
     assert f"of the way down from the model ({found.center:.3g}) to broken text" in found.reason
@@ -106,11 +108,13 @@ def test_little_time_is_kept_to():
 
     found = calibrate(evaluate, MEMBERS, 0.005, seconds=6.0, clock=lambda: now[0])
     assert [(level.sigma, level.members) for level in found.levels] == [(0.005, 8)]
+    assert found.sigma == 0.005
     assert found.seconds == 2 + 2 + 8
     found = calibrate(evaluate, MEMBERS, 0.005, seconds=18.0, clock=lambda: now[0])
     assert [(level.sigma, level.members) for level in found.levels] == [(0.005, 14)]
     found = calibrate(evaluate, MEMBERS, 0.005, seconds=25.0, clock=lambda: now[0])
     assert [(level.sigma, level.members) for level in found.levels] == [(0.005, 16), (0.01, 8)]
+    assert found.sigma == 0.005
 
 
 def test_the_components_are_those_of_the_layout():
@@ -240,7 +244,7 @@ def test_what_is_chosen_for_workers_elsewhere():
     choice, said = chosen(minutes=0.5)
     options = choice.options
     assert not automatic(options)
-    assert (options.population_size, options.prompts_per_generation, options.sigma) == (32, 8, 0.02)
+    assert (options.population_size, options.prompts_per_generation, options.sigma) == (32, 8, 0.01)
     assert options.generations > 1000
     assert options.lr == pytest.approx(
         0.02 * 1.5 / math.sqrt(options.generations / 3) / (0.289 / math.sqrt(32)), rel=0.1

@@ -1,4 +1,4 @@
-"""Which sigma: the largest at which members still behave, found by a few evaluations.
+"""Which sigma: half of the largest at which members still behave, found by a few evaluations.
 
 The same members (the same noise addresses) answer the same prompts at several sigmas, a factor of 2 apart. At each of
 them the scores ``f[p, q]`` of member p on prompt q say two things.
@@ -6,7 +6,9 @@ them the scores ``f[p, q]`` of member p on prompt q say two things.
 *Whether members behave.* Their mean falls short of the center's by ``drop``. The unit is what there is to lose: the
 distance ``center - broken`` from the center's score to that of members at a sigma that breaks every text. Where that
 distance cannot be told from 0 (scores of 0 everywhere, or nonsense that scores better), the score does not say which
-text is broken, and sigma stays near its start.
+text is broken, and sigma stays near its start. Half of the largest, because members of later generations carry the
+noise of all steps as well: up to 1.5 sigma of it (:mod:`eggroll.llm.choosing.step`), ``sqrt(1 + 1.5^2) = 1.8`` sigma with
+their own.
 
 *Whether they differ.* Half the difference within a pair, ``d[k, q] = (f[2k, q] - f[2k+1, q]) / 2``, has a variance
 between pairs and one between prompts within a pair (a one-way layout):
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,6 +48,8 @@ LEAST = 8
 """Members that are evaluated where time is short."""
 FAR = 1.5
 """Times ``MOST_LOST``: far too much."""
+MARGIN = 2.0
+"""Times the chosen sigma: where members still have to behave, if that was tried."""
 UP, DOWN = 3, 5
 """Doublings and halvings of the start at most."""
 TINY = 1e-6
@@ -107,11 +111,16 @@ class Calibration:
     @property
     def chosen(self) -> Level:
         """What was measured at the choice, or next to it."""
-        return min(self.levels, key=lambda level: abs(math.log(level.sigma / self.sigma)))
+        return nearest(self.levels, self.sigma)
 
     def record(self) -> dict[str, Any]:
         """All of it as JSON values."""
         return asdict(self)
+
+
+def nearest(levels: Iterable[Level], sigma: float) -> Level:
+    """What was measured at a sigma, or next to it."""
+    return min(levels, key=lambda level: abs(math.log(level.sigma / sigma)))
 
 
 def starting_sigma(shapes: list[tuple[int, int]], largest: float = math.inf) -> float:
@@ -202,13 +211,17 @@ class _Search:
         distance = float(apart.mean())
         if distance > max(doubt, 1e-9 * max(1.0, abs(self.center))):
             self.distance = distance
-            sigma = self._while_behaving()
-            lost = (self.center - self.level(sigma).mean) / distance
-            if self.behaves(sigma):
+            largest = sigma = self._while_behaving()
+            lost = (self.center - self.level(largest).mean) / distance
+            if self.behaves(largest):
+                sigma = largest if self.early and largest == self.start else largest / MARGIN
+                at = f" at {largest:g}" if sigma != largest else ""
                 reason = (
-                    f"members score {max(0.0, lost):.0%} of the way down from the model ({self.center:.3g}) to broken "
-                    f"text ({broken:.3g}); the limit is {MOST_LOST:.0%}"
+                    f"members{at} score {max(0.0, lost):.0%} of the way down from the model ({self.center:.3g}) to "
+                    f"broken text ({broken:.3g}); the limit is {MOST_LOST:.0%}"
                 )
+                if self.clock() < self.end:
+                    self.level(sigma)
                 if self.early:
                     reason += f"; no larger one was tried, as the {self.end - self.began:.3g} s for choosing were over"
             else:
@@ -279,7 +292,7 @@ class _Search:
                 f"broken text scores {broken:.3g}, more than the model's own answers ({self.center:.3g}): what is "
                 "learned may be nonsense. Let the score ask for what a good answer needs, too"
             )
-        level = self.level(sigma)
+        level = nearest(self.levels.values(), sigma)
         if self.nothing:
             return (
                 f"the model itself scores 0 on all {self.prompts} prompts, so that there is only what members find by "

@@ -12,7 +12,7 @@ are smaller, and so is the step: what is noise is not blown up.
 
 Most of a step is noise, as there are far more entries than members, and steps of noise add up like a random walk: after
 T generations with the decay ``d_t`` the center is ``c * sigma * sqrt(sum d_t^2)`` away from where the signal alone
-would have taken it. A member is ``sigma`` away, and still behaves. So ``c = REACH / sqrt(sum d_t^2)``, but at most
+would have taken it. Members at twice sigma still behave (MARGIN in calibrate.py), which leaves 1.7 sigma for it. So ``c = REACH / sqrt(sum d_t^2)``, but at most
 ``LARGEST``: longer runs take smaller steps.
 """
 
