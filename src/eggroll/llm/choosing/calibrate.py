@@ -7,8 +7,8 @@ them the scores ``f[p, q]`` of member p on prompt q say two things.
 distance ``center - broken`` from the center's score to that of members at a sigma that breaks every text. Where that
 distance cannot be told from 0 (scores of 0 everywhere, or nonsense that scores better), the score does not say which
 text is broken, and sigma stays near its start. Half of the largest, because members of later generations carry the
-noise of all steps as well: up to 1.5 sigma of it (:mod:`eggroll.llm.choosing.step`), ``sqrt(1 + 1.5^2) = 1.8`` sigma with
-their own.
+noise of all steps as well: up to 1.5 sigma of it (:mod:`eggroll.llm.choosing.step`), with their own
+``sqrt(1 + 1.5^2) = 1.8`` sigma.
 
 *Whether they differ.* Half the difference within a pair, ``d[k, q] = (f[2k, q] - f[2k+1, q]) / 2``, has a variance
 between pairs and one between prompts within a pair (a one-way layout):

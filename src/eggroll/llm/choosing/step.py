@@ -12,8 +12,8 @@ are smaller, and so is the step: what is noise is not blown up.
 
 Most of a step is noise, as there are far more entries than members, and steps of noise add up like a random walk: after
 T generations with the decay ``d_t`` the center is ``c * sigma * sqrt(sum d_t^2)`` away from where the signal alone
-would have taken it. Members at twice sigma still behave (MARGIN in calibrate.py), which leaves 1.7 sigma for it. So ``c = REACH / sqrt(sum d_t^2)``, but at most
-``LARGEST``: longer runs take smaller steps.
+would have taken it. Members at twice sigma still behave (``MARGIN`` of :mod:`eggroll.llm.choosing.calibrate`), which
+leaves 1.7 sigma for it. So ``c = REACH / sqrt(sum d_t^2)``, but at most ``LARGEST``: longer runs take smaller steps.
 """
 
 from __future__ import annotations
