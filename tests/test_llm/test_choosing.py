@@ -247,7 +247,7 @@ def test_what_is_chosen_for_workers_elsewhere():
     assert (options.population_size, options.prompts_per_generation, options.sigma) == (32, 8, 0.01)
     assert options.generations > 1000
     assert options.lr == pytest.approx(
-        0.02 * 1.5 / math.sqrt(options.generations / 3) / (0.289 / math.sqrt(32)), rel=0.1
+        0.01 * 1.5 / math.sqrt(options.generations / 3) / (0.289 / math.sqrt(32)), rel=0.1
     )
     assert [line.split()[0] for line in choice.lines] == ["sigma", str(options.generations), "lr"]
     assert said == ["choosing settings: evaluating a few members at several sizes of perturbation"]
