@@ -1,6 +1,6 @@
 """Open questions about evolution strategies, answered at fixed cost on one small problem: next letters of a text.
 
-    python benchmarks/science/questions.py --data tinyshakespeare.txt --folder /tmp/science      an hour on one core
+    python benchmarks/science/questions.py --data tinyshakespeare.txt --folder /tmp/science      three hours on one core
 
 The problem: the next of 65 letters from the last eight. Embedding (65 x 16), LayerNorm, 128 to 64, ReLU, 64 to 65: 14
 thousand parameters. A member's score is its mean log-likelihood on 128 places, the same ones for all members of a
@@ -37,7 +37,7 @@ from eggroll.run.provenance import git_revision, versions
 from eggroll.torch import Active, Replica
 
 CONTEXT, PLACES, MEASURED = 8, 128, 20_000
-BUDGET, SMALL = 32_768, 8_192
+BUDGET, SMALL = 262_144, 32_768
 """Members' evaluations of a run, and of the shorter ones of the last question."""
 RATES, SIGMAS = (0.001, 0.003, 0.01, 0.03, 0.1), (0.02, 0.05, 0.1, 0.2)
 GRID = (0.003, 0.01, 0.03)
