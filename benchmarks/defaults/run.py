@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import RESULTS, ROOT, hardware, slug  # noqa: E402
 
-from eggroll.run.provenance import git_revision, versions  # noqa: E402
+from eggroll.run.provenance import cores, git_revision, versions  # noqa: E402
 
 TASKS = ("json_object", "three_items", "one_question")
 MODEL, BEST, TARGET = "smollm2-135m", 1.0, 1 / 3
@@ -124,12 +125,14 @@ def main() -> None:
     results.sort(key=lambda one: (TASKS.index(one["task"]), one["seed"]))
     today = datetime.date.today().isoformat()
     facts = {"hardware": hardware(), "date": today, "revision": git_revision(ROOT), "versions": versions()}
+    threads = int(os.environ.get("OMP_NUM_THREADS", cores()))
     content = {
-        "what": "defaults", **facts, "model": options.model, "minutes": options.minutes, "extra": options.extra,
-        "summary": summary(results), "runs": results,
+        "what": "defaults", **facts, "threads": threads, "model": options.model, "minutes": options.minutes,
+        "extra": options.extra, "summary": summary(results), "runs": results,
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"defaults_{slug(hardware())}_{today}.json"
+    few = "" if threads == cores() else f"-{threads}-thread{'s' if threads > 1 else ''}"
+    path = options.results / f"defaults_{slug(hardware())}{few}_{today}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(results))
     print(json.dumps(summary(results), indent=1))
