@@ -76,6 +76,7 @@ def collect(task: str, directory: Path) -> dict[str, Any]:
         "generations_done": lines[-1]["generation"],
         "wall_s": json.loads((directory / WALL).read_text()) if (directory / WALL).exists() else None,
         "curve": curve,
+        "members": [(line["generation"], round(line["fitness_mean"], 4)) for line in lines if "fitness_mean" in line],
         "settings": {name: options[name] for name in CHOSEN},
         "chosen": environment.get("chosen", {}),
     }
