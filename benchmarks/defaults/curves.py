@@ -57,7 +57,8 @@ def draw(result: dict[str, Any], sigmas: dict[str, Any], output: Path) -> None:
     for panel in panels.flat:
         panel.set_ylim(0, 1.02)
         if panel.lines:
-            panel.legend(fontsize=8, loc="lower right", frameon=False)
+            place = "lower right" if panel in panels[0] else "upper left"
+            panel.legend(fontsize=8, loc=place, frameon=False)
     for panel in panels[:, 0]:
         panel.set_ylabel("score: members (line),\nheld-out prompts (dots)", fontsize=9)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """Three tasks that no setting was chosen for, with defaults only: the held-out score before and after, three seeds.
 
-    python benchmarks/defaults/run.py --folder /tmp/defaults --minutes 6 --seeds 0 1 2      about an hour
+    python benchmarks/defaults/run.py --folder /tmp/defaults --minutes 11 --seeds 0 1 2      an hour and a quarter
 
 Each run is the command that a newcomer types, in a process of its own, one after the other:
 
-    eggroll tune smollm2-135m -r score.py -d train.jsonl --eval-prompts heldout.jsonl --minutes 6 --seed S
+    eggroll tune smollm2-135m -r score.py -d train.jsonl --eval-prompts heldout.jsonl --minutes 11 --seed S
 
 Run directories stay in the folder: runs that are finished are not repeated, one that was interrupted goes on, and so a
 table can be made in several sittings. The best possible score of each task is 1. ``--only`` takes some of the tasks.
