@@ -8,7 +8,7 @@ from typing import Literal, get_type_hints
 import pytest
 
 from eggroll.cli.kinds import RECIPES, load_recipe
-from eggroll.cli.main import COMMANDS, main
+from eggroll.cli.main import COMMANDS, load, main, options_of
 from eggroll.cli.parse import parse
 from eggroll.cli.recipe import AllOptions, options_type
 from eggroll.core.settings import about, flag_of, setting
@@ -131,3 +131,16 @@ def test_a_command_says_it(capsys):
     assert said.splitlines()[:2] == [
         "-p takes a whole number or auto, not 'four'", "--sigma takes a number or auto, not 'small'",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("--load-in-4bit", "int4"), ("--load_in_8bit", "int8")])
+def test_flags_of_transformers_are_understood(flag, kind):
+    for command, more in (("tune", []), ("eval", ["--task", "zeros"]), ("chat", [])):
+        options = options_of(load(command), ["tiny", *more, flag], prog=f"eggroll {command}")
+        assert options.quantize == kind
+
+
+def test_they_stay_unknown_where_nothing_is_quantized(capsys):
+    with pytest.raises(SystemExit):
+        options_of(load("rl"), ["--env", "CartPole-v1", "--load-in-4bit"], prog="eggroll rl")
+    assert "Unrecognized options: --load-in-4bit" in capsys.readouterr().err

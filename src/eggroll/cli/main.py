@@ -179,10 +179,14 @@ def load(name: str) -> ModuleType:
 
 def options_of(command: ModuleType, arguments: Sequence[str], *, prog: str) -> Any:
     """What a command line says to a command."""
+    import dataclasses
+
     from eggroll.cli.config_file import COMMANDS as CONFIGURED
     from eggroll.cli.config_file import parse_with_file
     from eggroll.cli.parse import parse
+    from eggroll.cli.values import in_our_words
 
+    arguments = in_our_words([field.name for field in dataclasses.fields(command.OPTIONS)], arguments)
     description, defaults = command.run.__doc__ or "", getattr(command, "default_options", None)
     if command.__name__.rpartition(".")[2] in CONFIGURED:
         return parse_with_file(command.OPTIONS, arguments, prog=prog, description=description, default_options=defaults)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from eggroll.cli.helping import Option
@@ -13,6 +13,16 @@ NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
 YES_OR_NO = {"yes": "True", "true": "True", "no": "False", "false": "False"}
 """What a setting that is yes, no or neither is typed as, and what the parser calls it."""
 AS_TEXT: Mapping[Any, tuple[str, ...]] = {types.NoneType: ("None",), bool: ("True", "False")}
+
+FROM_TRANSFORMERS = {"--load-in-4bit": ("--quantize", "int4"), "--load-in-8bit": ("--quantize", "int8")}
+"""Flags that users of transformers and TRL know."""
+
+
+def in_our_words(names: Collection[str], arguments: Sequence[str]) -> list[str]:
+    """The command line with our flags in the place of transformers', for a command that has these settings."""
+    if "quantize" not in names:
+        return list(arguments)
+    return [word for given in arguments for word in FROM_TRANSFORMERS.get(given.replace("_", "-"), (given,))]
 
 
 def read_values(

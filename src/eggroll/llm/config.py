@@ -24,7 +24,8 @@ class ModelOptions(DeviceOptions):
     """Weights' dtype; auto takes the faster of float32 and bfloat16 on this machine."""
     quantize: Quantize = setting("auto", absent="none")
     """auto keeps quantized weights (GGUF, a quantized checkpoint) in their format; none expands a GGUF file; int8 and
-    int4 quantize plain weights; gguf takes the GGUF file of smollm2-135m."""
+    int4 quantize plain weights (transformers' --load-in-8bit and --load-in-4bit are taken, too); gguf takes the GGUF
+    file of smollm2-135m."""
     revision: str | None = None
     """Revision of a hub id: a branch, a tag, or a commit, which cannot change."""
     attn_implementation: Attention | None = None
