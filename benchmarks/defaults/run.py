@@ -1,4 +1,4 @@
-"""Three tasks that no setting was chosen for, with defaults only: the held-out score before and after, three seeds.
+"""Three small tasks, with defaults only: the held-out score before and after, three seeds.
 
     python benchmarks/defaults/run.py --folder /tmp/defaults --minutes 11 --seeds 0 1 2      an hour and a quarter
 
