@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,7 +88,7 @@ def frame(run: RunDir, metrics: list[dict[str, Any]], at: int) -> Any:
 
 def site() -> Path:
     """The first page of the documentation, as a browser shows it."""
-    program = next((name for name in BROWSERS if subprocess.run(["which", name], capture_output=True).stdout), None)
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         raise SystemExit(f"none of these is installed: {', '.join(BROWSERS)}")
     page, path = ROOT / "build" / "site" / "index.html", IMAGES / "docs.png"
