@@ -40,7 +40,7 @@ class Split(World):
         return f"You and {self.name} share {COINS} coins. How many do you want? Answer with a number from 0 to {COINS}."
 
     async def step(self, completion: str) -> Turn:
-        """Say a number, wait for the other's, and take what there is; the score is the share of all coins."""
+        """Name a number, wait for the other player's, and keep yours if both fit. Scores the share of all coins."""
         number = re.search(r"\d+", completion)
         mine = int(number[0][:9]) if number else COINS + 1
         self.said[self.round].set_result(mine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -176,3 +178,13 @@ def test_room_is_used() -> None:
     places = {layer.update(torch.zeros(2, 1, n, 4), torch.zeros(2, 1, n, 4))[0].data_ptr() for n in [7, *[1] * ROOM]}
     assert len(places) == 1
     assert layer.update(torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))[0].data_ptr() not in places
+
+
+def test_cut_rows_give_their_memory_back() -> None:
+    layer = GrowingLayer()
+    keys, _ = layer.update(torch.zeros(4, 1, 7, 4), torch.zeros(4, 1, 7, 4))
+    room = weakref.ref(keys._base)
+    del keys
+    assert room() is not None
+    layer.batch_select_indices(torch.tensor([1]))
+    assert room() is None

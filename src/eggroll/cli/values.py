@@ -13,7 +13,7 @@ NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
 YES_OR_NO = {"yes": "True", "true": "True", "no": "False", "false": "False"}
 """What a setting that is yes, no or neither is typed as, and what the parser calls it."""
 AS_TEXT: Mapping[Any, tuple[str, ...]] = {types.NoneType: ("None",), bool: ("True", "False")}
-
+"""What the parser calls the values of these types."""
 FROM_TRANSFORMERS = {"--load-in-4bit": ("--quantize", "int4"), "--load-in-8bit": ("--quantize", "int8")}
 """Flags that users of transformers and TRL know."""
 
@@ -115,11 +115,7 @@ def _fits(value: str, kinds: Sequence[Any]) -> bool:
             except ValueError:
                 continue
             return True
-        if (
-            value == kind
-            or (kind is types.NoneType and value == "None")
-            or (kind is bool and value in ("True", "False"))
-        ):
+        if value == kind or value in AS_TEXT.get(kind, ()):
             return True
     return False
 

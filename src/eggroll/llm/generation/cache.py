@@ -38,6 +38,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.values = self._extended("values", self.values, value_states)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows. The memory of the others is given back at once, not when the next token comes."""
+        self._rooms.clear()
+        super().batch_select_indices(indices)
+
     def _extended(self, name: str, kept: Tensor, new: Tensor) -> Tensor:
         known = kept.shape[-2] if kept.numel() else 0
         width = known + new.shape[-2]
