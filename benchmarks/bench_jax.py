@@ -2,7 +2,8 @@
 
     python benchmarks/bench_jax.py [--turns 7] [--quick]
 
-Layers of one width with relu between them; every member has rows of its own. Plain inference is timed in the same
+Layers of one width with relu between them, a transformer block (8 heads, 16 tokens) and two convolutions (3 x 3, images
+of 16 x 16); every member has rows of its own. Plain inference is timed in the same
 turns, all rows at once and in the same parts as the population, and a ratio is to the faster of the two. ``redrawn``
 draws the noise inside every forward, as the reference implementation does.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import statistics
 import time
@@ -29,21 +31,71 @@ from eggroll.jax.noise import draw_pairs
 from eggroll.jax.perturbed import Address, MemberNoise, perturb
 from eggroll.run.provenance import git_revision, versions
 
-CASES = [  # members, batch, width, layers, rank, members at once, target
-    (2048, 64, 256, 3, 1, 32, 0.9),
-    (2048, 1, 256, 3, 1, 2048, 0.5),
-    (64, 64, 1024, 3, 1, 8, 0.9),
-    (2048, 64, 256, 3, 4, 32, None),
-    (2048, 1, 256, 3, 4, 2048, None),
-    (2048, 64, 256, 3, 8, 32, 0.9),
-    (2048, 1, 256, 3, 8, 2048, None),
+CASES = [  # network, members, batch, width, layers, rank, members at once, target
+    ("dense", 2048, 64, 256, 3, 1, 32, 0.9),
+    ("dense", 2048, 1, 256, 3, 1, 2048, 0.5),
+    ("dense", 64, 64, 1024, 3, 1, 8, 0.9),
+    ("dense", 2048, 64, 256, 3, 4, 32, None),
+    ("dense", 2048, 1, 256, 3, 4, 2048, None),
+    ("dense", 2048, 64, 256, 3, 8, 32, 0.9),
+    ("dense", 2048, 1, 256, 3, 8, 2048, None),
+    ("block", 64, 4, 512, 1, 1, 8, None),
+    ("block", 64, 4, 512, 1, 8, 8, None),
+    ("conv", 128, 8, 32, 2, 1, 16, None),
+    ("conv", 128, 8, 32, 2, 8, 16, None),
 ]
+TOKENS, HEADS, SIDE = 16, 8, 16
 
 
-def network(params: Any, x: Any) -> Any:
+def dense(params: Any, x: Any) -> Any:
+    """Layers with relu between them: ``(batch, width)``."""
     for weight in params:
         x = jax.nn.relu(x @ weight)
     return x
+
+
+def block(params: Any, x: Any) -> Any:
+    """Transformer blocks, without a mask: ``(batch, tokens, width)``."""
+
+    def normed(x: Any, scale: Any) -> Any:
+        return scale * (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    for layer in params:
+        rows = normed(x, layer["attention_norm"])
+        q, k, v = ((rows @ layer[name]).reshape(*x.shape[:2], HEADS, -1) for name in ("q", "k", "v"))
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5)
+        x = x + jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape) @ layer["o"]
+        x = x + jax.nn.relu(normed(x, layer["mlp_norm"]) @ layer["up"]) @ layer["down"]
+    return x
+
+
+def conv(params: Any, x: Any) -> Any:
+    """Convolutions with relu between them: ``(batch, side, side, width)``."""
+    for kernel in params:
+        x = jax.nn.relu(
+            jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        )
+    return x
+
+
+def make(name: str, batch: int, width: int, layers: int, key: Any) -> tuple[Callable[..., Any], Any, tuple[int, ...]]:
+    """A network: its function, random parameters and the shape of a member's rows."""
+
+    def matrices(count: int, *shape: int) -> list[Any]:
+        fan_in = math.prod(shape[:-1])
+        return [jax.random.normal(k, shape) * (2 / fan_in) ** 0.5 for k in jax.random.split(key, count)]
+
+    if name == "dense":
+        return dense, matrices(layers, width, width), (batch, width)
+    if name == "conv":
+        return conv, matrices(layers, 3, 3, width, width), (batch, SIDE, SIDE, width)
+    params = []
+    for _ in range(layers):
+        square = dict(zip("qkvo", matrices(4, width, width), strict=True))
+        norms = {part: jnp.ones(width) for part in ("attention_norm", "mlp_norm")}
+        wide = {"up": matrices(1, width, 4 * width)[0], "down": matrices(1, 4 * width, width)[0]}
+        params.append({**square, **norms, **wide})
+    return block, params, (batch, TOKENS, width)
 
 
 def timed(variants: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
@@ -60,10 +112,12 @@ def timed(variants: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[
     return times
 
 
-def case(members: int, batch: int, width: int, layers: int, rank: int, at_once: int, turns: int) -> dict[str, Any]:
-    keys = jax.random.split(jax.random.key(0), layers + 1)
-    params = [jax.random.normal(key, (width, width)) * (2 / width) ** 0.5 for key in keys[1:]]
-    x = jax.random.normal(keys[0], (members // 2, 2, batch, width))
+def case(
+    name: str, members: int, batch: int, width: int, layers: int, rank: int, at_once: int, turns: int
+) -> dict[str, Any]:
+    keys = jax.random.split(jax.random.key(0))
+    network, params, shape = make(name, batch, width, layers, keys[1])
+    x = jax.random.normal(keys[0], (members // 2, 2, *shape))
     apply = perturb(network, rank=rank)
     leaves = apply.leaves(params, x[0, 0])
     draws = jax.jit(lambda: draw_pairs(apply.noise, leaves, 0, jnp.arange(members // 2)))()
@@ -76,19 +130,19 @@ def case(members: int, batch: int, width: int, layers: int, rank: int, at_once: 
 
     def drawn(x: Any, noise: Any) -> Any:
         member = lambda scale, rows: apply(params, rows, MemberNoise(noise, scale))  # noqa: E731
-        return jax.vmap(member)(signs, x).sum((1, 2))
+        return jax.vmap(member)(signs, x).sum()
 
     def redrawn(x: Any, pair: Any) -> Any:
         member = lambda sign, rows: apply(params, rows, Address(0, 2 * pair + sign, 0.1))  # noqa: E731
-        return jax.vmap(member)(jnp.arange(2), x).sum((1, 2))
+        return jax.vmap(member)(jnp.arange(2), x).sum()
 
-    whole = jax.jit(lambda x: network(params, x).sum())
+    whole = jax.jit(lambda x: network(params, x.reshape(-1, *shape[1:])).sum())
     gradient = jax.jit(lambda s: es_gradient(apply.noise, leaves, s, 0))
     shaped = jax.random.normal(keys[0], (members,))
     times = timed(
         {
             "plain": lambda: whole(x),
-            "plain_in_parts": parts(lambda x: network(params, x).sum((1, 2)), x),
+            "plain_in_parts": parts(lambda x: jax.vmap(lambda rows: network(params, rows))(x).sum(), x),
             "population": parts(drawn, x, draws),
             "redrawn": parts(redrawn, x, jnp.arange(members // 2)),
             "update": lambda: gradient(shaped),
@@ -102,7 +156,8 @@ def case(members: int, batch: int, width: int, layers: int, rank: int, at_once: 
         return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
     return {
-        "members": members, "batch": batch, "width": width, "layers": layers, "rank": rank, "members_at_once": at_once,
+        "network": name, "members": members, "batch": batch, "width": width, "layers": layers, "rank": rank,
+        "members_at_once": at_once,
         "ratio": ratio("population"), "ratio_redrawn": ratio("redrawn"),
         "update_over_forward": statistics.median(times["update"]) / statistics.median(times["population"]),
         "seconds": {name: statistics.median(values) for name, values in times.items()},
@@ -113,7 +168,7 @@ def compile_seconds(layers: int, width: int) -> dict[str, float]:
     """From nothing to the first compiled generation step of a deep network, traced and compiled."""
     params = [jnp.zeros((width, width)) for _ in range(layers)]
     config = ESConfig(population_size=8, rank=1)
-    strategy = Strategy(lambda params, x: network(params, x).sum(), config)
+    strategy = Strategy(lambda params, x: dense(params, x).sum(), config)
     state = strategy.init(params)
     x = jnp.ones((4, width))
     began = time.perf_counter()
@@ -128,7 +183,9 @@ def main() -> None:
     options = parser.parse_args()
     load = os.getloadavg()[0]
     if options.quick:
-        print(case(8, 2, 16, 2, 1, 4, 2), compile_seconds(2, 16))
+        for name in ("dense", "block", "conv"):
+            print(case(name, 8, 2, 16, 2, 1, 4, 2))
+        print(compile_seconds(2, 16))
         return
     lines = []
     for *sizes, target in CASES:

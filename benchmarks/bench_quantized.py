@@ -5,7 +5,8 @@
 All forms are loaded at once and measured in turns: reading prompts (8 members x 64 tokens by default) and writing
 tokens (a row for each member). The population is compared with plain inference of the same weights, and every form
 with bfloat16. Memory is measured in processes of their own, as ``bench_memory.py`` does (Linux only): the peak while
-writing, from when the libraries are loaded, so without them.
+writing, from when the libraries are loaded, so without them; and the peak of whole generations, updates and all, with
+the residual stored (masters in bfloat16), or rebuilt from the scores of the last 50 generations.
 """
 
 from __future__ import annotations
@@ -18,18 +19,29 @@ from functools import partial
 from typing import Any
 
 import common
+import numpy as np
 import torch
 from bench_memory import PROCESS, forget_peak, resident
 from bench_population_forward import Bench
 
-from eggroll import llm
-from eggroll.torch import Population
+from eggroll import ESConfig, llm
+from eggroll.torch import Population, Replica
 from eggroll.torch.quantized.adopt import grids
 from eggroll.torch.replica import MATRIX_KINDS
 
 MEASURE = "time of plain inference / time of the population, same rows and weights, rank 1, noise already drawn"
 MEMORY = "memory of the population / of plain inference"
 PLAIN = "bfloat16"
+KINDS = {
+    "plain": None,
+    "population": None,
+    "stored": {},
+    "rebuilt": {"residual_generations": 50, "residual_decay": 0.9},
+}
+"""What a process does: write plainly, write as a population, or train, with these settings."""
+TARGETS = {"rebuilt": 1.25}
+TRAINED = 3
+"""Generations of a process that trains: the first update makes masters or residuals, the later ones use them."""
 
 
 def load(form: str, source: str, layers: int | None) -> Any:
@@ -50,7 +62,7 @@ def weight_bytes(model: Any) -> int:
 
 @torch.no_grad()
 def child(job: dict[str, Any]) -> dict[str, int]:
-    """Prompts read and some tokens written, by the population or plain: peak memory beyond the libraries."""
+    """Prompts read and some tokens written, plain, by the population or in generations: peak memory over libraries."""
     from transformers import AutoModelForCausalLM  # noqa: F401  (libraries are loaded before the first look)
 
     torch.set_num_threads(job["threads"])
@@ -59,11 +71,20 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     loaded = forget_peak()  # what loading took for a while does not count
     ids = torch.arange(1, job["length"] + 1).repeat(job["members"], 1)
     words = {"max_new_tokens": job["steps"], "min_new_tokens": job["steps"], "do_sample": False}
-    if job["population"]:
-        population = Population(model, population_size=job["members"], sigma=0.01, rank=1, kinds=MATRIX_KINDS)
-        population.prepare(0)
-    with population.perturbed(0) if job["population"] else contextlib.nullcontext():
-        model.generate(ids, attention_mask=torch.ones_like(ids), **words)
+    settings, train = {"population_size": job["members"], "sigma": 0.01, "rank": 1}, KINDS[job["kind"]]
+    replica = None
+    if train is not None:
+        config = ESConfig(**settings, lr=1e-3, generations=TRAINED, optimizer="sgd", **train)
+        replica = Replica(model, config, kinds=MATRIX_KINDS)
+    population = replica.population if replica else Population(model, **settings, kinds=MATRIX_KINDS)
+    for generation in range(TRAINED if replica else 1):
+        if job["kind"] != "plain":
+            population.prepare(generation)
+        with contextlib.nullcontext() if job["kind"] == "plain" else population.perturbed(generation):
+            model.generate(ids, attention_mask=torch.ones_like(ids), **words)
+        if replica:
+            scores = np.random.default_rng(generation).standard_normal(job["members"])
+            replica.update(generation, scores.astype(np.float32), 1e-3)
     return {"peak": resident("VmHWM") - before, "model": loaded - before, "weights": weight_bytes(model)}
 
 
@@ -89,18 +110,20 @@ def memory(args: Any) -> list[dict[str, Any]]:
             "steps": args.steps,
             "threads": torch.get_num_threads(),
         }
-        found: dict[str, list[dict[str, int]]] = {"plain": [], "population": []}
+        kinds = [kind for kind in KINDS if form != PLAIN or kind != "rebuilt"]
+        found: dict[str, list[dict[str, int]]] = {kind: [] for kind in kinds}
         for _ in range(1 if args.quick else args.turns):
-            for name, measured in found.items():
-                measured.append(run({**job, "population": name == "population"}))
-        peaks = {name: [float(m["peak"]) for m in measured] for name, measured in found.items()}
-        ratio = common.ratio(peaks, "population", "plain")
-        line = common.row(f"memory, {args.members} rows, {form}", ratio, lower_is_better=True, bytes=found)
-        rows.append(line)
-        common.say(line)
-        middle = {name: common.spread(values)["median"] / 2**20 for name, values in peaks.items()}
-        weights = found["plain"][0]["weights"] / 2**20
-        print(f"  weights {weights:,.0f} MiB, plain {middle['plain']:,.0f}, population {middle['population']:,.0f} MiB")
+            for kind, measured in found.items():
+                measured.append(run({**job, "kind": kind}))
+        peaks = {kind: [float(m["peak"]) for m in measured] for kind, measured in found.items()}
+        for kind in kinds[1:]:
+            case = f"memory, {args.members} rows, {form}" + ("" if kind == "population" else f", trained, {kind}")
+            ratio = common.ratio(peaks, kind, "plain")
+            target = TARGETS.get(kind) if form == "int4" else None
+            rows.append(common.row(case, ratio, target=target, lower_is_better=True, bytes=found))
+            common.say(rows[-1])
+        middle = ", ".join(f"{kind} {common.spread(peaks[kind])['median'] / 2**20:,.0f}" for kind in kinds)
+        print(f"  MiB: weights {found['plain'][0]['weights'] / 2**20:,.0f}, peaks: {middle}", flush=True)
     return rows
 
 

@@ -209,3 +209,60 @@ def test_results_do_not_depend_on_the_number_of_devices():
     code = SHARDED.format(folder=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+class Mortal(Chase):
+    """Ends at once for most episodes, after many steps for some, and never for a few: decided by the start."""
+
+    def step(self, key, state, action):
+        state, observation, reward, done = super().step(key, state, action)
+        life = jnp.where(state[1] < 0.6, 2, jnp.where(state[1] < 0.9, 9, self.max_steps))
+        return state, observation, reward, done | (state[2] >= life)
+
+
+@pytest.mark.parametrize(("kind", "pairs"), [*((kind, 64) for kind in SPACES), ("discrete", 256)])
+def test_episodes_that_last_longer_go_on_in_smaller_batches(kind, pairs, monkeypatch):
+    """Returns, lengths and statistics are those of one batch that goes on until its last episode is over."""
+    settings = {"population_size": 2 * pairs, "members_per_forward": 2 * pairs, "episodes": 1}
+    worker = toy_worker(Mortal(SPACES[kind], limit=40), **settings)
+    rollouts, given = worker.rollouts, (worker.state.params, worker.stats, 0, 0.3, np.arange(pairs))
+    widths = []
+    play_on = type(rollouts)._play_on
+
+    def watched(self, network, own, stats, carry, enough):
+        widths.append((len(own), enough))
+        return play_on(self, network, own, stats, carry, enough)
+
+    monkeypatch.setattr(type(rollouts), "_play_on", watched)
+    narrowed = rollouts.population(*given)
+    assert widths == {64: [(128, 32), (32, 0)], 256: [(512, 128), (128, 32), (32, 0)]}[pairs]
+    lengths = np.asarray(narrowed.lengths)
+    assert (lengths.min(), lengths.max()) == (2, 40)
+    assert 0 < (lengths > 9).sum() < 2 * pairs // 4
+    monkeypatch.setattr("eggroll.rl.rollouts._widths", lambda count: [count])
+    whole = toy_worker(Mortal(SPACES[kind], limit=40), **settings).rollouts.population(*given)
+    for name in ("lengths", "count"):
+        np.testing.assert_array_equal(getattr(narrowed, name), getattr(whole, name))
+    for name in ("returns", "total", "squares"):
+        np.testing.assert_allclose(getattr(narrowed, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_however_many_go_on_none_is_lost(share):
+    """Also when more go on than the smaller batch holds until the limit of steps, or none at all."""
+
+    class Either(Chase):
+        def step(self, key, state, action):
+            state, observation, reward, done = super().step(key, state, action)
+            return state, observation, reward, done | (state[1] > 2 * share - 1)
+
+    worker = toy_worker(Either(limit=7), population_size=128, episodes=1)
+    played = worker.rollouts.population(worker.state.params, worker.stats, 0, 0.3, np.arange(64))
+    goals = [
+        float(worker.rollouts.env.reset(jax.random.split(key)[0])[0][1])
+        for pair in range(64)
+        for key in worker.rollouts.keys(0, pair)[:1]
+    ]
+    expected = np.where(np.array(goals) > 2 * share - 1, 1, 7)
+    np.testing.assert_array_equal(np.asarray(played.lengths)[:, 0, 0], expected)
+    np.testing.assert_array_equal(np.asarray(played.lengths)[:, 1, 0], expected)

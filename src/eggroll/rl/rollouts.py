@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from eggroll.rl.policies import LARGEST, ObsStats, act, forward
 
 HELDOUT = 2**31
 """Folded into the key of held-out episodes; generations are counted from 0 and never reach it."""
+Outputs = Callable[[Float[Array, "... obs"]], Float[Array, "... outputs"]]
+NARROWER, NARROWEST = 4, 32
+"""When at most one in so many episodes is still going, these go on by themselves, in batches not smaller than that."""
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +121,18 @@ class Rollouts:
         both = jax.vmap(member, in_axes=(None, 0, 0))
         return jax.vmap(both, in_axes=(0, None, 0))(draws, jnp.array([sigma, -sigma]), observations)
 
+    def _outputs_of(
+        self, params: PyTree, draws: dict[str, Any], sigma: Float[Array, ""], episodes: Int[Array, " some"]
+    ) -> Outputs:
+        """The networks of some of the episodes, by their places among all of them: ``(some, obs)`` to outputs."""
+        pairs, signs = episodes // (2 * self.episodes), episodes // self.episodes % 2
+        own, scales = jax.tree.map(lambda draw: draw[pairs], draws), jnp.where(signs == 0, sigma, -sigma)
+
+        def one(noise: Any, scale: Any, row: Any) -> Any:
+            return self.policy(params, row[None], MemberNoise(noise, scale))[0]
+
+        return lambda observations: jax.vmap(one)(own, scales, observations)
+
     def _pairs(
         self,
         params: PyTree,
@@ -135,7 +151,8 @@ class Rollouts:
             draws = self.draws(params, generation, numbers)
             keys = jnp.repeat(jax.vmap(lambda pair: self.keys(generation, pair))(numbers)[:, None], 2, axis=1)
             playing = jnp.broadcast_to(real[:, None, None], keys.shape).reshape(-1)
-            return self.play(lambda x: self.outputs(params, draws, sigma, x), keys, stats, playing)
+            some = functools.partial(self._outputs_of, params, draws, sigma)
+            return self.play(lambda x: self.outputs(params, draws, sigma, x), keys, stats, playing, some)
 
         if parts == 1:
             return part((pairs, jnp.ones(count, bool)))
@@ -179,30 +196,54 @@ class Rollouts:
 
     def play(
         self,
-        outputs: Callable[[Float[Array, "... obs"]], Float[Array, "... outputs"]],
+        outputs: Outputs,
         keys: Key[Array, " *episodes"],
         stats: ObsStats,
         playing: Bool[Array, " flat"] | None = None,
+        some: Callable[[Int[Array, " some"]], Outputs] | None = None,
     ) -> Played:
         """Play until every episode is over; ``outputs`` maps observations of the keys' shape.
 
-        Only episodes of which the flat ``playing`` is true take part; ``None`` is all.
+        Only episodes of which the flat ``playing`` is true take part; ``None`` is all. With ``some``, which gives the
+        networks of some of the flat episodes, those that last longer than most go on in smaller batches: a step costs
+        as much for an episode that is over as for one that is not.
         """
         shape, env = keys.shape, self.env
         flat = keys.reshape(-1)
+        count = flat.shape[0]
         starts, own = jax.vmap(lambda key: tuple(jax.random.split(key)))(flat)
         states, observations = jax.vmap(env.reset)(starts)
-        zeros = jnp.zeros(flat.shape, jnp.float32)
+        alive = jnp.ones(count, bool) if playing is None else playing
+        places, step = jnp.arange(count), jnp.int32(0)
+        returns, lengths = jnp.zeros(count, jnp.float32), jnp.zeros(count, jnp.int32)
         sums = (jnp.float32(0), jnp.zeros(env.obs_size), jnp.zeros(env.obs_size))
 
-        def alive_ones(carry: Any) -> Any:
+        def whole(x: Any) -> Any:
+            return outputs(x.reshape(*shape, env.obs_size)).reshape(count, -1)
+
+        widths = _widths(count) if some is not None else [count]
+        for width, enough in zip(widths, [*widths[1:], 0], strict=True):
+            network = whole if width == count or some is None else some(places)
+            carry = (step, states, observations, alive, returns[places], lengths[places], sums)
+            step, states, observations, alive, gained, played, sums = self._play_on(network, own, stats, carry, enough)
+            returns, lengths = returns.at[places].set(gained), lengths.at[places].set(played)
+            if enough:  # the ones that go on, in their order; then some that are over
+                chosen = jnp.argsort(~alive, stable=True)[:enough]
+                left = (states, observations, alive, own, places)
+                states, observations, alive, own, places = jax.tree.map(lambda value: value[chosen], left)  # noqa: B023
+        return Played(returns.reshape(shape), lengths.reshape(shape), *(value[None] for value in sums))
+
+    def _play_on(self, network: Outputs, own: Any, stats: ObsStats, carry: Any, enough: int) -> Any:
+        """Take steps until at most ``enough`` episodes are still going."""
+        env = self.env
+
+        def going(carry: Any) -> Any:
             step, _, _, alive, *_ = carry
-            return (step < self.max_steps) & alive.any()
+            return (step < self.max_steps) & (alive.sum() > enough)
 
         def advance(carry: Any) -> Any:
             step, states, observations, alive, returns, lengths, (count, total, squares) = carry
-            seen = stats.normalize(observations) if self.normalize else observations
-            raw = outputs(seen.reshape(*shape, env.obs_size)).reshape(flat.shape[0], -1)
+            raw = network(stats.normalize(observations) if self.normalize else observations)
             now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(own, step)
             if self.sampling:
                 actions = jax.vmap(lambda o, k: act(o, env.actions, jax.random.fold_in(k, 1)))(raw, now)
@@ -218,9 +259,12 @@ class Rollouts:
             lengths = lengths + alive
             return step + 1, states, observations, alive & ~done, returns, lengths, (count, total, squares)
 
-        start = (
-            jnp.int32(0), states, observations, jnp.ones(flat.shape, bool) if playing is None else playing, zeros,
-            jnp.zeros(flat.shape, jnp.int32), sums,
-        )  # fmt: skip
-        _, _, _, _, returns, lengths, sums = jax.lax.while_loop(alive_ones, advance, start)
-        return Played(returns.reshape(shape), lengths.reshape(shape), *(value[None] for value in sums))
+        return jax.lax.while_loop(going, advance, carry)
+
+
+def _widths(count: int) -> list[int]:
+    """Sizes of the batches that so many episodes are played in, one after the other."""
+    found = [count]
+    while found[-1] // NARROWER >= NARROWEST:
+        found.append(found[-1] // NARROWER)
+    return found

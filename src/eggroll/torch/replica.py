@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -78,7 +79,9 @@ class Center:
             weight_decay=config.weight_decay != 0 or factory is not None,
             past=None if self._past is None else self._steps_of,
             anchor=anchor,
+            plain=factory is None and config.optimizer == "sgd" and config.weight_decay == 0,
         )
+        self._own_factory = factory is not None
 
     def _steps_of(self, name: str) -> Steps:
         """Gives a parameter's steps of the generations that are kept, each in the same memory."""
@@ -101,6 +104,19 @@ class Center:
         return es_gradient(
             self.noise, spec, weights, generation, antithetic=self.config.antithetic, device=device, out=out
         )
+
+    def _room(self, spec: ParameterSpec, memory: dict[torch.device, Tensor]) -> Tensor | None:
+        """Where an estimate is written during one update: each in the same memory, as new memory costs a pass over it.
+
+        ``None`` with an optimizer that is not ours, which may keep what it is given.
+        """
+        if self._own_factory:
+            return None
+        device, size = self.updater.parameters[spec.name].device, math.prod(spec.estimate_shape)
+        if device not in memory:
+            sizes = (math.prod(s.estimate_shape) for s in self.noise.specs)
+            memory[device] = torch.empty(max(sizes), dtype=torch.float32, device=device)
+        return memory[device][:size].view(spec.estimate_shape)
 
     def apply(self, record: UpdateRecord) -> float:
         """Rebuild one update from its record and take it. Returns the norm of the change of all parameters.
@@ -125,8 +141,9 @@ class Center:
             lr: learning rate, one for all parameters or one for each by name.
         """
         squares = 0.0
+        memory: dict[torch.device, Tensor] = {}
         for spec in self.noise.specs:
-            gradient = self._gradient(spec, weights, generation)
+            gradient = self._gradient(spec, weights, generation, self._room(spec, memory))
             own = lr[spec.name] if isinstance(lr, Mapping) else lr
             squares += self.updater.step(spec.name, gradient, lr=own, generation=generation)
             del gradient  # before the next one is made

@@ -19,6 +19,7 @@ from eggroll.core.threefry import fold_in
 from eggroll.core.turning import Turning, stride_of
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.torch.anchor import Anchor
+from eggroll.torch.kernels import step_c
 from eggroll.torch.quantized.scales import ScalesUpdater
 from eggroll.torch.quantized.tensor import grid_of
 from eggroll.torch.quantized.threshold import ThresholdUpdater
@@ -56,6 +57,7 @@ class Updater:
         weight_decay: whether a step depends on the weights themselves.
         past: gives the steps of earlier generations of a parameter, if residuals are rebuilt from them.
         anchor: the pull towards the start weights, if there is one.
+        plain: a step is the learning rate times the gradient and nothing else, so that it may be taken in one pass.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class Updater:
         weight_decay: bool = False,
         past: Callable[[str], Steps] | None = None,
         anchor: Anchor | None = None,
+        plain: bool = False,
     ) -> None:
         self.parameters = dict(parameters)
         self.seed = seed
         self.turning = Turning()
         self._anchor = anchor
+        self._plain = plain and anchor is None
         self.rounding: Rounding = "master" if rounding == "auto" else rounding
         self.masters: dict[str, Tensor] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -114,6 +118,10 @@ class Updater:
         self._follow(name, parameter, target)
         if name not in self._optimizers:
             return self._step_stochastic(name, gradient, lr=lr, generation=generation)
+        if self._plain:
+            squares = self._step_plain(name, gradient, lr)
+            if squares is not None:
+                return squares
         before = target.clone()
         gradient, pull = self._pulled(name, gradient, target, lr)
         self._step(self._optimizers[name], target, gradient.to(target.dtype), lr)
@@ -122,6 +130,16 @@ class Updater:
         if name in self.masters:
             parameter.copy_(target)
         return self._measured(name, before.sub_(target).float())
+
+    def _step_plain(self, name: str, gradient: Tensor, lr: float) -> float | None:
+        """The step in one pass, with the same bits; ``None`` where that is not to be had."""
+        target, weights = self._targets[name], self.parameters[name].detach() if name in self.masters else None
+        stride = stride_of(target.shape)
+        before = target.reshape(-1)[::stride].clone()
+        squares = step_c.step_(target, gradient, weights, lr)
+        if squares is not None:
+            self.turning.add(name, before.sub_(target.reshape(-1)[::stride]).numpy(), stride)
+        return squares
 
     def _pulled(self, name: str, gradient: Tensor, target: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
         """The gradient with the pull towards the start in it, or the pull that is to be subtracted after the step."""
@@ -133,7 +151,10 @@ class Updater:
     def _follow(self, name: str, parameter: nn.Parameter, target: Tensor) -> None:
         """Notice what was done to a parameter from outside: other numbers are taken over, other memory is refused."""
         if name in self.masters:
-            if not torch.equal(target.to(parameter.dtype), parameter):
+            same = step_c.is_rounded(target, parameter.detach())
+            if same is None:
+                same = torch.equal(target.to(parameter.dtype), parameter)
+            if not same:
                 target.copy_(parameter)
         elif target.data_ptr() != parameter.data_ptr() or target.dtype != parameter.dtype:
             raise ConfigError(
