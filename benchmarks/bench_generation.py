@@ -14,6 +14,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import common
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from eggroll import llm
-from eggroll.llm.backends.torch import TorchEvaluator, replica_for
+from eggroll.llm.backends.build import worker_of
 from eggroll.llm.config import EggrollConfig
 from eggroll.llm.data.examples import Example, prompts_of
 from eggroll.llm.generation.chat import format_prompts
@@ -52,11 +53,12 @@ class Work:
             samples_per_generation=0,
         )
         self.copies, self.rows_per_member = args.members, rows_per_member
-        self.replica = replica_for(self.model, self.config)
         self.reward = self.make_reward()
-        self.evaluator = TorchEvaluator(self.replica.population, self.tokenizer, self.reward, self.config)
+        self.worker = worker_of(self.model, self.config, self.reward, self.tokenizer)
+        self.evaluator: Any = self.worker.evaluator
         self.evaluator.eos_ids = []
         self.batch = self.make_batch(args)
+        self.worker.source = SimpleNamespace(at=lambda generation: self.batch)  # type: ignore[assignment]
         mode = self.evaluator.choose_mode(self.batch)
         assert mode == "rows", self.evaluator.note
         self.generations = count()
