@@ -37,8 +37,8 @@ def main() -> None:
         if (reason := attention_c.why_not(getattr(torch, dtype))) is not None:
             raise SystemExit(f"nothing to compare: {reason}")
         for rows in args.rows:
-            draw = torch.Generator().manual_seed(0)
-            ids = torch.randint(100, 10_000, (rows, args.prompt_tokens), generator=draw)
+            draw, vocabulary = torch.Generator().manual_seed(0), loaded.model.config.vocab_size
+            ids = torch.randint(100, min(10_000, vocabulary), (rows, args.prompt_tokens), generator=draw)
             times = common.alternate(variants(loaded.model, ids, args.new_tokens), turns=args.turns)
             case = f"{rows} rows, {args.prompt_tokens} + {args.new_tokens} tokens, {dtype}"
             table.append(common.row(case, common.ratio(times, "transformers", "ours"), seconds=times))

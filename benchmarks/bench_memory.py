@@ -74,7 +74,8 @@ def child(job: dict[str, Any]) -> dict[str, int]:
     evaluator.eos_ids = []
     batch: Any
     if scored:
-        ids: Tensor = torch.arange(job["tokens"]).repeat(copies, 1)
+        vocabulary = loaded.model.get_input_embeddings().num_embeddings  # the first ones are special, these are words
+        ids: Tensor = torch.arange(vocabulary - job["tokens"], vocabulary).repeat(copies, 1)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
         batch = [Example(QUESTION)] * copies

@@ -16,6 +16,7 @@ import common
 import numpy as np
 import torch
 
+from eggroll._environment import COMPILE_NOISE
 from eggroll.torch import threefry
 from eggroll.torch.kernels import threefry_c
 
@@ -35,7 +36,7 @@ def versions(device: str) -> dict[str, Callable[[Any, int], Any]]:
 
     def drawer(setting: str) -> Callable[[Any, int], Any]:
         def draw(keys: Any, count: int) -> Any:
-            os.environ[threefry.COMPILE_VARIABLE] = setting
+            os.environ[COMPILE_NOISE] = setting
             return threefry.normals(keys, count, device=device)
 
         return draw

@@ -52,13 +52,12 @@ def main() -> None:
             evaluator = TorchEvaluator(replica.population, loaded.tokenizer, reward, config)
             evaluator.eos_ids = []
             batch = load_examples(task.train[: args.prompts])
-            assert evaluator.choose_mode(batch) == "rows", evaluator.mode_note
-            encoded = evaluator._encode(batch)
-            prefix = common_prefix(encoded.input_ids, encoded.attention_mask)
+            assert evaluator.choose_mode(batch) == "rows", evaluator.note
+            ids, mask = evaluator.encode(batch).padded(int(loaded.tokenizer.pad_token_id), left=True)
+            prefix, length = common_prefix(ids, mask), ids.shape[1]
             times = common.alternate(variants(evaluator, batch, loaded.device), turns=args.turns)
-            new = encoded.input_ids.shape[1] + args.max_tokens
+            new = length + args.max_tokens
             floor = args.prompts * new / (prefix + args.prompts * (new - prefix))
-            length = encoded.input_ids.shape[1]
             case = (
                 f"{args.members} x {args.prompts} prompts of {length} tokens, {prefix} shared, {args.max_tokens} new, "
                 f"{dtype}"

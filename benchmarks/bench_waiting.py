@@ -26,7 +26,7 @@ STEP = """
 import time, torch
 from eggroll import llm
 model = llm.load("{model}", dtype="float32").model
-ids = torch.randint(1, 1000, (32, 16))
+ids = torch.randint(1, min(1000, model.config.vocab_size), (32, 16))
 with torch.no_grad():
     cache, taken = model(ids, use_cache=True).past_key_values, []
     for _ in range({steps}):

@@ -1,6 +1,7 @@
 """The perplexity reward equals the model's own cross entropy, in pieces, for many architectures."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -244,3 +245,18 @@ def test_whole_population_equals_its_members(build_model, tiny_tokenizer, name, 
         together = reward.log_likelihood(model, {key: active.expand(x) for key, x in inputs.items()})
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
     assert torch.stack(alone).std(0).min() > 1e-4  # the members do differ
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_no_word_about_parameters_without_a_use(build_model, tiny_tokenizer, name):
+    """The body is called by itself, and the model then for the head alone: all parameters have their use."""
+    model = build_model(name)
+    population = Population(model, population_size=4, kinds=("matrix",))
+    ids, mask = random_batch()
+    reward = PerplexityReward(tiny_tokenizer, logits_budget=ONE_STEP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with population.perturbed(0) as active:
+            rows = {"input_ids": active.expand(ids), "attention_mask": active.expand(mask)}
+            assert active.split(reward.log_likelihood(model, rows["input_ids"], rows["attention_mask"])).shape == (4, 3)

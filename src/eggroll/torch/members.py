@@ -40,6 +40,7 @@ class Members:
         keeper: of what the model holds besides its parameters.
         picks: whether the model picks rows by their numbers, so that these have to know their members.
         draws: whether the model draws random numbers of its own; ``None`` until it was called.
+        used: names of the parameters whose values an operation was seen to get.
         told_unused: whether it was said which parameters the model does not use.
         watched: whether a call was seen to use values only, and not the parameters themselves.
         plain_loop: whether members one at a time need plain weights, because the model does not take values.
@@ -109,6 +110,7 @@ class Members:
         self.layouts: dict[Use, Layout] = {}
         self.found: dict[Form, Found] = {}
         self.draws: bool | None = None
+        self.used: set[str] = set()
         self.told_unused = self.watched = self.plain_loop = self.writes_inputs = self.mixes_numbers = False
         self.picks = False
 

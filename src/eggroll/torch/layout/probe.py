@@ -316,14 +316,15 @@ class _Probe:
         watch, sites = self.watch, self.population.sites
         assert watch is not None
         refuse_bypassed(watch.bypassed)
+        self.population.used |= watch.used  # a part that is called by itself, as a body before the head
         if self.module is not self.population.model:
             return
         names = [spec.name for spec in self.population.specs]
-        unused = [name for name in names if name not in watch.used]
+        unused = [name for name in names if name not in self.population.used]
         if not unused or self.population.told_unused:
             return
         self.population.told_unused = True
-        if watch.used:
+        if self.population.used:
             # Parts that are not called (an expert that was not chosen, a pooler) have parameters without a use.
             called = self._called({site.module for name in unused for site in sites[name]})
             unused = [name for name in unused if any(site.module in called for site in sites[name])]
