@@ -220,7 +220,10 @@ class Mortal(Chase):
         return state, observation, reward, done | (state[2] >= life)
 
 
-@pytest.mark.parametrize(("kind", "pairs"), [*((kind, 64) for kind in SPACES), ("discrete", 256)])
+@pytest.mark.parametrize(
+    ("kind", "pairs"),
+    [("discrete", 256), *(pytest.param(kind, 64, marks=pytest.mark.slow) for kind in SPACES)],
+)
 def test_episodes_that_last_longer_go_on_in_smaller_batches(kind, pairs, monkeypatch):
     """Returns, lengths and statistics are those of one batch that goes on until its last episode is over."""
     settings = {"population_size": 2 * pairs, "members_per_forward": 2 * pairs, "episodes": 1}
