@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -82,7 +81,7 @@ def train(run: Path, task: str, seed: int, minutes: float, extra: list[str]) -> 
         while process.poll() is None and spent(run) < 60 * minutes:
             time.sleep(LOOK_S)
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # a shell lets its background jobs ignore SIGINT
         process.wait()
     finally:
         process.kill()

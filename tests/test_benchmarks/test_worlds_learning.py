@@ -42,7 +42,9 @@ def test_a_run_is_stopped_when_its_time_is_used_up(learning, tmp_path, monkeypat
             return 0
 
         kill = wait
-        send_signal = sent.append
+
+        def terminate(self):
+            sent.append("terminate")
 
     def start(command):
         write_run(run, [0.1])
@@ -57,7 +59,7 @@ def test_a_run_is_stopped_when_its_time_is_used_up(learning, tmp_path, monkeypat
     monkeypatch.setattr(learning, "subprocess", SimpleNamespace(Popen=start))
     monkeypatch.setattr(learning.time, "sleep", later)
     learning.train(run, "maze", 1, 2.0, [])
-    assert sent == [learning.signal.SIGINT]
+    assert sent == ["terminate"]
     assert learning.spent(run) == 150.0
     assert learning.finished(run, 2.0)
     assert not learning.finished(run, 3.0)
