@@ -47,8 +47,9 @@ which also has the times behind each ratio.
 
 A target that is met on one machine may be missed on another: where the base product is fast (matrix units, as AMX and
 GPUs have), the low-rank term has less to hide behind. No committed result comes from a processor with AMX or from a
-GPU. The figures on language models dated 2026-11-22 were measured before the low-rank term was rewritten in C
-([the log](dev/log.md)).
+GPU. The figures on language models dated 2026-11-22 were measured before the low-rank term was rewritten in C; those of
+memory, before a population's first call compared members with plain copies of their weights, which takes up to 0.9 GB
+more for a moment with SmolLM2-135M, so that the target of memory no longer holds there ([the log](dev/log.md)).
 """
 
 Result = Mapping[str, Any]
