@@ -117,7 +117,7 @@ def _refusal(
         population.layouts.update(known)
         before, has_run = tuple(tried), False
         for own in (1, 2)[:own_rows]:  # a layer that takes no batch of one may take two
-            probe = _Probe.of(population, context, module, inputs, own, before)
+            probe = _Probe.of(population, context, placed, module, inputs, own, before)
             if probe is None:
                 break
             tried.append(probe.count)
@@ -168,6 +168,7 @@ class _Probe:
 
     population: Members
     context: MemberContext
+    placed: Mapping[str, Tensor]
     module: nn.Module
     inputs: Inputs
     count: int
@@ -183,6 +184,7 @@ class _Probe:
         cls,
         population: Members,
         context: MemberContext,
+        placed: Mapping[str, Tensor],
         module: nn.Module,
         inputs: Inputs,
         own: int,
@@ -195,7 +197,7 @@ class _Probe:
             return None
         sigma = max(sigma_for_checks(population), population.sigma)
         state = population.keeper.state(thorough=True, hooks=True)
-        return cls(population, context, module, fewer[1], fewer[0], own, sigma, state)
+        return cls(population, context, placed, module, fewer[1], fewer[0], own, sigma, state)
 
     @property
     def rows(self) -> int:
@@ -277,7 +279,10 @@ class _Probe:
         population, context = self.population, MemberContext(None)
         values = population.values(0, range(member, member + 1), context, sigma=self.sigma)
         inputs = cut(self.inputs, p, self.count, self.rows, population.batch_dim)
-        return self._call(plain_values(population, values), inputs, context, [member], watch)
+        try:
+            return self._call(plain_values(population, values), inputs, context, [member], watch)
+        finally:
+            place(population.sites, self.placed)  # so that one copy of the weights is alive at a time
 
     def _call(
         self,

@@ -44,7 +44,9 @@ def plain_values(population: Members, values: Mapping[str, Tensor]) -> dict[str,
     parameters = [population.parameter(spec.name) for spec in population.specs]
     if sum(p.numel() * p.element_size() for p in parameters) > PLAIN_BYTES:
         return dict(values)
-    return {
-        name: v.dense() if isinstance(v, PerturbedWeight) and grid_of(v.base) is None else v
-        for name, v in values.items()
-    }
+    dense = {name: v for name, v in values.items() if isinstance(v, PerturbedWeight) and grid_of(v.base) is None}
+    # All of their memory first: made one after the other, they would lie between what making them takes for a moment.
+    made: dict[str, Tensor] = {name: torch.empty_like(plain(v.base)) for name, v in dense.items()}
+    for name, v in dense.items():
+        made[name].copy_(v.dense())
+    return {name: made.get(name, v) for name, v in values.items()}
