@@ -269,3 +269,17 @@ def test_however_many_go_on_none_is_lost(share):
     expected = np.where(np.array(goals) > 2 * share - 1, 1, 7)
     np.testing.assert_array_equal(np.asarray(played.lengths)[:, 0, 0], expected)
     np.testing.assert_array_equal(np.asarray(played.lengths)[:, 1, 0], expected)
+
+
+@pytest.mark.parametrize(("noiser", "expected"), [("eggroll", [(128, 32), (32, 0)]), ("openes", [(128, 0)])])
+def test_dense_noise_is_not_copied_for_many_episodes(noiser, expected, monkeypatch):
+    worker = toy_worker(Mortal(limit=9), population_size=32, episodes=4, noiser=noiser)
+    widths = []
+
+    def watched(self, network, own, stats, carry, enough):
+        widths.append((len(own), enough))
+        return carry
+
+    monkeypatch.setattr(type(worker.rollouts), "_play_on", watched)
+    worker.rollouts.population(worker.state.params, worker.stats, 0, 0.3, np.arange(16))
+    assert widths == expected

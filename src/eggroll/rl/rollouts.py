@@ -151,7 +151,9 @@ class Rollouts:
             draws = self.draws(params, generation, numbers)
             keys = jnp.repeat(jax.vmap(lambda pair: self.keys(generation, pair))(numbers)[:, None], 2, axis=1)
             playing = jnp.broadcast_to(real[:, None, None], keys.shape).reshape(-1)
-            some = functools.partial(self._outputs_of, params, draws, sigma)
+            # Each episode has a copy of its noise then; dense noise of many episodes would not fit.
+            narrows = self.policy.low_rank or self.episodes <= 2
+            some = functools.partial(self._outputs_of, params, draws, sigma) if narrows else None
             return self.play(lambda x: self.outputs(params, draws, sigma, x), keys, stats, playing, some)
 
         if parts == 1:
