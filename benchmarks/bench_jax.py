@@ -3,9 +3,9 @@
     python benchmarks/bench_jax.py [--turns 7] [--quick]
 
 Layers of one width with relu between them, a transformer block (8 heads, 16 tokens) and two convolutions (3 x 3, images
-of 16 x 16); every member has rows of its own. Plain inference is timed in the same
-turns, all rows at once and in the same parts as the population, and a ratio is to the faster of the two. ``redrawn``
-draws the noise inside every forward, as the reference implementation does.
+of 16 x 16); every member has rows of its own. Plain inference is timed in the same turns, all rows at once and in the
+same parts as the population, and a ratio is to the faster of the two. ``redrawn`` draws the noise inside every forward,
+as the reference implementation does.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ TITLES = {
     "functional": "Small networks, functional API",
     "kernels_cuda": "Fused kernels on a GPU",
     "generation": "A whole generation",
+    "update": "An update",
     "decoding": "Written text, against transformers' attention and cache",
     "prefix": "Beginnings that prompts share",
     "one_member_at_a_time": "Against one member at a time",

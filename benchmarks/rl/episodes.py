@@ -3,8 +3,8 @@
     python benchmarks/rl/episodes.py [--envs jumanji/Snake-v1 CartPole-v1] [--members 128 1024] [--turns 5]
 
 One generation of episodes of a random policy of 3 x 256 at sigma 0.1, in turns, in one process. The ratio is the time
-of one batch over the time with smaller ones; 4 of it is the most that one step down can bring. Also: how long the
-episodes are, and how long each program took to compile.
+of one batch over the time with smaller ones. Also: how long the episodes are, and how long each program's first call
+took, compilation included.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENVS = {"CartPole-v1": 500, "jumanji/Snake-v1": 1000, "navix/Navix-Dynamic-Obsta
 
 
 def player(env: str, members: int, limit: int, *, narrow: bool) -> tuple[Any, float]:
-    """A function that plays a generation and gives the lengths of its episodes; seconds that its compilation took."""
+    """A function that plays a generation and gives the lengths of its episodes; seconds that its first call took."""
     widths = rollouts._widths
     if not narrow:
         rollouts._widths = lambda count: [count]

@@ -1,6 +1,6 @@
 """Open questions about evolution strategies, answered at fixed cost on one small problem: the digits of MNIST.
 
-    python benchmarks/science/questions.py --folder runs/science                 an hour or two on one core
+    python benchmarks/science/questions.py --folder runs/science                 all runs, one thread
     python benchmarks/science/questions.py --folder runs/science --write         the same, and writes the result
 
 The problem: which of ten digits. 784 to 32, LayerNorm, ReLU, 32 to 10: 26 thousand parameters. A member's score is its

@@ -22,7 +22,7 @@ HELDOUT = 2**31
 """Folded into the key of held-out episodes; generations are counted from 0 and never reach it."""
 Outputs = Callable[[Float[Array, "... obs"]], Float[Array, "... outputs"]]
 NARROWER, NARROWEST = 4, 32
-"""When at most one in so many episodes is still going, these go on by themselves, in batches not smaller than that."""
+"""Once only a quarter of a batch is still playing, it shrinks to those episodes, but never below 32."""
 
 
 @jax.tree_util.register_dataclass
@@ -225,7 +225,7 @@ class Rollouts:
 
         widths = _widths(count) if some is not None else [count]
         for width, enough in zip(widths, [*widths[1:], 0], strict=True):
-            network = whole if width == count or some is None else some(places)
+            network = whole if some is None or width == count else some(places)
             carry = (step, states, observations, alive, returns[places], lengths[places], sums)
             step, states, observations, alive, gained, played, sums = self._play_on(network, own, stats, carry, enough)
             returns, lengths = returns.at[places].set(gained), lengths.at[places].set(played)
@@ -265,7 +265,7 @@ class Rollouts:
 
 
 def _widths(count: int) -> list[int]:
-    """Sizes of the batches that so many episodes are played in, one after the other."""
+    """Batch sizes for ``count`` episodes, from all of them down to the smallest."""
     found = [count]
     while found[-1] // NARROWER >= NARROWEST:
         found.append(found[-1] // NARROWER)
