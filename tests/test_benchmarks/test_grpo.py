@@ -72,12 +72,33 @@ def test_the_clock_stands_still_while_a_model_is_measured(one_run):
 def test_the_table_and_the_picture(load, tmp_path, capsys):
     curve = [{"seconds": 0.0, "steps": 0, "reward": 0.04, "format": 0.3, "right": 0.0},
              {"seconds": 60.0, "steps": 9, "reward": 0.09, "format": 0.9, "right": 0.0}]  # fmt: skip
-    run = {"seed": 0, "steps": 9, "completions": 144, "curve": curve, "mib_peak": 2048}
-    for method, file in (("eggroll", "eggroll_cpu_2026-01-01"), ("grpo", "grpo_cpu_2026-01-01")):
+    run = {"seed": 0, "seconds": 60.0, "steps": 9, "completions": 144, "curve": curve, "mib_peak": 2048}
+    for method, file in (("eggroll", "countdown-eggroll_cpu_2026-01-01"), ("grpo", "countdown-grpo_cpu_2026-01-01")):
         result = {"chosen": {"lr": 0.1}, "search": [run, {"error": ["no"]}], "runs": [run], "method": method}
         (tmp_path / f"{file}.json").write_text(json.dumps(result))
-    load("grpo/compare").plot(tmp_path)
+    load("grpo/compare").plot(tmp_path, "countdown")
     table = capsys.readouterr().out
-    assert "| EGGROLL, seed 0 | lr 0.1 | 0.090, failed | 9 | 144 | 0.040 | 0.090 | 0.90 | 0.000 | 2,048 |" in table
+    assert (
+        "| EGGROLL, seed 0 | lr 0.1 | 0.090, failed | 1.0 | 9 | 144 | 0.040 | 0.090 | 0.090 | 0.90 | 0.000 | 2,048 |"
+        in table
+    )
     assert (tmp_path / "countdown.png").stat().st_size > 5000
     assert (tmp_path / "countdown.md").read_text() == table
+
+
+def test_grpo_learns_only_from_what_the_model_said_itself(one_run, load, tmp_path):
+    """The mask of a conversation: the model's own tokens and its end token, nothing that the world has said."""
+    pytest.importorskip("trl", reason="trl is not installed")
+    loaded = one_run.llm.load(str(write_llama(tmp_path / "tiny")), dtype="float32")
+    task = one_run.get_task("guess_number")
+    rows, reward, rollout = load("grpo/conversations").conversing(
+        loaded, task, {**one_run.talking(task), "max_length": 2048}, 3, 0
+    )
+    made = rollout([row["prompt"] for row in rows[:3]], None)
+    assert reward(**made) == made["world_score"]
+    for ids, mask, score in zip(made["completion_ids"], made["env_mask"], made["world_score"], strict=True):
+        assert len(ids) == len(mask) and mask[0] == 1 and 0 in mask
+        text = loaded.tokenizer.decode([token for token, own in zip(ids, mask, strict=True) if not own])
+        assert "whole number" in text or "Write one number" in text or "igher" in text or "ower" in text
+        assert 0 < sum(mask) <= 5 * (3 + 1)
+        assert 0.0 <= score <= 1.0
