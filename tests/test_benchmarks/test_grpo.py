@@ -94,11 +94,13 @@ def test_grpo_learns_only_from_what_the_model_said_itself(one_run, load, tmp_pat
     rows, reward, rollout = load("grpo/conversations").conversing(
         loaded, task, {**one_run.talking(task), "max_length": 2048}, 3, 0
     )
-    made = rollout([row["prompt"] for row in rows[:3]], None)
+    made = rollout([row["prompt"] for row in rows[1:4]], None)  # this model guesses the first number at once
     assert reward(**made) == made["world_score"]
     for ids, mask, score in zip(made["completion_ids"], made["env_mask"], made["world_score"], strict=True):
-        assert len(ids) == len(mask) and mask[0] == 1 and 0 in mask
+        assert len(ids) == len(mask)
+        assert mask[0] == 1
+        assert 0 in mask
         text = loaded.tokenizer.decode([token for token, own in zip(ids, mask, strict=True) if not own])
-        assert "whole number" in text or "Write one number" in text or "igher" in text or "ower" in text
+        assert "Write one number" in text or "Higher than" in text or "Lower than" in text
         assert 0 < sum(mask) <= 5 * (3 + 1)
         assert 0.0 <= score <= 1.0

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from tiny_models import write_gguf, write_llama
 
 from eggroll import llm
+from eggroll.core.settings import from_json_values, to_json_values
+from eggroll.llm.options import TuneOptions
 from eggroll.torch.quantized.adopt import grids
 
 SETTINGS = [
@@ -24,6 +26,12 @@ def sources(tmp_path_factory):
     write_gguf(folder / "tiny.gguf", "Q4_1")
     write_llama(folder / "plain", hidden_size=64, intermediate_size=96)
     return folder
+
+
+def test_runs_from_before_residuals_began_at_random_go_on_from_zero():
+    stored = to_json_values(TuneOptions(model="m", reward="zeros", output="o"))
+    assert stored.pop("residual_start") == "uniform"
+    assert from_json_values(TuneOptions, stored, source="config.json").residual_start == "zero"
 
 
 @pytest.mark.parametrize(("model", "form"), [("tiny.gguf", "auto"), ("plain", "int8")])

@@ -27,7 +27,8 @@ FLAGS = {
         --population/-p/--population-size/--pop-size --rank --sigma --lr --target-modules --exclude --embeddings
         --head --vectors --group-size --momentum --betas --chat --samples-per-generation --optimizer --lr-schedule
         --lr-decay --sigma-schedule --sigma-decay --sampling --noise-reuse --elite-k --weight-decay
-        --anchored-weight-decay --quantized-update --residual-decay --residual-generations --move-threshold
+        --anchored-weight-decay --quantized-update --residual-decay --residual-start --residual-generations
+        --move-threshold
         --fitness-shaping --rounding --batch-size --max-tokens --max-length --temperature --system
         --samples-per-prompt --pass-at --engine-args --workers --ray-address --worker-cpus --worker-gpus
         --batch-members/--members-per-forward --prompts-per-generation --eval-every --checkpoint-every --dtype
@@ -59,7 +60,8 @@ FLAGS = {
         --fitness-shaping --generations/-g --group-size --lr --lr-decay --lr-schedule --members-per-forward
         --momentum --noise-reuse --pass-at --prompts-per-generation --rounding --samples-per-generation
         --samples-per-prompt --seed --sigma --sigma-decay --sigma-schedule --system --temperature --weight-decay
-        --anchored-weight-decay --quantized-update --residual-decay --residual-generations --move-threshold --config
+        --anchored-weight-decay --quantized-update --residual-decay --residual-start --residual-generations
+        --move-threshold --config
         --revision --attn-implementation --max-turns --world-timeout --world-failure-score --world-workers
     """,
     "replay": "RUN --to --output/-o --trust-remote-code --allow-difference",

@@ -43,6 +43,12 @@ def test_registry():
         get_task("one_sentense")
 
 
+def test_a_task_shows_its_sizes_and_not_its_rows():
+    task = get_task("one_sentence")
+    sizes = f"train={len(task.train)}, validation={len(task.validation)}, heldout={len(task.heldout)}, test=0"
+    assert repr(task) == f"Task('one_sentence', {task.description!r}, rows: {sizes})"
+
+
 def test_tasks_need_neither_torch_nor_transformers():
     code = (
         "import sys; from eggroll.llm.tasks import get_task; get_task('one_sentence'); "

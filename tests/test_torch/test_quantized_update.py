@@ -48,14 +48,43 @@ exact_steps = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(exact_steps)
-def test_moved_codes_plus_residual_are_the_sum_of_steps(steps):
+@given(exact_steps, st.sampled_from(["uniform", "zero"]))
+def test_moved_codes_plus_residual_are_the_sum_of_steps_and_the_first_residual(steps, start):
     grid = plain_grid()
-    updater = GridUpdater(grid, GridRule())
+    updater = GridUpdater(grid, GridRule(start=start))
+    first = updater.residual.double()
+    assert bool(first.any()) == (start == "uniform")
     for generation, step in enumerate(steps):
         updater.step(in_weights(step), generation)
         assert updater.residual.abs().max() <= 0.5
-    assert torch.equal(grid.codes() + updater.residual.double(), sum(steps).double())
+    assert torch.equal(grid.codes() + updater.residual.double(), first + sum(steps).double())
+
+
+def test_residuals_begin_anywhere_within_a_quantum_and_otherwise_for_each_parameter_and_seed():
+    shape = (64, 256)
+
+    def first(**given):
+        grid = PlainGrid(torch.zeros(shape, dtype=torch.int8), torch.ones(64, 4))
+        return GridUpdater(grid, GridRule(**given.pop("rule", {})), **given).residual.double()
+
+    found = first(key=(1, 2))
+    assert torch.equal(found, first(key=(1, 2)))
+    counts = torch.histc(found.float(), bins=16, min=-0.5, max=0.5)
+    assert counts.sum() == found.numel()  # all of them within [-1/2, 1/2)
+    assert ((counts - 1024).abs() < 5 * 1024**0.5).all()
+    other = first(key=(1, 3))
+    assert abs(torch.corrcoef(torch.stack([found.flatten(), other.flatten()]))[0, 1]) < 0.04
+    assert not first(key=(1, 2), rule={"start": "zero"}).any()
+
+
+def test_a_tenth_of_a_quantum_moves_one_code_in_ten_at_once_unless_residuals_begin_at_zero():
+    shape, moved = (64, 256), {}
+    for start in ("uniform", "zero"):
+        grid = PlainGrid(torch.zeros(shape, dtype=torch.int8), torch.ones(64, 4))
+        GridUpdater(grid, GridRule(start=start)).step(torch.full(shape, 0.1), 0)
+        moved[start] = float(grid.codes().float().mean())
+    assert moved["zero"] == 0.0
+    assert abs(moved["uniform"] - 0.1) < 4 * (0.09 / 16384) ** 0.5
 
 
 @settings(max_examples=40, deadline=None)
@@ -121,7 +150,7 @@ def test_the_residual_follows_the_published_recursion():
     """e <- decay e + u; move = round(e); e <- e - move, in float64 by hand, within a unit of float16 each time."""
     grid, decay = plain_grid(), 0.9
     updater = GridUpdater(grid, GridRule(decay=decay))
-    e, codes = np.zeros(SHAPE), np.zeros(SHAPE)
+    e, codes = updater.residual.double().numpy(), np.zeros(SHAPE)
     random = np.random.default_rng(0)
     for generation in range(50):
         u = random.normal(size=SHAPE) * 0.3
@@ -201,12 +230,12 @@ def test_threshold_moments_decay_in_sixteen_bits():
 
 @pytest.mark.parametrize("generations", [4, 50])
 def test_a_rebuilt_residual_is_the_stored_one_cut_off_at_k(generations):
-    """Bit for bit: the stored recursion, started from 0 K generations ago with the codes of then."""
+    """Bit for bit: the stored recursion, begun K generations ago from 0, or with the run if that is not so long ago."""
     random = torch.Generator().manual_seed(3)
     steps = [(t, 0.7 * torch.randn(SHAPE, generator=random)) for t in range(12)]
     kept = steps[:-1][-generations:]
     past = lambda: ((t, in_weights(step)) for t, step in kept)  # noqa: E731
-    stored = GridUpdater(plain_grid(), GridRule(decay=0.9))
+    stored = GridUpdater(plain_grid(), GridRule(decay=0.9, start="zero" if generations == 4 else "uniform"))
     for t, step in kept:
         stored.step(in_weights(step), t)
     rebuilt = GridUpdater(PlainGrid(stored.grid.codes(), QUANTA), GridRule(decay=0.9), past)
@@ -215,6 +244,16 @@ def test_a_rebuilt_residual_is_the_stored_one_cut_off_at_k(generations):
     assert torch.equal(rebuilt._rebuilt(QUANTA, rebuilt.grid.codes().to(torch.int16)), stored.residual)
     assert stored.step(in_weights(step), t) == rebuilt.step(in_weights(step), t)
     assert torch.equal(stored.grid.codes(), rebuilt.grid.codes())
+
+
+def test_a_rebuilt_residual_of_the_first_generation_is_what_residuals_begin_with():
+    """Also where codes have not moved yet, so that a run with K generations kept begins as one that stores them."""
+    stored, rebuilt = GridUpdater(plain_grid(), GridRule(decay=0.9)), plain_grid()
+    step = torch.full(SHAPE, 0.3)
+    GridUpdater(rebuilt, GridRule(decay=0.9), lambda: iter(())).step(in_weights(step), 0)
+    stored.step(in_weights(step), 0)
+    assert torch.equal(stored.grid.codes(), rebuilt.codes())
+    assert rebuilt.codes().any()
 
 
 def es_config(kind="GGUF Q8_0", **changes):

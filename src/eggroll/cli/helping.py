@@ -72,7 +72,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         "Loading and computing",
         ("device", "dtype", "quantize", "batch_size", "members_per_forward", "seed"),
         ("revision", "attn_implementation", "trust_remote_code", "rounding", "quantized_update", "residual_decay",
-         "residual_generations", "move_threshold", "backend", "engine_args", "threads", "devices"),
+         "residual_start", "residual_generations", "move_threshold", "backend", "engine_args", "threads", "devices"),
     ),
     (
         "What the run writes",

@@ -23,6 +23,7 @@ from eggroll.errors import ConfigError
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
 Rounding = Literal["auto", "master", "stochastic", "nearest"]
 QuantizedUpdate = Literal["error_feedback", "nearest", "threshold", "scales"]
+ResidualStart = Literal["uniform", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,9 @@ class ESConfig:
     leaves the codes alone and perturbs and moves the scales of their groups (sigma and lr are then relative)."""
     residual_decay: float = setting(1.0, hidden=True)
     """What ``error_feedback`` keeps of its residual from one generation to the next; 1 keeps all of it."""
+    residual_start: ResidualStart = setting("uniform", hidden=True)
+    """What the residual of ``error_feedback`` begins with: ``uniform`` is a random part of a quantum for each weight,
+    so that small steps move some codes from the first generation on; ``zero`` lets all wait for half a quantum."""
     residual_generations: int = setting(0, hidden=True)
     """0 stores the residual of ``error_feedback``, 2 bytes per weight; K rebuilds it at every update from the scores of
     the last K generations, which needs no memory but time, ``optimizer="sgd"`` and a residual_decay below 1 (50 and
@@ -117,7 +121,7 @@ class ESConfig:
         found = [
             *([] if own_shaping else _choices(self, fitness_shaping=ShapingName)),
             *_choices(self, sampling=Sampling, optimizer=OptimizerName, rounding=Rounding),
-            *_choices(self, quantized_update=QuantizedUpdate),
+            *_choices(self, quantized_update=QuantizedUpdate, residual_start=ResidualStart),
             *_choices(self, lr_schedule=ScheduleName, sigma_schedule=ScheduleName),
             *whole(self, population_size=1, rank=1, generations=0, noise_reuse=1, group_size=0, elite_k=0),
             *whole(self, most=None, seed=0),

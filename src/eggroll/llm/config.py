@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eggroll.core.check import is_number, whole
-from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName, QuantizedUpdate
+from eggroll.core.config import ESConfig, ForwardOptions, OptimizerName, QuantizedUpdate, ResidualStart
 from eggroll.core.settings import setting
 from eggroll.llm.worlds.options import WorldOptions, world_problems
 from eggroll.run.options import DeviceOptions
@@ -66,6 +66,7 @@ class EggrollConfig(WorldOptions, GenerationOptions, ForwardOptions, ESConfig):
     the default ``lr`` is a size per entry; it keeps two float32 numbers per evolved entry, ``sgd`` keeps none."""
     quantized_update: QuantizedUpdate = setting("error_feedback")
     residual_decay: float = setting(1.0)
+    residual_start: ResidualStart = setting("uniform", absent="zero")
     residual_generations: int = setting(0)
     move_threshold: float = setting(2.5)
     samples_per_prompt: int = 1

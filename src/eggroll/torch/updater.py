@@ -28,6 +28,8 @@ from eggroll.torch.threefry import random_bits
 
 ROUNDING_STREAM = 0xE66
 """Keeps the bits of stochastic rounding apart from those of the perturbations."""
+RESIDUAL_STREAM = 0x9E51D
+"""Likewise those of what the residual of a quantized weight begins with."""
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -52,7 +54,7 @@ class Updater:
         parameters: name to parameter, all that are evolved.
         factory: makes an optimizer (set to maximize) for a list of tensors; each parameter gets its own.
         rounding: how steps reach 16-bit parameters (see :class:`eggroll.core.config.ESConfig`).
-        seed: seed of stochastic rounding.
+        seed: of stochastic rounding, and of what the residuals of quantized parameters begin with.
         grid_rule: how steps move the codes of quantized parameters.
         weight_decay: whether a step depends on the weights themselves.
         past: gives the steps of earlier generations of a parameter, if residuals are rebuilt from them.
@@ -95,7 +97,8 @@ class Updater:
                 elif rule.name == "scales":
                     self._grids[name] = ScalesUpdater(grid)
                 else:
-                    self._grids[name] = GridUpdater(grid, rule, None if past is None else past(name))
+                    key = fold_in(parameter_key(seed, name), RESIDUAL_STREAM)
+                    self._grids[name] = GridUpdater(grid, rule, None if past is None else past(name), key)
                 continue
             target = parameter.detach()
             if self.rounding == "stochastic" and parameter.dtype == torch.float16:

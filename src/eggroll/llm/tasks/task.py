@@ -55,6 +55,11 @@ class Task:
     best: float = 1.0
     world: Callable[[], Any] | None = None
 
+    def __repr__(self) -> str:
+        """Name, purpose and sizes; a notebook would show thousands of rows otherwise."""
+        sizes = ", ".join(f"{name}={len(getattr(self, name))}" for name in ("train", "validation", "heldout", "test"))
+        return f"Task({self.name!r}, {self.description!r}, rows: {sizes})"
+
 
 def with_shots(task: Task, module: ModuleType | None, shots: int) -> Task:
     """``task`` with ``shots`` worked examples in front of each problem: conversations of user and assistant turns.

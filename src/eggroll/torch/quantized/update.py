@@ -4,8 +4,11 @@
 
     e <- decay * e + u;   move = round(e), cut off where the code would leave its range;   e <- e - move
 
-so that with ``decay=1`` the moved codes plus the residual are the sum of all steps. The residual is stored, or rebuilt
-from the last ``K`` generations each time (:mod:`eggroll.torch.quantized.past`). ``nearest`` rounds each step alone,
+so that with ``decay=1`` the moved codes plus the residual are the sum of all steps, and what the residual began with.
+That is a random part of a quantum for each weight, as in the authors' program: a sum of steps of a tenth of a quantum
+then moves one code in ten. From 0, as in their text, no code would move before its own sum is half a quantum, which
+with 4 bits few sums ever are. The residual is stored, or rebuilt from the last ``K`` generations each time
+(:mod:`eggroll.torch.quantized.past`). ``nearest`` rounds each step alone,
 which loses all steps below half a quantum; it is there to be compared with.
 """
 
@@ -15,13 +18,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from eggroll.core.config import ESConfig, QuantizedUpdate
+from eggroll.core.config import ESConfig, QuantizedUpdate, ResidualStart
+from eggroll.core.threefry import Key
 from eggroll.errors import CheckpointError
 from eggroll.torch.quantized.grid import Grid
 from eggroll.torch.quantized.rounding import rounded
+from eggroll.torch.threefry import random_bits
 
 RESIDUAL_LIMIT = 1.5
 """Quanta that a residual may hold where a code is at the end of its range (QES)."""
@@ -39,19 +45,23 @@ class GridRule:
     Attributes:
         name: the rule.
         decay: what is left of a residual after each generation; 1 loses nothing.
+        start: what a residual begins with: ``uniform`` in [-1/2, 1/2) of a quantum, or ``zero``.
         threshold: of ``threshold``: standard deviations from which an entry moves.
         betas: of ``threshold``: decay of the two moments.
     """
 
     name: QuantizedUpdate = "error_feedback"
     decay: float = 1.0
+    start: ResidualStart = "uniform"
     threshold: float = 2.5
     betas: tuple[float, float] = (0.9, 0.999)
 
     @classmethod
     def of(cls, config: ESConfig) -> Self:
         """The rule that a configuration names."""
-        return cls(config.quantized_update, config.residual_decay, config.move_threshold, config.betas)
+        return cls(
+            config.quantized_update, config.residual_decay, config.residual_start, config.move_threshold, config.betas
+        )
 
 
 class GridUpdater:
@@ -61,19 +71,28 @@ class GridUpdater:
         grid: whose codes are moved.
         rule: how steps become moves.
         past: the steps to rebuild the residual from; ``None`` stores it.
+        key: of the random numbers that the residual begins with.
 
     Attributes:
         residual: ``(m, n)`` float16, in quanta; ``None`` if there is none, or if it is rebuilt.
     """
 
-    def __init__(self, grid: Grid, rule: GridRule, past: Steps | None = None) -> None:
-        self.grid, self.rule, self.past = grid, rule, past
+    def __init__(self, grid: Grid, rule: GridRule, past: Steps | None = None, key: Key = (0, 0)) -> None:
+        self.grid, self.rule, self.past, self.key = grid, rule, past, key
         self.residual: Tensor | None = None
         if rule.name == "error_feedback" and past is None:
-            self.residual = self._no_residual()
+            self.residual = self._first_residual()
 
     def _no_residual(self) -> Tensor:
         return torch.zeros(self.grid.shape, dtype=torch.float16, device=self.grid.device)
+
+    def _first_residual(self) -> Tensor:
+        """What a run begins with: multiples of 2**-11 of a quantum, which float16 holds exactly."""
+        residual = self._no_residual()
+        if self.rule.start == "zero":
+            return residual
+        bits = random_bits(np.array([self.key], np.uint32), residual.numel(), device=residual.device)
+        return residual.copy_((bits >> 21).view(residual.shape)).mul_(2.0**-11)
 
     @torch.no_grad()
     def step(self, delta: Tensor, generation: int) -> float:
@@ -91,10 +110,12 @@ class GridUpdater:
     def _rebuilt(self, quanta: Tensor, codes: Tensor) -> Tensor:
         """The residual after the steps of the past, with moves cut off at the range as seen from today's codes."""
         assert self.past is not None
-        residual = self._no_residual()
+        residual: Tensor | None = None
         for generation, delta in self.past():
+            if residual is None:
+                residual = self._no_residual() if generation else self._first_residual()
             self._advance(residual, delta, quanta, codes, generation)
-        return residual
+        return self._first_residual() if residual is None else residual
 
     def _advance(
         self, residual: Tensor | None, delta: Tensor, quanta: Tensor, codes: Tensor, generation: int
