@@ -95,7 +95,9 @@ def compare(run: Path, task: str, samples: int) -> dict[str, Any]:
         options = ["--task", task, "--problems", str(samples), "--dtype", "float32", "--output", str(file)]
         subprocess.run([*PROGRAM, "eval", *models, *options], check=True)
     found = json.loads(file.read_text())
-    return {"models": found["models"], "difference": found["difference"], "samples": found["samples"]}
+    tuned = {"model": f"{run.name}/model"}  # not where it lies on this machine
+    models = [found["models"][0], {**found["models"][1], **tuned}]
+    return {"models": models, "difference": found["difference"], "samples": found["samples"]}
 
 
 def collect(run: Path) -> dict[str, Any]:
