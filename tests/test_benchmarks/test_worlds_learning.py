@@ -18,7 +18,8 @@ def write_run(run, values):
     lines = [{"generation": g, "heldout_reward": v, "evaluate_s": 50.0, "update_s": 10.0} for g, v in enumerate(values)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     difference = {"mean": {"value": 0.2, "low": 0.1, "high": 0.3}}
-    (run / "eval.json").write_text(json.dumps({"models": [], "difference": difference, "samples": 4}))
+    models = [{"model": "smollm2-135m", "right": 0}, {"model": str(run / "model"), "right": 1}]
+    (run / "eval.json").write_text(json.dumps({"models": models, "difference": difference, "samples": 4}))
 
 
 def test_commands_of_new_and_cut_off_runs(learning, tmp_path):
@@ -76,4 +77,7 @@ def test_finished_runs_are_kept_and_written(learning, tmp_path, monkeypatch, cap
     assert "seed 42: held-out 0.100 -> 0.500 after 2 generations, 3 minutes; test conversations +0.200" in said
     assert "2 of 2 seeds rose, by +0.300 on average" in said
     (result,) = (tmp_path / "worlds").glob("*.json")
-    assert json.loads(result.read_text())["runs"].keys() == {"42", "43"}
+    runs = json.loads(result.read_text())["runs"]
+    assert [model["model"] for model in runs["43"]["test"]["models"]] == ["smollm2-135m", "guess-number-43/model"]
+    assert runs.keys() == {"42", "43"}
+    assert str(tmp_path) not in result.read_text()
