@@ -5,8 +5,8 @@
     python benchmarks/quantized/learning.py --folder runs/quantized --only int8 bfloat16 --write
 
 Each run is one ``eggroll tune`` in a process of its own; one that was cut off is resumed, one that is finished is
-kept. All have the task's own settings, which were chosen for bfloat16 on its validation questions, and the same number
-of generations. With ``--write`` the finished runs become the committed table and its picture.
+kept. All have the task's own settings, which were chosen for bfloat16 on its validation questions (two variants: with
+twice the learning rate, 0.1), and the same number of generations. With ``--write`` the finished runs become the committed table and its picture.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ VARIANTS = (
     Variant(BASE, ()),
     Variant("int8", _quantized("int8"), 0.90),
     Variant("GGUF Q4_1", _quantized("gguf"), 0.75),
+    Variant("GGUF Q4_1, twice the lr", (*_quantized("gguf"), "--lr", "0.1"), 0.75),
     Variant("int4", _quantized("int4"), 0.75),
+    Variant("int4, twice the lr", (*_quantized("int4"), "--lr", "0.1"), 0.75),
     Variant("int8, threshold", _quantized("int8", "threshold")),
     Variant("int8, nearest", _quantized("int8", "nearest")),
     Variant("GGUF Q4_1, threshold", _quantized("gguf", "threshold")),
