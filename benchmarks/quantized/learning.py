@@ -6,7 +6,8 @@
 
 Each run is one ``eggroll tune`` in a process of its own; one that was cut off is resumed, one that is finished is
 kept. All have the task's own settings, which were chosen for bfloat16 on its validation questions (two variants: with
-twice the learning rate, 0.1), and the same number of generations. With ``--write`` the finished runs become the committed table and its picture.
+twice the learning rate, 0.1), and the same number of generations. With ``--write`` the finished runs become the
+committed table and its picture.
 """
 
 from __future__ import annotations
