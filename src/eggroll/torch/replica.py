@@ -79,7 +79,7 @@ class Center:
             weight_decay=config.weight_decay != 0 or factory is not None,
             past=None if self._past is None else self._steps_of,
             anchor=anchor,
-            plain=factory is None and config.optimizer == "sgd" and config.weight_decay == 0,
+            plain=config.optimizer if factory is None and config.weight_decay == 0 else None,
         )
         self._own_factory = factory is not None
 

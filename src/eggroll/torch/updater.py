@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.core.address import parameter_key
-from eggroll.core.config import ESConfig, Rounding
+from eggroll.core.config import ESConfig, OptimizerName, Rounding
 from eggroll.core.threefry import fold_in
 from eggroll.core.turning import Turning, stride_of
 from eggroll.errors import CheckpointError, ConfigError
 from eggroll.torch.anchor import Anchor
-from eggroll.torch.kernels import step_c
+from eggroll.torch.kernels import adam_c, step_c
 from eggroll.torch.quantized.scales import ScalesUpdater
 from eggroll.torch.quantized.tensor import grid_of
 from eggroll.torch.quantized.threshold import ThresholdUpdater
@@ -59,7 +59,8 @@ class Updater:
         weight_decay: whether a step depends on the weights themselves.
         past: gives the steps of earlier generations of a parameter, if residuals are rebuilt from them.
         anchor: the pull towards the start weights, if there is one.
-        plain: a step is the learning rate times the gradient and nothing else, so that it may be taken in one pass.
+        plain: the name of the optimizer, if it is ours and weights do not decay: some have steps in C then, with the
+            same bits.
     """
 
     def __init__(
@@ -73,13 +74,13 @@ class Updater:
         weight_decay: bool = False,
         past: Callable[[str], Steps] | None = None,
         anchor: Anchor | None = None,
-        plain: bool = False,
+        plain: OptimizerName | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.seed = seed
         self.turning = Turning()
         self._anchor = anchor
-        self._plain = plain and anchor is None
+        self._plain = plain if anchor is None else None
         self.rounding: Rounding = "master" if rounding == "auto" else rounding
         self.masters: dict[str, Tensor] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -121,7 +122,7 @@ class Updater:
         self._follow(name, parameter, target)
         if name not in self._optimizers:
             return self._step_stochastic(name, gradient, lr=lr, generation=generation)
-        if self._plain:
+        if self._plain in ("sgd", "adam", "adamw"):
             squares = self._step_plain(name, gradient, lr)
             if squares is not None:
                 return squares
@@ -135,14 +136,26 @@ class Updater:
         return self._measured(name, before.sub_(target).float())
 
     def _step_plain(self, name: str, gradient: Tensor, lr: float) -> float | None:
-        """The step in one pass, with the same bits; ``None`` where that is not to be had."""
+        """The step in few passes, with the same bits; ``None`` where that is not to be had."""
         target, weights = self._targets[name], self.parameters[name].detach() if name in self.masters else None
         stride = stride_of(target.shape)
         before = target.reshape(-1)[::stride].clone()
-        squares = step_c.step_(target, gradient, weights, lr)
+        if self._plain == "sgd":
+            squares = step_c.step_(target, gradient, weights, lr)
+        else:
+            squares = self._step_adam(name, gradient, weights, lr)
         if squares is not None:
             self.turning.add(name, before.sub_(target.reshape(-1)[::stride]).numpy(), stride)
         return squares
+
+    def _step_adam(self, name: str, gradient: Tensor, weights: Tensor | None, lr: float) -> float | None:
+        """Adam's, beginning with its second step: the first one is PyTorch's, which makes the state."""
+        optimizer, target = self._optimizers[name], self._targets[name]
+        state = optimizer.state.get(target)
+        if not state:
+            return None
+        (group,) = optimizer.param_groups
+        return adam_c.step_(target, gradient, weights, state, rate=lr, betas=group["betas"], eps=group["eps"])
 
     def _pulled(self, name: str, gradient: Tensor, target: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
         """The gradient with the pull towards the start in it, or the pull that is to be subtracted after the step."""

@@ -38,7 +38,7 @@ def step_(master: Tensor, gradient: Tensor, weights: Tensor | None, rate: float)
         weights: bfloat16, of the same shape, written; ``None`` if the master is the weight itself.
         rate: the learning rate.
     """
-    if not _usable(master, gradient, weights) or isinstance(_entry(), str):
+    if not usable(master, gradient, weights) or isinstance(_entry(), str):
         return None
     squares = torch.empty(-(-master.numel() // BLOCK), dtype=torch.float64)
     _call(master, gradient, weights, squares, rate)
@@ -47,7 +47,7 @@ def step_(master: Tensor, gradient: Tensor, weights: Tensor | None, rate: float)
 
 def is_rounded(master: Tensor, weights: Tensor) -> bool | None:
     """Whether weights (bfloat16) are their master (float32), rounded; ``None`` if it was not looked at."""
-    if not _usable(master, master, weights) or isinstance(_entry(), str):
+    if not usable(master, master, weights) or isinstance(_entry(), str):
         return None
     return _call(master, None, weights, None, 0.0) == 0
 
@@ -66,7 +66,8 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _usable(master: Tensor, gradient: Tensor, weights: Tensor | None) -> bool:
+def usable(master: Tensor, gradient: Tensor, weights: Tensor | None) -> bool:
+    """Whether the tensors are what the C code reads: on a CPU, contiguous, of one shape, of the dtypes above."""
     parts = (master, gradient) if weights is None else (master, gradient, weights)
     plain = all(type(part) in (Tensor, torch.nn.Parameter) and part.is_cpu and part.is_contiguous() for part in parts)
     if not plain or any(part.shape != master.shape for part in parts) or not master.numel():
