@@ -166,7 +166,7 @@ def main() -> None:
                 print("  " + ", ".join(f"{name} {taken * 1e3:,.0f} ms" for name, taken in parts.items()), flush=True)
                 del work, variants
     print()
-    facts = {"model": args.model, "members": args.members, "rank": 1, "optimizer": "sgd"}
+    facts = {"model": args.model, "members": args.members, "rank": 1, "optimizer": EggrollConfig().optimizer}
     common.finish("generation", MEASURE, rows, args, **facts)
 
 
