@@ -56,6 +56,7 @@ VARIANTS = (
     Variant(BASE, ()),
     Variant("int8", _quantized("int8"), 0.90),
     Variant("GGUF Q4_1", _quantized("gguf"), 0.75),
+    Variant("int8, residual from 0", (*_quantized("int8"), "--residual-start", "zero")),
     Variant("GGUF Q4_1, residual from 0", (*_quantized("gguf"), "--residual-start", "zero")),
     Variant("GGUF Q4_1, twice the lr", (*_quantized("gguf"), "--lr", "0.1"), 0.75),
     Variant("int4", _quantized("int4"), 0.75),

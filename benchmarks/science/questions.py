@@ -55,7 +55,7 @@ QUESTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "raw": {"fitness_shaping": "raw"},
     },
     "Do vectors (biases and norms) pay?": {"all parameters": {}, "matrices only": {"parts": "matrices"}},
-    "May generations share their noise?": {f"{k} in turn": {"noise_reuse": k} for k in (1, 4, 16)},
+    "May generations share their noise?": {"1 in turn": {}, **{f"{k} in turn": {"noise_reuse": k} for k in (4, 16)}},
     f"Which population, at {BUDGET:,} evaluations?": {f"{n} members": {"population_size": n} for n in POPULATIONS},
     f"Which population, at {SMALL:,} evaluations?": {
         f"{n} members": {"population_size": n, "budget": SMALL} for n in POPULATIONS

@@ -141,9 +141,10 @@ def test_a_run_has_the_same_weights_with_it_and_without(dtype, optimizer, monkey
     assert with_c.updater.turning.cosine == without.updater.turning.cosine
 
 
-def test_weights_that_decay_are_left_to_pytorch(monkeypatch):
+@pytest.mark.parametrize("decay", ["weight_decay", "anchored_weight_decay"])
+def test_weights_that_decay_are_left_to_pytorch(decay, monkeypatch):
     monkeypatch.setattr(adam_c, "step_", lambda *a, **k: pytest.fail("not with decay"))
-    config = ESConfig(population_size=4, sigma=0.1, lr=0.1, optimizer="adamw", weight_decay=0.1)
+    config = ESConfig(population_size=4, sigma=0.1, lr=0.1, optimizer="adamw", **{decay: 0.1})
     replica = Replica(nn.Sequential(nn.Linear(8, 8)), config, kinds=("matrix",))
     for generation in range(2):
         replica.update(generation, np.arange(4, dtype=np.float32), 0.1)

@@ -31,6 +31,9 @@ ROUNDING_STREAM = 0xE66
 RESIDUAL_STREAM = 0x9E51D
 """Likewise those of what the residual of a quantized weight begins with."""
 
+IN_C = ("sgd", "adam", "adamw")
+"""Optimizers whose steps are also written in C."""
+
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -80,7 +83,7 @@ class Updater:
         self.seed = seed
         self.turning = Turning()
         self._anchor = anchor
-        self._plain = plain if anchor is None else None
+        self._plain = plain if anchor is None and plain in IN_C else None
         self.rounding: Rounding = "master" if rounding == "auto" else rounding
         self.masters: dict[str, Tensor] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -122,7 +125,7 @@ class Updater:
         self._follow(name, parameter, target)
         if name not in self._optimizers:
             return self._step_stochastic(name, gradient, lr=lr, generation=generation)
-        if self._plain in ("sgd", "adam", "adamw"):
+        if self._plain is not None:
             squares = self._step_plain(name, gradient, lr)
             if squares is not None:
                 return squares

@@ -12,7 +12,7 @@ typedef struct {
     double *squares;   /* of the change, one for each block */
     int64_t size;
     float new_first, old_second, new_second, correction, eps, rate;
-    int64_t next; /* block */
+    int64_t next; /* entry that no block has yet */
 } job_t;
 
 /* The moments are those of the negative gradient, as PyTorch's are where it maximizes. */
@@ -53,11 +53,9 @@ static void step(const job_t *job, int64_t low, int64_t high, double *squares) {
 
 static void work(void *data) {
     job_t *job = data;
-    for (;;) {
-        int64_t block = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED), low = block * BLOCK, high = low + BLOCK;
-        if (low >= job->size) return;
-        if (high > job->size) high = job->size;
-        if (job->root) step(job, low, high, job->squares + block);
+    int64_t low, high;
+    while (take_block(&job->next, BLOCK, job->size, &low, &high)) {
+        if (job->root) step(job, low, high, job->squares + low / BLOCK);
         else moments(job, low, high);
     }
 }

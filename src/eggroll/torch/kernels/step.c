@@ -9,7 +9,7 @@ typedef struct {
     double *squares;   /* one for each block */
     int64_t size;
     float rate;
-    int64_t next, other; /* next block; entries of the weights that are not the master's */
+    int64_t next, other; /* first entry that no block has yet; entries of the weights that are not the master's */
 } job_t;
 
 static void step_block(const job_t *job, int64_t low, int64_t high, double *squares) {
@@ -53,11 +53,9 @@ static int64_t other_block(const job_t *job, int64_t low, int64_t high) {
 
 static void work(void *data) {
     job_t *job = data;
-    for (;;) {
-        int64_t block = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED), low = block * BLOCK, high = low + BLOCK;
-        if (low >= job->size) return;
-        if (high > job->size) high = job->size;
-        if (job->gradient) step_block(job, low, high, job->squares + block);
+    int64_t low, high;
+    while (take_block(&job->next, BLOCK, job->size, &low, &high)) {
+        if (job->gradient) step_block(job, low, high, job->squares + low / BLOCK);
         else if (other_block(job, low, high)) __atomic_store_n(&job->other, 1, __ATOMIC_RELAXED);
     }
 }

@@ -48,4 +48,10 @@ INLINE float sum_of(vec v) {
     for (int i = 0; i < WIDTH; i++) sum += v[i];
     return sum;
 }
+/* The next block of entries for a thread; 0 once there is none. */
+INLINE int take_block(int64_t *next, int64_t block, int64_t size, int64_t *low, int64_t *high) {
+    *low = __atomic_fetch_add(next, block, __ATOMIC_RELAXED), *high = *low + block;
+    if (*high > size) *high = size;
+    return *low < size;
+}
 #define UNROLL _Pragma("GCC unroll 4")

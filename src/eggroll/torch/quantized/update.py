@@ -8,8 +8,8 @@ so that with ``decay=1`` the moved codes plus the residual are the sum of all st
 That is a random part of a quantum for each weight, as in the authors' program: a sum of steps of a tenth of a quantum
 then moves one code in ten. From 0, as in their text, no code would move before its own sum is half a quantum, which
 with 4 bits few sums ever are. The residual is stored, or rebuilt from the last ``K`` generations each time
-(:mod:`eggroll.torch.quantized.past`). ``nearest`` rounds each step alone,
-which loses all steps below half a quantum; it is there to be compared with.
+(:mod:`eggroll.torch.quantized.past`). ``nearest`` rounds each step alone, which loses all steps below half a quantum;
+it is there to be compared with.
 """
 
 from __future__ import annotations
